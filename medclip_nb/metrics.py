@@ -7,8 +7,9 @@ __all__ = ['bootstrap_weights', 'interval', 'label_name', 'label_codes', 'class_
            'per_class_metrics', 'retrieval_ranks', 'weighted_median', 'rank_metrics', 'retrieval_metrics',
            'chance_recall', 'bootstrap']
 
-# %% ../nbs/42_metrics.ipynb #9eb1d6ad
+# %% ../nbs/42_metrics.ipynb #b44d6929
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 import numpy as np
 import pandas as pd
@@ -207,27 +208,48 @@ def _pair_codes(image_ids: ArrayLike | None, text_ids: ArrayLike | None, n: int,
     codes[n:][codes[n:] < 0] = -2
     return codes[:n], codes[n:]
 
-# %% ../nbs/42_metrics.ipynb #ac5c6efd
+# %% ../nbs/42_metrics.ipynb #50791c0e
+def _in_threads(work: Callable, items: Sequence) -> list:
+    "Results in order; as many workers as torch has threads, each computing on one"
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool: return list(pool.map(work, items))
+    finally: torch.set_num_threads(threads)
+
+# %% ../nbs/42_metrics.ipynb #551f7666
 def _count_ahead(images: "torch.Tensor", texts: "torch.Tensor", of_image: "torch.Tensor", of_text: "torch.Tensor", chunk: int) -> tuple:
     "Negatives ahead of the best positive, ties half, for rows sorted by code; infinite where there is no positive"
     import torch
-    n, m, level = len(images), len(texts), 8 * torch.finfo(images.dtype).eps
-    best = [torch.full((size,), -torch.inf, dtype=images.dtype) for size in (n, m)]
-    sums = [torch.zeros(size, dtype=torch.float64) for size in (n, m)]
-    tiles = [(slice(a, min(a + chunk, n)), slice(b, min(b + chunk, m))) for a in range(0, n, chunk) for b in range(0, m, chunk)]
+    n, m, none, level = len(images), len(texts), -torch.inf, 8 * torch.finfo(images.dtype).eps
+    rows, columns = ([slice(a, min(a + chunk, size)) for a in range(0, size, chunk)] for size in (n, m))
+    best = [torch.full((size,), none, dtype=images.dtype) for size in (n, m)]
+
+    def positives(tile):
+        r, c = tile
+        scores, own = images[r] @ texts[c].T, of_image[r, None] == of_text[c]
+        only = scores.masked_fill(~own, none)
+        return r, c, only.amax(1), only.amax(0), scores.masked_fill_(own, none)
+
+    near = [(r, c) for r in rows for c in columns if of_image[r][-1] >= of_text[c][0] and of_text[c][-1] >= of_image[r][0]]
     band = {}
-    for rows, columns in tiles:
-        if of_image[rows.stop - 1] < of_text[columns.start] or of_text[columns.stop - 1] < of_image[rows.start]: continue
-        scores, own = images[rows] @ texts[columns].T, of_image[rows, None] == of_text[columns]
-        positives = scores.masked_fill(~own, -torch.inf)
-        for b, span, axis in ((best[0], rows, 1), (best[1], columns, 0)): b[span] = b[span].maximum(positives.amax(axis))
-        band[rows.start, columns.start] = scores.masked_fill_(own, -torch.inf)
-    for rows, columns in tiles:
-        scores = band.pop((rows.start, columns.start), None)
-        if scores is None: scores = images[rows] @ texts[columns].T
-        sums[0][rows] += torch.hardshrink(scores - best[0][rows, None], level).sign_().sum(1)
-        sums[1][columns] += torch.hardshrink(scores.sub_(best[1][columns]), level).sign_().sum(0)
-    return tuple(torch.where(b.isinf(), torch.inf, (s + size) / 2).numpy() for b, s, size in zip(best, sums, (m, n)))
+    for r, c, of_row, of_column, scores in _in_threads(positives, near):
+        best[0][r], best[1][c] = best[0][r].maximum(of_row), best[1][c].maximum(of_column)
+        band[r.start, c.start] = scores
+
+    def strip(r):
+        along, across = torch.zeros(r.stop - r.start, dtype=torch.float64), torch.empty(m)
+        for c in columns:
+            scores = band.pop((r.start, c.start), None)
+            if scores is None: scores = images[r] @ texts[c].T
+            along += torch.hardshrink(scores - best[0][r, None], level).sign_().sum(1)
+            across[c] = torch.hardshrink(scores.sub_(best[1][c]), level).sign_().sum(0)
+        return along, across
+
+    counted = _in_threads(strip, rows)
+    signs = torch.cat([along for along, _ in counted]), sum(across.double() for _, across in counted)
+    return tuple(torch.where(b.isinf(), torch.inf, (s + size) / 2).numpy() for b, s, size in zip(best, signs, (m, n)))
 
 # %% ../nbs/42_metrics.ipynb #98890653
 def retrieval_ranks(

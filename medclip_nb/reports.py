@@ -173,7 +173,7 @@ def _parameter_table(values: Mapping[str, Any], helps: Mapping[str, str]) -> str
                    f"<td class=\"quiet\">{html.escape(helps.get(k, ''))}</td></tr>" for k, v in values.items())
     return f"<details><summary>Parameters</summary><div class=\"scroll\"><table><tbody>{rows}</tbody></table></div></details>"
 
-# %% ../nbs/66_reports.ipynb #1334a665
+# %% ../nbs/66_reports.ipynb #81a5afac
 def report_title(
     notebook: Any, # A notebook
 ) -> str: # Without markup; empty if it has none
@@ -188,18 +188,24 @@ def report_html(
     helps: Mapping[str, str] = {}, # Help text by parameter
 ) -> str: # A page that needs nothing else
     "Draw a report as one HTML page, its code folded away"
-    title, heading, figures, body = report_title(notebook), "", 0, []
+    title, heading, figures, body, code = report_title(notebook), "", 0, [], []
     values = notebook["metadata"].get("papermill", {}).get("parameters", {})
+    def fold():
+        if code: body.append(f"<details><summary>Code</summary><pre>{html.escape(chr(10).join(code))}</pre></details>")
+        code.clear()
     for cell in notebook["cells"]:
         tags = cell["metadata"].get("tags", [])
-        if "parameters" in tags: body.append(_parameter_table(values, helps))
-        elif cell["cell_type"] == "markdown":
+        if cell["cell_type"] == "markdown":
             text = re.sub(r"^# +.+$", lambda m: f"{m[0]} · {name}" if name else m[0], cell["source"], count=1, flags=re.M)
             heading = (re.findall(r"^#+ +(.+)$", text, re.M) or [heading])[-1]
+            fold()
             body.append(markdown_html(text))
+        elif "parameters" in tags: body.append(_parameter_table(values, helps))
         elif cell["cell_type"] == "code" and "injected-parameters" not in tags:
-            if cell["source"].strip(): body.append(f"<details><summary>Code</summary><pre>{html.escape(cell['source'])}</pre></details>")
+            if cell["source"].strip(): code.append(cell["source"])
+            if cell["outputs"]: fold()
             for o in cell["outputs"]:
                 figures += any(k.startswith("image/") for k in o.get("data", {}))
                 body.append(_output_html(o, f"Figure {figures}: {heading}"))
-    return html_page(f"{title} · {name}" if title and name else title or name, "\n".join(body).replace("<table>\n<thead>", "<table><thead>"))
+    fold()
+    return html_page(f"{title} · {name}" if title and name else title or name, "\n".join(body))

@@ -6,7 +6,8 @@
 __all__ = ['INPUTS', 'TABLES', 'STAMP', 'data_identity', 'code_hash', 'input_identities', 'run_key', 'artefacts', 'is_complete',
            'result_hash', 'run_folder', 'run_record', 'RunError', 'Status', 'RunRecord', 'run']
 
-# %% ../nbs/68_runs.ipynb #6b71d0bc
+# %% ../nbs/68_runs.ipynb #66663f0d
+import logging
 import os
 import re
 import shutil
@@ -48,7 +49,7 @@ def data_identity(
     tables = [file_hash(path/f) for where, f, *_ in listing if where == "." and f.endswith(TABLES)]
     return content_hash(listing[:limit], tables)
 
-# %% ../nbs/68_runs.ipynb #fb223c79
+# %% ../nbs/68_runs.ipynb #9b4fdec8
 def code_hash() -> str:
     "Identify the code of this package"
     files = sorted(Path(medclip_nb.__file__).parent.glob("*.py"))
@@ -56,9 +57,11 @@ def code_hash() -> str:
 
 def input_identities(
     params: Mapping[str, Any], # Checked parameters
+    written: Mapping[str, Any] | None = None, # The same as a suite writes them; what differs refers to another run and is left out
 ) -> dict[str, str]: # By parameter
     "Identify the data and weights that parameters name"
-    texts = {k: v for k, v in params.items() if isinstance(v, str) and v and k != "out_dir"}
+    written = params if written is None else written
+    texts = {k: v for k, v in params.items() if isinstance(v, str) and v and k != "out_dir" and written[k] == v}
     return {k: data_identity(v) for k, v in texts.items() if k in INPUTS and (k != "model" or Path(v).exists()) or Path(v).is_file()}
 
 def run_key(
@@ -180,17 +183,19 @@ def _kernel_environment() -> Iterator[None]:
     try: yield
     finally: put(old)
 
-# %% ../nbs/68_runs.ipynb #af681394
+# %% ../nbs/68_runs.ipynb #fd89122d
 def _execute(template: Path, work: Path, params: Mapping[str, Any], timeout: float | None, on_cell: Callable[[int], None]) -> Any:
     "Execute a template through papermill; the copy in `work` is saved after each cell"
     import papermill
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)
     deadline = time.monotonic() + timeout if timeout else None
     remaining = lambda cell: max(1, round(deadline - time.monotonic()))
     limits = {"timeout_func": remaining, "interrupt_on_timeout": False} if timeout else {}
     with _kernel_environment():
         return papermill.execute_notebook(
             template, work/"report.ipynb", {**params, "out_dir": str(work)}, kernel_name="python3", language="python", progress_bar=False,
-            start_timeout=120, on_cell_start=lambda cell, cell_index: on_cell(cell_index), **limits)
+            start_timeout=120, extra_arguments=["--IPKernelApp.log_level=50"],
+            on_cell_start=lambda cell, cell_index: on_cell(cell_index), **limits)
 
 def _explain(error: Exception, replace: Mapping[str, str], kept: Path, timeout: float | None) -> Exception:
     "The error to raise for what papermill raised"
@@ -249,13 +254,12 @@ def _keep_failed(work: Path, failed: Path) -> None:
     failed.mkdir(parents=True)
     if (work/"report.ipynb").exists(): shutil.copy(work/"report.ipynb", failed)
 
-# %% ../nbs/68_runs.ipynb #f536ba6b
+# %% ../nbs/68_runs.ipynb #6b883a3c
 def _finish(work: Path, notebook: Any, template: Path, params: Mapping[str, Any], name: str, replace: Mapping[str, str]) -> None:
     "Clean the report, draw it as HTML, and make paths in other files relative"
     import nbformat
     specs = template_parameters(template)
-    values = {k: params.get(k, s.default) for k, s in specs.items()} | {"out_dir": "."}
-    clean_report(notebook, values, template.name, replace)
+    clean_report(notebook, {**params, "out_dir": "."}, template.name, replace)
     nbformat.write(notebook, work/"report.ipynb")
     page = report_html(notebook, name, {k: s.help for k, s in specs.items()})
     (work/"report.html").write_text(page, encoding="utf-8")
@@ -264,7 +268,7 @@ def _finish(work: Path, notebook: Any, template: Path, params: Mapping[str, Any]
         for old, new in sorted(replace.items(), key=lambda r: -len(r[0])): text = text.replace(old, new)
         p.write_text(text, encoding="utf-8")
 
-# %% ../nbs/68_runs.ipynb #9c70adf2
+# %% ../nbs/68_runs.ipynb #45a472e6
 def run(
     template: str | Path, # A path to an .ipynb, or a name such as `zero_shot`
     params: Mapping[str, Any] | None = None, # Values by name, compared with the template first
@@ -273,16 +277,17 @@ def run(
     timeout: float | None = None, # Limit of the whole run in seconds
     quiet: bool = False, # Print nothing
     builds_on: Mapping[str, str] = {}, # Identities of runs that this one uses, by name
-    params_key: Mapping[str, Any] | None = None, # Parameters as they count for the key, if they hold paths of other runs
+    params_key: Mapping[str, Any] | None = None, # The parameters as a suite writes them, before paths of other runs are filled in
     replace: Mapping[str, str] = {}, # Paths to write otherwise in the report
 ) -> RunRecord: # Name, path, status, seconds, headline
     "Execute a template into a folder; raises `InputError` for what the user can mend, `RunError` for what failed"
     path, out_dir = find_template(template), Path(out_dir)
     values = check_parameters(path, params or {})
-    inputs = input_identities(params_key or values)
-    key = lambda: run_key(path, params_key or values, inputs, builds_on)
+    params_key = values if params_key is None else params_key
+    inputs = input_identities(values, params_key)
+    key = lambda: run_key(path, params_key, inputs, builds_on)
     if not force and is_complete(out_dir, key()): return _record(out_dir, "kept")
-    status, started = Status(out_dir.name, len(template_cells(path)) + bool(values), quiet), datetime.now(timezone.utc)
+    status, started = Status(out_dir.name, len(template_cells(path)) + 1, quiet), datetime.now(timezone.utc)
     failed = out_dir.with_name(out_dir.name + ".failed")
     with run_folder(out_dir) as work:
         replace = {str(work): ".", os.path.relpath(work): ".", **replace}
@@ -292,9 +297,10 @@ def run(
             if isinstance(error, RunError): _keep_failed(work, failed)
             status.end(f"failed after {status.seconds:.0f} s")
             raise error from None
-        _finish(work, notebook, path, values, out_dir.name, replace)
-        inputs |= {k: v for k, v in input_identities(params_key or values).items() if inputs.get(k) == "absent"}
-        shown = {k: scrub(v, replace) if isinstance(v, str) else v for k, v in values.items()}
+        complete = {k: values.get(k, s.default) for k, s in template_parameters(path).items() if k != "out_dir"}
+        _finish(work, notebook, path, complete, out_dir.name, replace)
+        inputs |= {k: v for k, v in input_identities(values, params_key).items() if inputs.get(k) == "absent"}
+        shown = {k: scrub(v, replace) if isinstance(v, str) else v for k, v in complete.items()}
         times = {"started": started.isoformat(timespec="seconds"), "seconds": round(status.seconds, 2)}
         write_json(work/"run.json", run_record(work, path.name, parameters=shown, inputs=inputs, builds_on=dict(builds_on), **times))
         write_json(work/STAMP, {"key": key(), "files": {f: (work/f).stat().st_size for f in artefacts(work)}})

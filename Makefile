@@ -1,0 +1,48 @@
+# Everything starts from Python 3.11 and nothing else; `make` lists what there is.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+OUT ?= reports
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+UV := uv==0.13.8
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reports test lab bench lock clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+
+setup: $(READY)  ## Make .venv as requirements.lock says (a moment if it is there)
+
+$(READY): requirements.lock settings.ini setup.py
+	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "Python 3.11 is needed and '$(PYTHON)' is not it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
+	@echo "Installing requirements.lock into $(VENV) ..."
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	@touch $@
+
+reports: setup  ## Execute the starter suite into $(OUT)/starter and write its index.html
+	@$(BIN)/medclip-nb suite nbs/experiments/suites/starter.yaml --out $(OUT)
+
+test: setup  ## Modules in step, notebooks clean, README current, library notebooks, pytest
+	@$(BIN)/python tests/repository.py
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --path nbs
+	@$(BIN)/python -m pytest
+
+lab: setup  ## Open the repository in JupyterLab
+	@$(BIN)/jupyter lab --ServerApp.root_dir=.
+
+bench: setup  ## Run every benchmark
+	@set -e; for f in benchmarks/*.py; do echo "== $$f"; $(BIN)/python $$f; done
+
+lock: setup  ## Resolve the requirements of settings.ini anew into requirements.lock
+	@$(BIN)/uv pip compile setup.py --extra dev --universal --python-version 3.11 --upgrade --no-annotate --quiet \
+	  -P 'torch==2.14.1' -P 'torchvision>=0.29,<0.30' --custom-compile-command "make lock" -o requirements.lock
+
+clean:  ## Remove what was built here (data, reports and .venv stay)
+	@rm -rf build dist *.egg-info _proc _site _site_src .pytest_cache
+	@find . -path ./$(VENV) -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -print0 | xargs -0 rm -rf
+	@find reports -type d \( -name .partial -o -name '*.failed' \) -print0 | xargs -0 rm -rf

@@ -1,0 +1,93 @@
+"The command line: exit codes, messages without tracebacks"
+import json
+import subprocess
+
+import pytest
+from medclip_nb import cli
+from typer.testing import CliRunner
+
+PARAMETERS = 'n: int = 5  # How many\nname: str = "a"  # Kept as text\ndata_root: str  # Where the data are\nout_dir: str = "out"'
+SAVE = '''import json, pathlib
+if n > 5:
+    from medclip_nb.core import InputError
+    raise InputError("n is above 5")
+1 / n
+metrics = {"n": {"value": n, "low": None, "high": None, "n": 1}}
+_ = pathlib.Path(out_dir, "metrics.json").write_text(json.dumps({"schema": 1, "task": "stub", "metrics": metrics, "details": {"name": name}}))'''
+
+
+@pytest.fixture(scope="module")
+def stub(make_template, tmp_path_factory):
+    return str(make_template(tmp_path_factory.mktemp("templates") / "stub.ipynb", PARAMETERS, SAVE))
+
+
+def call(*args, code=0):
+    result = CliRunner().invoke(cli.app, [str(a) for a in args])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result.output
+
+
+def test_help_names_every_verb(command):
+    done = subprocess.run([command, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    for verb in ("run", "suite", "compare", "params", "doctor", "--version"): assert verb in done.stdout
+    for verb in ("run", "suite", "compare", "params", "doctor"): assert "Usage" in call(verb, "--help")
+    assert call("--version").startswith("medclip-nb 0.")
+
+
+def test_run(stub, tmp_path):
+    (tmp_path / "p.yaml").write_text("n: 2\ndata_root: here\n")
+    out = tmp_path / "run"
+    text = call("run", stub, "-f", tmp_path / "p.yaml", "-p", "n=3", "-p", "name=007", "--out", out)
+    assert "n  3" in text and "report.html" in text
+    found = json.loads((out / "metrics.json").read_text())
+    assert found["metrics"]["n"]["value"] == 3 and found["details"]["name"] == "007"
+    assert call("compare", tmp_path, "--csv", tmp_path / "t.csv").split()[:9] == "run task dataset model metric value low high n".split()
+    assert (tmp_path / "t.csv").read_text().splitlines()[1] == "run,stub,,,n,3,,,1"
+
+
+def test_run_that_fails(stub, tmp_path):
+    out = tmp_path / "run"
+    assert call("run", stub, "-p", "data_root=x", "-p", "n=6", "--out", out, code=2).endswith("error: n is above 5\n")
+    assert "ZeroDivisionError" in call("run", stub, "-p", "data_root=x", "-p", "n=0", "--out", out, code=1)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("args, message", [
+    (["-p", "m=1"], "unknown parameter 'm'"), (["-p", "n=x"], "'n' must be int, not str 'x'"), (["-p", "n"], "-p 'n' is not name=value"),
+    ([], "'data_root' (str) has to be given: Where the data are"), (["-f", "nowhere.yaml"], "nowhere.yaml cannot be read"), (["--bad"], "--bad")])
+def test_mistakes_end_with_2(stub, tmp_path, args, message):
+    assert message in call("run", stub, *args, "--out", tmp_path / "run", code=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_mistakes_end_with_2(tmp_path):
+    (tmp_path / "bad.yaml").write_text("runs: [{name: a, template: zero}]")
+    assert "no template 'zero'" in call("suite", tmp_path / "bad.yaml", code=2)
+    assert "no suite 'nothing'" in call("suite", "nothing", code=2)
+    assert "no run with metrics" in call("compare", tmp_path, code=2)
+    assert "no template" in call("params", "nothing", code=2)
+
+
+def test_parameters_are_listed(stub):
+    lines = call("params", stub).splitlines()
+    assert lines == call("run", stub, "--list").splitlines()
+    assert [line.split()[:3] for line in lines] == [["n", "int", "5"], ["name", "str", "'a'"], ["data_root", "str", "(required)"]]
+
+
+def test_suite(stub, tmp_path):
+    file = tmp_path / "s.yaml"
+    file.write_text(f"runs: [{{name: good, template: {stub}, params: {{data_root: x}}}}, {{name: bad, template: {stub}, params: {{data_root: x, n: 9}}}}]")
+    assert call("suite", file, "--out", tmp_path, "--dry-run").split() == ["good", "to", "run", "bad", "to", "run"]
+    assert "error: bad: n is above 5" in (text := call("suite", file, "--out", tmp_path, code=1)) and "good  done" in text
+    assert "good  kept" in call("suite", file, "--out", tmp_path, "--only", "good")
+
+
+def test_doctor(monkeypatch):
+    found = cli.diagnose()
+    assert {"python", "packages", "torch", "torchvision", "devices", "kernel", "free disk"} <= {r[1] for r in found}
+    assert [r for r in found if r[0] == "fail" and r[1] not in ("templates",)] == []
+    broken = [("fail", "torchvision", "operator torchvision::nms does not exist", "a CPU build next to a CUDA build does this")]
+    monkeypatch.setattr(cli, "diagnose", lambda: broken)
+    assert "-> a CPU build next to a CUDA build" in call("doctor", code=1)
