@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'STRENGTHS', 'OUTCOMES', 'NEEDS', 'Result', 'class_sentences', 'zero_shot_classifier', 'zero_shot',
            'linear_probe', 'retrieval', 'rank_captions', 'join_results', 'paired_differences']
 
-# %% ../nbs/44_evaluators.ipynb #6e75e3e5
+# %% ../nbs/44_evaluators.ipynb #8987f331
 import html
 import json
 import warnings
@@ -25,7 +25,7 @@ from torch import Tensor
 from .core import InputError, atomic_path, close_matches, write_json
 from .datasets import Manifest
 from .embeddings import embed
-from .metrics import bootstrap, bootstrap_weights, chance_recall, classification_metrics, interval, rank_metrics, retrieval_ranks
+from .metrics import bootstrap, bootstrap_weights, chance_recall, classification_metrics, interval, label_name, rank_metrics, retrieval_ranks
 from .models import ClipModel
 
 # %% ../nbs/44_evaluators.ipynb #b92f67bb
@@ -104,11 +104,15 @@ def zero_shot_classifier(
     features = clip.encode_texts([s for group in sentences for s in group])
     return F.normalize(torch.stack([part.mean(0) for part in features.split([len(group) for group in sentences])]), dim=-1)
 
-# %% ../nbs/44_evaluators.ipynb #87969274
+# %% ../nbs/44_evaluators.ipynb #837a17f7
+def _named(labels: pd.Series) -> np.ndarray:
+    "Labels as text, None where there is none"
+    return np.array([None if pd.isna(v) else label_name(v) for v in labels], dtype=object)
+
 def _classification(task: str, rows: Manifest, label: str, classes: list[str], scores: np.ndarray, probabilities: np.ndarray,
                     positive: str | None, n_boot: int, seed: int, details: dict) -> Result:
     "Metrics with intervals and predictions of a classification"
-    true = rows[label].to_numpy()
+    true = _named(rows[label])
     weights = bootstrap_weights(_units(rows), n_boot, seed)
     values = classification_metrics(true, scores, classes, positive=positive)
     samples = classification_metrics(true, scores, classes, weights, positive=positive)
@@ -123,7 +127,7 @@ def _classification(task: str, rows: Manifest, label: str, classes: list[str], s
 def _classes(rows: Manifest, label: str, class_names: Sequence[str] | None) -> list[str]:
     "The classes of a label column, in order"
     if label not in rows: raise InputError(f"{rows.dataset}: no label column {label!r}. {close_matches(label, rows.columns)}")
-    classes = list(class_names or sorted(rows[label].dropna().unique()))
+    classes = list(map(label_name, class_names or sorted(rows[label].dropna().unique())))
     if len(classes) < 2: raise InputError(f"{rows.dataset}: column {label!r} has one class only ({classes}); there is nothing to tell apart.")
     return classes
 
@@ -170,7 +174,7 @@ def _folds(y: np.ndarray, units: np.ndarray, seed: int) -> list:
     if fewest < 2: raise InputError("Choosing C needs a validation split, or two groups of every class in the training split.")
     return list(StratifiedGroupKFold(min(5, fewest), shuffle=True, random_state=seed).split(y, y, units))
 
-# %% ../nbs/44_evaluators.ipynb #def22ace
+# %% ../nbs/44_evaluators.ipynb #0ae76d40
 def _choose_strength(x: np.ndarray, y: np.ndarray, held_out: list, Cs: Sequence[float], class_weight: str | None, seed: int) -> dict[float, float]:
     "Mean balanced accuracy of each C over the held-out parts, given as (train x, train y, valid x, valid y)"
     from sklearn.metrics import balanced_accuracy_score
@@ -203,12 +207,12 @@ def linear_probe(
     classes = _classes(train, label, None)
     parts = {name: rows[rows[label].notna()] for name, rows in (("train", train), ("valid", valid), ("test", test)) if rows is not None}
     for name, rows in parts.items():
-        unseen = rows[~rows[label].isin(classes)]
+        unseen = rows[~np.isin(_named(rows[label]).astype(str), classes)]
         if len(unseen): raise InputError(f"{rows.dataset}: {len(unseen)} rows of the {name} split have labels that training has not seen, first row {unseen.index[0]} ({unseen[label].iloc[0]!r}).")
         if not len(rows): raise InputError(f"{train.dataset}: no row of the {name} split has a label in {label!r}.")
     features = {name: embed(clip, rows, cache, batch_size, texts=False).images for name, rows in parts.items()}
     scaler = StandardScaler().fit(features["train"])
-    x, y = {name: scaler.transform(f) for name, f in features.items()}, {name: rows[label].to_numpy(dtype=str) for name, rows in parts.items()}
+    x, y = {name: scaler.transform(f) for name, f in features.items()}, {name: _named(rows[label]).astype(str) for name, rows in parts.items()}
     details = _origin(clip, test, n_boot, seed) | {"method": method, "class_weight": class_weight, "train_rows": len(x["train"]), "C": None}
     if method == "sgd":
         model = SGDClassifier(loss="log_loss", penalty="l2", alpha=1e-3, max_iter=10_000, class_weight=class_weight, random_state=seed).fit(x["train"], y["train"])
@@ -219,9 +223,10 @@ def linear_probe(
         best = max(path, key=path.get)
         model = [m for _, m in _fit_path(x["train"], y["train"], [C for C in Cs if C <= best], class_weight, seed)][-1]
         details |= {"C": best, "C_path": {f"{C:.3g}": score for C, score in path.items()}, "chosen_on": "valid" if valid is not None else "folds of train"}
-    probabilities = model.predict_proba(x["test"])
     order = [list(model.classes_).index(c) for c in classes]
-    return _classification("linear_probe", parts["test"], label, classes, probabilities[:, order], probabilities[:, order], positive, n_boot, seed, details)
+    scores = model.decision_function(x["test"])
+    scores = np.stack([-scores, scores], 1) if scores.ndim == 1 else scores
+    return _classification("linear_probe", parts["test"], label, classes, scores[:, order], model.predict_proba(x["test"])[:, order], positive, n_boot, seed, details)
 
 # %% ../nbs/44_evaluators.ipynb #ab2a42fd
 def retrieval(

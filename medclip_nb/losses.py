@@ -12,12 +12,13 @@ from torch import Tensor
 
 from .core import InputError
 
-# %% ../nbs/30_losses.ipynb #67d74ac9
+# %% ../nbs/30_losses.ipynb #0762bf56
 def clip_loss(
     image_features: Tensor, # (n, d), row i belongs to text i; normalised here
     text_features: Tensor, # (n, d)
     logit_scale: float | Tensor, # Multiplies the cosines (already exponentiated)
     image_weight: float = 0.5, # λ, the share of the image-to-text direction, in [0, 1]
+    text_ids: Tensor | None = None, # (n,) whole numbers, equal where texts are the same; None takes all texts for different
 ) -> Tensor: # Scalar
     "λ·CE(image→text) + (1-λ)·CE(text→image); λ = 0.5 is CLIP's loss. Raises `InputError` for λ outside [0, 1]"
     if not 0 <= image_weight <= 1: raise InputError(f"image_weight must be in [0, 1], got {image_weight}")
@@ -25,4 +26,8 @@ def clip_loss(
         raise InputError(f"image and text features differ in shape: {tuple(image_features.shape)} and {tuple(text_features.shape)}")
     logits = logit_scale * F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).T
     rows, columns = logits.logsumexp(1), logits.logsumexp(0)
-    return (image_weight * rows + (1 - image_weight) * columns - logits.diagonal()).mean()
+    if text_ids is None: right = logits.diagonal()
+    else:
+        same = (text_ids[:, None] == text_ids).to(logits)
+        right = (same / same.sum(1, keepdim=True) * logits).sum(1)
+    return (image_weight * rows + (1 - image_weight) * columns - right).mean()

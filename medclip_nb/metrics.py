@@ -7,7 +7,7 @@ __all__ = ['bootstrap_weights', 'interval', 'label_name', 'label_codes', 'class_
            'per_class_metrics', 'retrieval_ranks', 'weighted_median', 'rank_metrics', 'retrieval_metrics',
            'chance_recall', 'bootstrap']
 
-# %% ../nbs/42_metrics.ipynb #b44d6929
+# %% ../nbs/42_metrics.ipynb #8fc10354
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,17 +15,20 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.sparse import csr_array
-from scipy.stats import hypergeom
 from .core import InputError, close_matches
 
-# %% ../nbs/42_metrics.ipynb #810cea45
+# %% ../nbs/42_metrics.ipynb #0fcb51a0
+def _objects(values: ArrayLike) -> pd.Series:
+    "Labels, ids or groups of any kind as Python objects, missing ones still missing"
+    return pd.Series(values.tolist() if hasattr(values, "tolist") else list(values), dtype=object)
+
 def bootstrap_weights(
     groups: int | ArrayLike, # The group of each row, or the number of rows when each is its own group
     n: int = 1000, # Resamples
     seed: int = 0, # Equal seeds give equal resamples
 ) -> np.ndarray: # (n, rows) uint16, how often each row was drawn; (0, rows) with fewer than two groups
     "Draw whole groups with replacement; a row's weight is the number of times its group was drawn"
-    codes = np.arange(groups) if isinstance(groups, int) else pd.factorize(pd.Series(np.asarray(groups)))[0]
+    codes = np.arange(groups) if isinstance(groups, (int, np.integer)) else pd.factorize(_objects(groups))[0]
     alone = codes < 0
     codes[alone] = codes.max(initial=-1) + 1 + np.arange(alone.sum())
     size = codes.max(initial=-1) + 1
@@ -61,7 +64,7 @@ def _nanmean(values: np.ndarray) -> np.ndarray:
     "Mean of each line without its NaN"
     return _ratio(np.nansum(values, 1), np.isfinite(values).sum(1))
 
-# %% ../nbs/42_metrics.ipynb #b5d1af7d
+# %% ../nbs/42_metrics.ipynb #b0b84dda
 def label_name(
     value: Any, # A label: string, number or boolean
 ) -> str: # How it is printed
@@ -76,7 +79,7 @@ def label_codes(
     "Number the labels; raises `InputError` for one that is no class"
     names = [label_name(c) for c in class_names]
     if len(set(names)) < len(names): raise InputError(f"Class names must differ, got {names}.")
-    labels = pd.Series(np.asarray(labels), dtype=object)
+    labels = _objects(labels)
     codes = pd.Index(names, dtype=object).get_indexer([label_name(x) for x in labels])
     unseen = np.flatnonzero((codes < 0) & labels.notna())
     if len(unseen):
@@ -186,13 +189,14 @@ def per_class_metrics(
         "auroc": [auroc(true == c, against[:, c]) for c in range(len(class_names))],
         "support": support.astype(int)}, index=pd.Index([label_name(c) for c in class_names], name="class"))
 
-# %% ../nbs/42_metrics.ipynb #d139fbd3
+# %% ../nbs/42_metrics.ipynb #f2f8e873
 def _unit(features: ArrayLike, kind: str, dtype: str) -> np.ndarray:
     "Rows of length one; raises `InputError` naming a row that has no direction"
     import torch
     if hasattr(features, "detach"): features = features.detach().cpu().to(getattr(torch, dtype))
     features = np.asarray(features, dtype)
-    if features.ndim != 2 or not features.size: raise InputError(f"{kind} features must be (n, d) and not empty, got shape {features.shape}.")
+    if features.ndim != 2 or not features.size:
+        raise InputError(f"{kind} features must be (n, d) and not empty, got shape {features.shape}.")
     length = np.linalg.norm(features, axis=1, keepdims=True)
     bad = np.flatnonzero(~np.isfinite(length[:, 0]) | (length[:, 0] == 0))
     if len(bad): raise InputError(f"{kind} features, row {bad[0]}: zero or not a number ({len(bad)} such rows).")
@@ -202,9 +206,10 @@ def _pair_codes(image_ids: ArrayLike | None, text_ids: ArrayLike | None, n: int,
     "Ids as numbers that are equal for positives; a missing id pairs with nothing"
     if image_ids is None and text_ids is None and n != m:
         raise InputError(f"{n} images and {m} texts do not pair row by row; say which belong together with image_ids and text_ids.")
-    ids = [np.arange(size) if x is None else np.asarray(x) for x, size in ((image_ids, n), (text_ids, m))]
-    if (len(ids[0]), len(ids[1])) != (n, m): raise InputError(f"{len(ids[0])} image ids and {len(ids[1])} text ids for {n} images and {m} texts.")
-    codes = pd.factorize(pd.Series([*ids[0].tolist(), *ids[1].tolist()], dtype=object))[0]
+    ids = [_objects(range(size) if x is None else x) for x, size in ((image_ids, n), (text_ids, m))]
+    if (len(ids[0]), len(ids[1])) != (n, m):
+        raise InputError(f"{len(ids[0])} image ids and {len(ids[1])} text ids for {n} images and {m} texts.")
+    codes = pd.factorize(pd.concat(ids))[0]
     codes[n:][codes[n:] < 0] = -2
     return codes[:n], codes[n:]
 
@@ -251,7 +256,7 @@ def _count_ahead(images: "torch.Tensor", texts: "torch.Tensor", of_image: "torch
     signs = torch.cat([along for along, _ in counted]), sum(across.double() for _, across in counted)
     return tuple(torch.where(b.isinf(), torch.inf, (s + size) / 2).numpy() for b, s, size in zip(best, signs, (m, n)))
 
-# %% ../nbs/42_metrics.ipynb #98890653
+# %% ../nbs/42_metrics.ipynb #777b9367
 def retrieval_ranks(
     image_features: ArrayLike, # (n, d), any length: normalised here
     text_features: ArrayLike, # (m, d)
@@ -267,7 +272,7 @@ def retrieval_ranks(
         raise InputError(f"Images have {features[0].shape[1]} dimensions and texts {features[1].shape[1]}; they must come from one model.")
     codes = _pair_codes(image_ids, text_ids, *map(len, features))
     order = [np.argsort(c, kind="stable") for c in codes]
-    ahead = _count_ahead(*(torch.from_numpy(f[o]) for f, o in zip(features, order)), *(torch.from_numpy(c[o]) for c, o in zip(codes, order)), chunk)
+    ahead = _count_ahead(*(torch.from_numpy(x[o]) for x, o in zip([*features, *codes], [*order, *order])), chunk)
     for o, a in zip(order, ahead): a[o] = np.where(np.isinf(a), np.nan, 1 + a)
     return ahead
 
@@ -299,7 +304,7 @@ def rank_metrics(
     out = dict(zip(names, means.T)) | {"median_rank": weighted_median(ranks, every), "n": every.sum(1, dtype=float)}
     return out if weights is not None else {k: int(v[0]) if k == "n" else float(v[0]) for k, v in out.items()}
 
-# %% ../nbs/42_metrics.ipynb #c24b3526
+# %% ../nbs/42_metrics.ipynb #e35b5b57
 def retrieval_metrics(
     image_features: ArrayLike, # (n, d), any length: normalised here
     text_features: ArrayLike, # (m, d)
@@ -311,15 +316,17 @@ def retrieval_metrics(
     "Both directions of retrieval: share of queries with a positive in the top k, and ranks of the best positive"
     ranks = retrieval_ranks(image_features, text_features, image_ids, text_ids, chunk)
     if np.isnan(ranks[0]).all(): raise InputError("No image has a text: image_ids and text_ids have no value in common.")
-    return {f"{way}_{name}": value for way, r in zip(("image_to_text", "text_to_image"), ranks) for name, value in rank_metrics(r, ks).items()}
+    ways = zip(("image_to_text", "text_to_image"), ranks)
+    return {f"{way}_{name}": value for way, r in ways for name, value in rank_metrics(r, ks).items()}
 
-# %% ../nbs/42_metrics.ipynb #5be3c449
+# %% ../nbs/42_metrics.ipynb #e6573093
 def chance_recall(
     positives: ArrayLike, # (queries,) how many of the gallery are right answers
     gallery: int, # Entries to choose from
     k: int, # Entries chosen
 ) -> float: # Expected R@k of a random order
     "R@k that guessing reaches"
+    from scipy.stats import hypergeom
     positives = np.asarray(positives)
     return float(np.mean(1 - hypergeom.pmf(0, gallery, positives[positives > 0], min(k, gallery))))
 

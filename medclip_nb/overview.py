@@ -65,7 +65,7 @@ def compare(
     if not rows: raise InputError(f"There is no run with metrics below {reports_dir}. A run writes metrics.json when it is done.")
     return pd.DataFrame(rows)
 
-# %% ../nbs/67_overview.ipynb #07bbda29
+# %% ../nbs/67_overview.ipynb #7c2b54ee
 def headline(
     metrics: Mapping[str, Any], # What `read_metrics` returns
     names: list[str] = [], # Metrics to show, best first; by default those the run names, or else the first three
@@ -75,8 +75,10 @@ def headline(
     names = [n for n in names or metrics.get("details", {}).get("headline", []) if n in found] or list(found)[:3]
     def text(m):
         if m.get("value") is None: return "–"
-        show = lambda v: f"{v:.3f}" if isinstance(v, float) and abs(v) < 1000 else f"{v:g}"
-        return show(m["value"]) + (f" ({show(m['low'])}–{show(m['high'])})" if None not in (m.get("low"), m.get("high")) else "")
+        interval = None not in (m.get("low"), m.get("high"))
+        count = isinstance(m["value"], int) or not interval and m["value"] > 1 and m["value"].is_integer()
+        show = lambda v: f"{v:.0f}" if count else f"{v:.3f}" if abs(v) < 1000 else f"{v:.4g}"
+        return show(m["value"]) + (f" ({show(m['low'])}–{show(m['high'])})" if interval else "")
     return {n: text(found[n]) for n in names}
 
 def first_figure(

@@ -22,22 +22,22 @@ from numpy.random import Generator
 
 from .core import content_hash
 
-# %% ../nbs/13_phantom.ipynb #1f9319c5
+# %% ../nbs/13_phantom.ipynb #230f8d72
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides the pixels and the words; another recipe is another dataset"
     n_studies: tuple[int, int, int] = (200, 33, 33) # Studies in train, valid and test
     seed: int = 0 # Study i draws from the streams (seed, i, ...)
     n_slices: int = 12 # Slices of each study: half axial, a quarter coronal, a quarter sagittal
-    n_findings: tuple[float, ...] = (.28, .28, .22, .14, .08) # Probability of 0, 1, 2, ... findings in a study
+    n_findings: tuple[float, ...] = (.28, .38, .22, .08, .04) # Probability of 0, 1, 2, ... findings in a study
     lesion_share: float = .85 # Share of slices aimed at a focal finding, in studies that have one
-    visible_mm2: float = 35. # A focal finding counts as visible from this area in the slice
+    visible_mm2: float = 110. # A focal finding counts as visible from this area in the slice
     ventricles_mm2: float = 300. # The same for enlarged ventricles
     rotation_deg: float = 6. # Largest rotation of the head about each axis
     scale: tuple[float, float] = (.92, 1.03) # Size of the head along each axis, relative to the template
     warp_mm: float = 2. # Strength of the smooth deformation
     bias: float = .12 # Strength of the shading
-    noise: tuple[float, float] = (.015, .04) # Range of the noise, relative to white
+    noise: tuple[float, float] = (.01, .03) # Range of the noise, relative to white
     version: int = 1 # Counts changes of the code that change the data
 
     @property
@@ -194,7 +194,7 @@ def volume_points() -> np.ndarray: # (3, voxels) mm
     "The voxels of a volume"
     return np.indices(GRID, np.float32).reshape(3, -1)*2 + volume_affine()[:3, 3:].astype(np.float32)
 
-# %% ../nbs/13_phantom.ipynb #bea52213
+# %% ../nbs/13_phantom.ipynb #fce9dd2b
 @dataclass(frozen=True)
 class Layer:
     "A zone of a finding, and the signal it brings to each contrast"
@@ -215,11 +215,11 @@ class Kind:
     layers: tuple[Layer, ...] # In the order in which they are painted
 
 KINDS = {
-    "white-matter lesion": Kind(.30, (7, 18), .20, (Layer(1, .8, "tissue", .95, .42, .86, .92),)),
-    "ring-enhancing mass": Kind(.20, (15, 35), .13, (
+    "white-matter lesion": Kind(.28, (13, 22), .20, (Layer(1, .8, "tissue", .97, .30, .92, .97),)),
+    "ring-enhancing mass": Kind(.20, (18, 38), .13, (
         Layer(1.7, 2.5, "white", .85, .56, .78, .82), Layer(1, .7, "brain", 1, 1.08, .42, .62), Layer(.7, .9, "brain", 1, .24, .92, .36))),
-    "haemorrhage": Kind(.20, (12, 30), .20, (Layer(1.35, 1.2, "tissue", .8, .55, .74, .86), Layer(1, .7, "brain", 1, 1.05, .12, .14))),
-    "infarct": Kind(.20, (25, 50), .16, (Layer(1, 1.2, "tissue", .85, .36, .95, .88),))}
+    "haemorrhage": Kind(.22, (15, 32), .20, (Layer(1.35, 1.2, "tissue", .8, .55, .74, .86), Layer(1, .7, "brain", 1, 1.05, .12, .14))),
+    "infarct": Kind(.20, (28, 52), .16, (Layer(1, 1.2, "tissue", .92, .28, .96, .94),))}
 VENTRICLES, VENTRICLES_WEIGHT = "enlarged ventricles", .10
 
 # %% ../nbs/13_phantom.ipynb #63193149

@@ -26,14 +26,15 @@ from .core import InputError
 from .datasets import Manifest
 from .images import read_image
 
-# %% ../nbs/60_plots.ipynb #d7801d99
+# %% ../nbs/60_plots.ipynb #abfa8341
 PALETTE = sns.color_palette("colorblind")
 RIGHT, WRONG, CHANCE = PALETTE[2], PALETTE[3], "0.45"
 
 def use_style() -> None:
     "Set the look of every figure that follows"
     sns.set_theme(style="whitegrid", palette=PALETTE, rc={
-        "figure.dpi": 100, "savefig.dpi": 100, "figure.constrained_layout.use": True, "font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10,
+        "figure.dpi": 100, "savefig.dpi": 100, "figure.constrained_layout.use": True,
+        "font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10,
         "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9, "legend.frameon": False, "axes.titlelocation": "left",
         "grid.color": "0.9", "axes.edgecolor": "0.6", "svg.hashsalt": "medclip_nb"})
 
@@ -89,7 +90,7 @@ def image_grid(
         ax.set_xlabel(wrapped(row.get(text), int(15 * size), 6), fontsize=8, color="0.2")
     return figure
 
-# %% ../nbs/60_plots.ipynb #a0304a4f
+# %% ../nbs/60_plots.ipynb #22d41724
 def label_counts(
     manifest: Manifest, # Any table with a column for each label
     columns: Sequence[str] = ("label",), # Label columns, one panel each
@@ -97,11 +98,11 @@ def label_counts(
 ) -> Figure:
     "How many rows carry each label, by split"
     columns = [columns] if isinstance(columns, str) else list(columns)
-    splits = sorted(manifest["split"].unique(), key=lambda s: (["train", "valid", "test"] + [s]).index(s)) if "split" in manifest else ["rows"]
-    tables = []
+    split = manifest["split"] if "split" in manifest else pd.Series("rows", index=manifest.index)
+    splits, tables = sorted(split.unique(), key=lambda s: ["train", "valid", "test", s].index(s)), []
     for column in columns:
         values = manifest[column].astype(object).where(manifest[column].notna(), "(missing)").astype(str)
-        table = pd.crosstab(values, manifest["split"] if "split" in manifest else "rows")[splits]
+        table = pd.crosstab(values, split)[splits]
         tables.append(table.loc[table.sum(axis=1).sort_values(ascending=False, kind="stable").index])
     heights = [min(len(t), most) for t in tables]
     figure, axes = _cells(len(columns), 2, 4.6, 0.3 * max(heights) + 1.1 - 4.6)
@@ -161,7 +162,7 @@ def _intervals(ax: Axes, rows: pd.DataFrame, line: str, series: str, names: list
     ax.set(yticks=range(len(names)), yticklabels=[_words(n) for n in names], ylim=(len(names) - 0.5, -0.5))
     ax.grid(False, axis="y")
 
-# %% ../nbs/60_plots.ipynb #3a230cd4
+# %% ../nbs/60_plots.ipynb #285ce031
 def metric_intervals(
     result: Any, # A Result, or a table with name, value, low, high
     chance: float | Mapping[str, float] | None = None, # Level of guessing: for all, or by metric; None takes what the result says
@@ -177,7 +178,8 @@ def metric_intervals(
     doubled = rows["panel"].isin(rows.loc[rows["metric"] == "auroc", "panel"]) & (rows["metric"] == "auroc_macro")
     rows = rows[~doubled]
     panels, names = list(rows.groupby("panel", sort=False)), list(rows["metric"].unique())
-    figure, axes = plt.subplots(1, len(panels), figsize=(1.6 + max(4, 2.4 * len(panels)), 0.33 * len(names) + 1.3), sharex=True, sharey=True, squeeze=False)
+    size = 1.6 + max(4, 2.4 * len(panels)), 1.3 + 0.33 * len(names)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharex=True, sharey=True, squeeze=False)
     for ax, (panel, part) in zip(axes.flat, panels):
         _intervals(ax, part, "metric", "way", names)
         ax.set(title=wrapped(panel, 40), xlim=(-0.02, 1.02), xticks=np.linspace(0, 1, 5), xlabel="value, 95 % interval")
@@ -188,7 +190,7 @@ def metric_intervals(
     if entries[0]: figure.legend(*entries, loc="outside lower center", ncols=len(entries[0]))
     return figure
 
-# %% ../nbs/60_plots.ipynb #17c7e7bc
+# %% ../nbs/60_plots.ipynb #6c5f7090
 def confusion_matrix(
     y_true: Sequence, # True labels; missing ones are left out
     y_pred: Sequence, # Predicted labels
@@ -203,8 +205,8 @@ def confusion_matrix(
     many = len(classes) > 12
     if ax is None: _, ax = plt.subplots(figsize=(2 + 0.5 * len(classes), 1.6 + 0.42 * len(classes)))
     names, below = [wrapped(c, 18, 2) for c in classes], [wrapped(c, 30, 1) for c in classes]
-    sns.heatmap(share, annot=False if many else counts, fmt="d", vmin=0, vmax=1, cmap="Blues", cbar=False, square=True, ax=ax, linewidths=0.5,
-                xticklabels=names, yticklabels=names, annot_kws={"fontsize": 9})
+    sns.heatmap(share, annot=False if many else counts, fmt="d", vmin=0, vmax=1, cmap="Blues", cbar=False, square=True, ax=ax,
+                linewidths=0.5, xticklabels=names, yticklabels=names, annot_kws={"fontsize": 9})
     ax.set_xticklabels(below, rotation=35, ha="right", rotation_mode="anchor")
     ax.tick_params(axis="y", rotation=0)
     ax.set_anchor("N")
@@ -216,12 +218,12 @@ def confusion_matrices(
 ) -> Figure:
     "A confusion matrix for each label"
     sizes = [1.6 + 0.55 * len(r.details["classes"]) for r in results.values()]
-    figure, axes = plt.subplots(1, len(sizes), figsize=(sum(sizes), max(sizes)), squeeze=False, width_ratios=sizes)
+    figure, axes = plt.subplots(1, len(sizes), figsize=(sum(sizes), max(sizes) + 0.3), squeeze=False, width_ratios=sizes)
     for ax, (label, r) in zip(axes.flat, results.items()):
         confusion_matrix(r.predictions["label"], r.predictions["predicted"], r.details["classes"], label, ax)
     return figure
 
-# %% ../nbs/60_plots.ipynb #bd2fc801
+# %% ../nbs/60_plots.ipynb #7558e60c
 def prediction_grid(
     manifest: Manifest, # Knows where the images lie
     predictions: pd.DataFrame, # Of a classification: image, label, predicted, correct, p(class)
@@ -231,7 +233,8 @@ def prediction_grid(
 ) -> Figure:
     "Examples predicted right (upper line) and wrong (lower line), with the probability given to the prediction"
     known = predictions[predictions["correct"].notna()]
-    kinds = [(name, known[known["correct"].astype(bool) == good], colour) for name, good, colour in (("right", True, RIGHT), ("wrong", False, WRONG))]
+    correct = known["correct"].astype(bool)
+    kinds = [("right", known[correct], RIGHT), ("wrong", known[~correct], WRONG)]
     kinds = [(name, rows.sample(min(n, len(rows)), random_state=seed), len(rows), colour) for name, rows, colour in kinds if len(rows)]
     if not kinds: raise InputError("No row has a label, so no prediction is right or wrong.")
     figure, axes = plt.subplots(len(kinds), n, figsize=(1.8 * n, 2.65 * len(kinds)), squeeze=False)
@@ -245,7 +248,7 @@ def prediction_grid(
         line[0].set_title((f"{wrapped(title, 40, 1)}: " if title else "") + f"{name} ({total} in all)", color=colour)
     return figure
 
-# %% ../nbs/60_plots.ipynb #126368a1
+# %% ../nbs/60_plots.ipynb #158e3539
 def retrieval_grid(
     manifest: Manifest, # The rows that were searched
     predictions: pd.DataFrame, # Of a retrieval: row, best_images, best_texts and the two ranks
@@ -258,8 +261,9 @@ def retrieval_grid(
     top = len(queries[0]["best_images"])
     figure = plt.figure(figsize=(1.45 * (top + 1.4), 1.75 * len(queries)))
     grid = figure.add_gridspec(len(queries), top + 1, width_ratios=[1.4, *[1] * top])
-    for line, query in enumerate(by_text): _images_found(figure, grid[line, :].subgridspec(1, top + 1, width_ratios=[1.4, *[1] * top]), manifest, query)
-    for line, query in enumerate(by_image, len(by_text)): _texts_found(figure, grid[line, :].subgridspec(1, 2, width_ratios=[1.4, top]), manifest, query)
+    for line, query in enumerate([*by_text, *by_image]):
+        draw, widths = (_images_found, [1.4, *[1] * top]) if line < len(by_text) else (_texts_found, [1.4, top])
+        draw(figure, grid[line, :].subgridspec(1, len(widths), width_ratios=widths), manifest, query)
     return figure
 
 def _rank(query: Mapping, way: str) -> str:
@@ -289,10 +293,11 @@ def _texts_found(figure: Figure, cells: Any, manifest: Manifest, query: Mapping)
     for place, row in enumerate(query["best_texts"]):
         text = manifest.loc[row, "caption"]
         good = text == query["caption"]
-        ax.text(0, place + 0.5, f"{place + 1}", va="center", fontsize=9, color=RIGHT if good else "0.4", weight="bold" if good else "normal")
-        ax.text(0.03, place + 0.5, wrapped(text, 95, 2), va="center", fontsize=9, color=RIGHT if good else "0.2", weight="bold" if good else "normal")
+        look = dict(va="center", fontsize=8, linespacing=1, color=RIGHT if good else "0.2", weight="bold" if good else "normal")
+        ax.text(0, place + 0.5, f"{place + 1}", **look)
+        ax.text(0.03, place + 0.5, wrapped(text, 105, 2), **look)
 
-# %% ../nbs/60_plots.ipynb #f5e4c45c
+# %% ../nbs/60_plots.ipynb #1a76022d
 def training_curves(
     history: pd.DataFrame, # One row an epoch: epoch, train_loss, valid_..., logit_scale
     best_epoch: int | None = None, # Epoch whose weights were kept
@@ -300,14 +305,17 @@ def training_curves(
 ) -> Figure:
     "Loss, validation metrics and logit scale by epoch"
     shares = [c for c in history if c.startswith("valid_") and c != "valid_loss"]
-    panels = [("Loss", "loss (nats)", [c for c in ("train_loss", "valid_loss") if c in history]), ("Retrieval on validation", "share", shares),
+    panels = [("Loss", "loss (nats)", [c for c in ("train_loss", "valid_loss") if c in history]),
+              ("Retrieval on validation", "share", shares),
               ("Logit scale", "scale", [c for c in ("logit_scale",) if c in history])]
     panels = [p for p in panels if p[2]]
     figure, axes = plt.subplots(1, len(panels), figsize=(3.5 * len(panels), 2.9), squeeze=False)
     for ax, (title, unit, columns) in zip(axes.flat, panels):
         for column in columns: ax.plot(history["epoch"], history[column], marker="o", markersize=3.5, label=_curve(column))
-        if title == "Loss" and batch_size: ax.axhline(math.log(batch_size), color=CHANCE, linestyle="--", linewidth=1.2, label=f"guessing, ln {batch_size}")
-        if best_epoch is not None: ax.axvline(best_epoch, color="0.85", linewidth=5, zorder=0, label=f"kept: epoch {best_epoch}" if title != "Loss" else None)
+        if title == "Loss" and batch_size:
+            ax.axhline(math.log(batch_size), color=CHANCE, linestyle="--", linewidth=1.2, label=f"guessing, ln {batch_size}")
+        if best_epoch is not None:
+            ax.axvline(best_epoch, color="0.85", linewidth=5, zorder=0, label=f"kept: epoch {best_epoch}" if title != "Loss" else None)
         ax.set(title=title, xlabel="epoch", ylabel=unit)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if unit == "share": ax.set_ylim(-0.02, 1.02)
@@ -316,9 +324,10 @@ def training_curves(
 
 def _curve(column: str) -> str:
     "What a column of the history is called in a legend"
-    return {"train_loss": "training", "valid_loss": "validation", "logit_scale": "exp(logit scale)"}.get(column, column.removeprefix("valid_").replace("mrr", "MRR"))
+    named = {"train_loss": "training", "valid_loss": "validation", "logit_scale": "exp(logit scale)", "valid_mrr": "MRR"}
+    return named.get(column, column.removeprefix("valid_"))
 
-# %% ../nbs/60_plots.ipynb #b129d60d
+# %% ../nbs/60_plots.ipynb #cb71699f
 def comparison(
     frame: pd.DataFrame, # One row a run and metric: run, metric, value, low, high; a column task makes panels
 ) -> Figure:
@@ -326,7 +335,8 @@ def comparison(
     if not len(frame): raise InputError("There is no metric to compare.")
     tasks = list(frame.groupby("task", sort=False)) if "task" in frame else [("", frame)]
     heights = [0.5 + part["metric"].nunique() * max(0.32, 0.17 * part["run"].nunique()) for _, part in tasks]
-    figure, axes = plt.subplots(len(tasks), 1, figsize=(7.6, sum(heights) + 0.45 * len(tasks) + 0.3), squeeze=False, height_ratios=heights, sharex=True)
+    size = 7.6, sum(heights) + 0.45 * len(tasks) + 0.3
+    figure, axes = plt.subplots(len(tasks), 1, figsize=size, squeeze=False, height_ratios=heights, sharex=True)
     for ax, (task, part) in zip(axes.flat, tasks):
         _intervals(ax, part, "metric", "run")
         ax.set_title(_words(task))
