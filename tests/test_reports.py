@@ -1,0 +1,66 @@
+"The main job: `make reports` as a stranger runs it, what it must reach, and the reports that are committed"
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ("audit", "zero-shot-untrained", "probe-untrained", "retrieval-untrained", "finetune", "zero-shot-trained", "probe-trained", "retrieval-trained", "compare")
+FILES = {"report.ipynb", "report.html", "metrics.json", "predictions.parquet", "run.json"}
+
+
+def make_reports(out):
+    env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MPLBACKEND", "MAKEFLAGS", "MAKELEVEL")}
+    return subprocess.run(["make", "reports", f"OUT={out}"], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "A fresh `make reports`"
+    out = tmp_path_factory.mktemp("reports")
+    done = make_reports(out)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return out / "starter"
+
+
+@pytest.fixture(params=["made", "committed"])
+def reports(request):
+    return request.getfixturevalue("made") if request.param == "made" else ROOT / "reports" / "starter"
+
+
+def metric(reports, run, name):
+    return json.loads((reports / run / "metrics.json").read_text())["metrics"][name]
+
+
+def test_every_run_is_whole(reports):
+    for run in RUNS:
+        assert FILES <= {p.name for p in (reports / run).iterdir()}, run
+        for file in ("report.ipynb", "report.html", "metrics.json"):
+            text = (reports / run / file).read_text()
+            assert not re.search(r"(?<![\w.:/])/(home|root|tmp|work|Users|builds)/", text), f"{run}/{file} names a place on one machine"
+    index = (reports / "index.html").read_text()
+    for run in RUNS: assert f'href="{run}/report.html"' in index
+    assert "<script" not in index and "not for clinical use" in index.lower()
+
+
+def test_untrained_model_is_at_chance(reports):
+    for label, chance in (("side", 1 / 2), ("lesion", 1 / 2), ("finding", 1 / 6)):
+        found = metric(reports, "zero-shot-untrained", f"{label}/balanced_accuracy")
+        assert found["low"] <= chance <= found["high"], (label, found)
+
+
+def test_trained_model_reaches_its_goals(reports):
+    assert metric(reports, "probe-trained", "side/accuracy")["value"] >= 0.95
+    assert metric(reports, "probe-trained", "lesion/auroc")["value"] >= 0.90
+    assert metric(reports, "retrieval-trained", "image_to_text_R@10")["value"] >= 0.50
+    assert metric(reports, "retrieval-trained", "text_to_image_R@10")["value"] >= 0.50
+
+
+def test_second_call_has_nothing_to_do(made):
+    before = {p: p.stat().st_mtime_ns for p in made.rglob("report.ipynb")}
+    done = make_reports(made.parent)
+    assert done.returncode == 0, done.stderr
+    assert {p: p.stat().st_mtime_ns for p in made.rglob("report.ipynb")} == before

@@ -1,0 +1,84 @@
+"The experiment templates, on a user's own CSV and on bad input, through the installed command"
+import json
+import os
+import subprocess
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+FINETUNE = ["-p", "epochs=2", "-p", "batch_size=16", "-p", "lr=1e-3"]
+
+
+def command_line(command, *args, code=0):
+    done = subprocess.run([command, *map(str, args)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    "Sixteen patients with four pictures each: bright or dark squares, on the left or on the right; no split"
+    folder, rng, rows = tmp_path_factory.mktemp("own data"), np.random.default_rng(0), []
+    (folder / "images").mkdir()
+    for i in range(64):
+        bright, right = i // 4 % 2, i % 2
+        pixels = rng.normal(80, 5, (64, 72))
+        pixels[20:44, 36 * right + 6:36 * right + 30] += [-60, 120][bright]
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"images/{i:03d}.png")
+        rows.append({"image": f"images/{i:03d}.png", "label": ["dark", "bright"][bright], "group": f"patient {i // 4}",
+                     "caption": f"A {['dark', 'bright'][bright]} square <b>{i}</b> on the {['left', 'right'][right]}, $5 & more"})
+    pd.DataFrame(rows).to_csv(folder / "table.csv", index=False)
+    return folder / "table.csv"
+
+
+@pytest.mark.parametrize("template, metric, extra", [
+    ("linear_probe", "accuracy", []), ("zero_shot", "balanced_accuracy", []), ("retrieval", "image_to_text_R@1", []),
+    ("finetune", "text_to_image_R@10", FINETUNE),
+    ("data_audit", "rows", [])])
+def test_own_csv_without_code(command, table, tmp_path, template, metric, extra):
+    command_line(command, "run", template, "-p", "dataset=csv", "-p", f"data_root={table}", "-p", "device=cpu", *extra, "--out", tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert np.isfinite(found["metrics"][metric]["value"])
+    assert "made by group" in found["details"]["split_source"]
+    assert {"report.ipynb", "report.html", "predictions.parquet", "run.json"} <= {p.name for p in (tmp_path / "run").iterdir()}
+    assert "<b>" not in (tmp_path / "run" / "report.html").read_text().replace("<b></b>", "")
+    if template == "linear_probe": assert found["metrics"]["accuracy"]["value"] > 0.9
+    if template == "finetune": assert (tmp_path / "run" / "checkpoint" / "open_clip_model.safetensors").is_file()
+
+
+def test_two_runs_are_the_same_bytes(command, table, tmp_path):
+    for name in "ab":
+        command_line(command, "run", "finetune", "-p", "dataset=csv", "-p", f"data_root={table}", "-p", "device=cpu", *FINETUNE, "--out", tmp_path / name)
+    for name in ("report.ipynb", "metrics.json", "predictions.parquet", "history.jsonl"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("fault, template, message", [
+    ("no label column", "linear_probe", "no column 'label'"),
+    ("missing image", "zero_shot", "no such file"),
+    ("unreadable image", "linear_probe", "not an image that can be read"),
+    ("empty caption", "retrieval", "the caption is empty"),
+    ("one class", "linear_probe", "one class only"),
+    ("unknown model", "zero_shot", "Did you mean 'ViT-B-32'"),
+    ("unknown parameter", "zero_shot", "Did you mean"),
+    ("no table", "zero_shot", "no such file or folder")])
+def test_bad_input_is_one_message(command, table, tmp_path, fault, template, message):
+    rows, extra, root = pd.read_csv(table), [], tmp_path / "bad.csv"
+    rows["image"] = [str(table.parent / image) for image in rows["image"]]
+    if fault == "no label column": rows = rows.drop(columns="label")
+    if fault == "missing image": rows.loc[3, "image"] = "nowhere.png"
+    if fault == "unreadable image":
+        (tmp_path / "junk.png").write_bytes(b"junk")
+        rows.loc[3, "image"] = "junk.png"
+    if fault == "empty caption": rows.loc[3, "caption"] = "  "
+    if fault == "one class": rows["label"] = "same"
+    if fault == "unknown model": extra = ["-p", "model=ViT-B32"]
+    if fault == "unknown parameter": extra = ["-p", "templats=x"]
+    rows.to_csv(root, index=False)
+    if fault == "no table": root = tmp_path / "nothing.csv"
+    said = command_line(command, "run", template, "-p", "dataset=csv", "-p", f"data_root={root}", *extra, "--out", tmp_path / "out", code=2)
+    assert message in said
+    assert not (tmp_path / "out").exists()
