@@ -28,7 +28,7 @@ from .embeddings import embed
 from .metrics import bootstrap, bootstrap_weights, chance_recall, classification_metrics, interval, label_name, rank_metrics, retrieval_ranks
 from .models import ClipModel
 
-# %% ../nbs/44_evaluators.ipynb #b92f67bb
+# %% ../nbs/44_evaluators.ipynb #04867268
 SCHEMA = 1
 
 @dataclass
@@ -64,7 +64,7 @@ class Result:
     def _repr_html_(self) -> str:
         show = lambda v: "–" if pd.isna(v) else f"{v:.3f}" if abs(v) < 100 else f"{v:.0f}"
         rows = [f"<tr><th style='text-align:left'>{html.escape(r['name'].replace('_', ' '))}</th><td>{show(r['value'])}</td>"
-                f"<td>{show(r['low'])} to {show(r['high'])}</td><td>{r['n']:.0f}</td></tr>" for r in self.metrics.to_dict("records")]
+                f"<td>{'–' if pd.isna(r['low']) else show(r['low']) + ' to ' + show(r['high'])}</td><td>{r['n']:.0f}</td></tr>" for r in self.metrics.to_dict("records")]
         return "<table><thead><tr><th></th><th>value</th><th>95 % interval</th><th>n</th></tr></thead><tbody>" + "".join(rows) + "</tbody></table>"
 
 # %% ../nbs/44_evaluators.ipynb #758f53c5
@@ -283,7 +283,7 @@ def rank_captions(
     metrics = pd.DataFrame([("best_cosine", float(cosine.max()), np.nan, np.nan, len(texts))], columns=["name", "value", "low", "high", "n"])
     return Result("rank_captions", metrics, table, {"model": clip.spec, "weights": clip.weights_hash()})
 
-# %% ../nbs/44_evaluators.ipynb #9037a582
+# %% ../nbs/44_evaluators.ipynb #196de252
 def join_results(
     results: Mapping[str, Result], # Label column -> its result
 ) -> Result: # Metrics named `label/metric`, predictions with a column `task_label`
@@ -295,7 +295,7 @@ def join_results(
     parts = list(results.items())
     shared = {k: v for k, v in parts[0][1].details.items() if k not in own}
     details = shared | {"labels": {label: {k: r.details[k] for k in own if k in r.details} for label, r in parts}}
-    details["headline"] = [f"{label}/{'auroc' if len(r.details['classes']) == 2 else 'balanced_accuracy'}" for label, r in parts]
+    details["headline"] = [f"{label}/{name}" for label, r in parts for name in ("balanced_accuracy", "auroc") if name in set(r.metrics["name"])]
     return Result(parts[0][1].task, metrics, predictions, details)
 
 # %% ../nbs/44_evaluators.ipynb #a65e4c19
