@@ -72,10 +72,10 @@ class StarterTrunk(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.forward_head(self.forward_features(x))
 
-# %% ../nbs/20_models.ipynb #4f77e547
+# %% ../nbs/20_models.ipynb #7232b0a0
 @register_model
 def medclip_starter(pretrained: bool = False, **kwargs) -> StarterTrunk:
-    "The starter image tower, 0.6 M parameters; timm's further options do not apply to it"
+    "The starter image tower, 0.4 M parameters; timm's further options do not apply to it"
     return StarterTrunk()
 
 STARTER = {
