@@ -32,8 +32,8 @@ test: setup  ## Modules in step, notebooks clean, README current, library notebo
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --path nbs
 	@$(BIN)/python -m pytest
 
-lab: setup  ## Open the repository in JupyterLab
-	@$(BIN)/jupyter lab --ServerApp.root_dir=.
+lab: setup  ## Open the repository in JupyterLab (LAB="--no-browser --port 9999" passes options on)
+	@$(BIN)/jupyter lab --ServerApp.root_dir=. $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
 
 bench: setup  ## Run every benchmark
 	@set -e; for f in benchmarks/*.py; do echo "== $$f"; $(BIN)/python $$f; done
