@@ -6,7 +6,7 @@
 __all__ = ['WORDS', 'SUITE_KEYS', 'RUN_KEYS', 'NAME', 'REFERENCE', 'SuiteRun', 'Suite', 'find_suite', 'load_suite', 'up_to_date',
            'plan_suite', 'run_suite', 'summary']
 
-# %% ../nbs/70_experiments.ipynb #c83fb113
+# %% ../nbs/70_experiments.ipynb #ac413fdc
 import itertools
 import re
 import time
@@ -20,7 +20,7 @@ from .overview import compare, read_json, write_index
 from .parameters import check_parameters, find_template, template_folder, template_parameters, templates
 from .runs import RunError, RunRecord, input_identities, is_complete, result_hash, run, run_key
 
-# %% ../nbs/70_experiments.ipynb #c21856ac
+# %% ../nbs/70_experiments.ipynb #cefc5e2f
 @dataclass
 class SuiteRun:
     "One run of a suite"
@@ -41,7 +41,7 @@ class Suite:
     license: str # Of the data, where the runs do not say
     runs: list[SuiteRun] # In the order of the file
 
-# %% ../nbs/70_experiments.ipynb #ef6b24d6
+# %% ../nbs/70_experiments.ipynb #5369c8f6
 def find_suite(
     path: str | Path, # A YAML file, or the name of a suite that comes with the package
 ) -> Path: # An existing file
@@ -61,7 +61,7 @@ def _keys(found: Any, allowed: Mapping[str, type | tuple], where: str) -> dict[s
         if not isinstance(v, allowed[k]): raise InputError(f"{where}: {k!r} cannot be {type(v).__name__}; it is a {WORDS[allowed[k]]}.")
     return found
 
-# %% ../nbs/70_experiments.ipynb #57edc0ad
+# %% ../nbs/70_experiments.ipynb #9b9afa9f
 SUITE_KEYS = {"name": str, "title": str, "description": str, "license": str, "defaults": dict, "runs": list}
 RUN_KEYS = {"name": str, "template": str, "params": dict, "matrix": dict, "headline": list, "timeout": (int, float)}
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -80,7 +80,7 @@ def _expand(entry: dict[str, Any], where: str) -> list[SuiteRun]:
         runs.append(SuiteRun(name, entry["template"], params, entry.get("headline", []), entry.get("timeout")))
     return runs
 
-# %% ../nbs/70_experiments.ipynb #ce0ffe09
+# %% ../nbs/70_experiments.ipynb #040523d4
 REFERENCE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
 def _references(run: SuiteRun) -> set[str]:
@@ -110,7 +110,7 @@ def _ordered(runs: list[SuiteRun]) -> list[SuiteRun]:
         done.append(ready)
     return done
 
-# %% ../nbs/70_experiments.ipynb #aec1b711
+# %% ../nbs/70_experiments.ipynb #031a63b8
 def _apply_defaults(runs: list[SuiteRun], defaults: Mapping[str, Any]) -> None:
     "Give each run the defaults that its template has; one that none has is a mistake"
     known = {r.template: set(template_parameters(r.template)) - {"out_dir"} for r in runs}
@@ -145,7 +145,7 @@ def load_suite(
     if problems: raise InputError("\n".join([f"{path} cannot be run:", *problems]))
     return Suite(name, found.get("title", name), found.get("description", ""), found.get("license", ""), _ordered(runs))
 
-# %% ../nbs/70_experiments.ipynb #1a473521
+# %% ../nbs/70_experiments.ipynb #c4af1027
 def _fill(text: str, folder: Path) -> str:
     "A text with the folders of runs in the place of names in braces"
     def put(m):
@@ -162,7 +162,7 @@ def _builds_on(run: SuiteRun, folder: Path) -> dict[str, str]:
     "What the products of earlier runs are now"
     return {n: result_hash(folder/n) if (folder/n/"run.json").exists() else "absent" for n in sorted(run.needs | run.after)}
 
-# %% ../nbs/70_experiments.ipynb #70a6a733
+# %% ../nbs/70_experiments.ipynb #9e5272e7
 def up_to_date(
     run: SuiteRun, # From `load_suite`
     folder: str | Path, # The folder of the suite
@@ -181,7 +181,7 @@ def _execute(r: SuiteRun, folder: Path, bad: set[str], force: bool, timeout: flo
                    builds_on=_builds_on(r, folder), replace={str(folder): ".."})
     except (InputError, RunError) as e: return RunRecord(r.name, path, "failed", time.monotonic() - start, str(e))
 
-# %% ../nbs/70_experiments.ipynb #d5533520
+# %% ../nbs/70_experiments.ipynb #ce8c078e
 def _select(suite: Suite, only: Iterable[str]) -> set[str]:
     "The runs asked for and those that they build on"
     runs, todo, chosen = {r.name: r for r in suite.runs}, list(only), set()
@@ -202,7 +202,7 @@ def _write_state(suite: Suite, folder: Path, records: Mapping[str, RunRecord]) -
     write_json(folder/"suite.json", {"schema": 1, "name": suite.name, "title": suite.title, "description": suite.description,
                                      "license": suite.license, "runs": [entry(r) for r in suite.runs]})
 
-# %% ../nbs/70_experiments.ipynb #b466029e
+# %% ../nbs/70_experiments.ipynb #b623c3c3
 def _chosen(suite: Suite, only: Iterable[str] | None) -> list[SuiteRun]:
     "All runs, or those asked for and what they build on"
     names = _select(suite, only) if only else {r.name for r in suite.runs}
@@ -222,7 +222,7 @@ def plan_suite(
         records.append(RunRecord(r.name, folder/r.name, "kept" if kept else "to run"))
     return records
 
-# %% ../nbs/70_experiments.ipynb #0662320f
+# %% ../nbs/70_experiments.ipynb #56bac84d
 def run_suite(
     path: str | Path, # A YAML file, or the name of a suite of the package
     out_dir: str | Path = "reports", # The suite's folder is made in it
@@ -244,7 +244,7 @@ def run_suite(
     if made or state.read_bytes() != before or not (folder/"index.html").exists(): write_index(folder)
     return list(records.values())
 
-# %% ../nbs/70_experiments.ipynb #992acf32
+# %% ../nbs/70_experiments.ipynb #0e9e9168
 def summary(
     records: Iterable[RunRecord], # What `run_suite` returns
 ) -> str: # One line a run
