@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'Finding', 'parse_parameters', 'run', 'suite', 'compare', 'params', 'diagnose', 'doctor']
 
-# %% ../nbs/80_cli.ipynb #959a3d95
+# %% ../nbs/80_cli.ipynb #5f659b94
 import os
 import shutil
 import sys
@@ -17,8 +17,9 @@ from typer.core import TyperGroup
 
 from . import __version__
 from .core import InputError
+from .data_commands import data
 
-# %% ../nbs/80_cli.ipynb #952ef162
+# %% ../nbs/80_cli.ipynb #82a850b0
 class _Group(TyperGroup):
     "Turns errors meant for the user into a message and an exit code"
     def invoke(self, ctx: Any) -> Any:
@@ -34,7 +35,7 @@ class _Group(TyperGroup):
 app = typer.Typer(cls=_Group, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True,
                   help="Experiments on medical images and text, as executed notebooks. Research only, not for clinical use.")
 
-# %% ../nbs/80_cli.ipynb #893545e9
+# %% ../nbs/80_cli.ipynb #4bc9876a
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"medclip-nb {__version__}")
@@ -45,7 +46,9 @@ def _main(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")] = False,
 ) -> None: pass
 
-# %% ../nbs/80_cli.ipynb #84acccd5
+app.add_typer(data, name="data")
+
+# %% ../nbs/80_cli.ipynb #677d76ce
 def parse_parameters(
     pairs: list[str], # 'name=value' each
     file: Path | None = None, # YAML with more of them
@@ -63,7 +66,7 @@ def parse_parameters(
         found[name.strip()] = value
     return found
 
-# %% ../nbs/80_cli.ipynb #ba9651ec
+# %% ../nbs/80_cli.ipynb #f8ad7764
 @app.command()
 def run(
     template: Annotated[str, typer.Argument(help="Name of a template, or a path to an .ipynb.")],
@@ -82,7 +85,7 @@ def run(
     for name, value in record.headline.items(): typer.echo(f"{name}  {value}")
     typer.echo(f"report: {record.path/'report.html'}")
 
-# %% ../nbs/80_cli.ipynb #c537924c
+# %% ../nbs/80_cli.ipynb #680c2067
 @app.command()
 def suite(
     file: Annotated[str, typer.Argument(help="YAML file, or the name of a suite such as starter.")],
@@ -104,7 +107,7 @@ def suite(
     for r in failed: typer.echo(f"\nerror: {r.name}: {r.message}", err=True)
     if failed: raise typer.Exit(1)
 
-# %% ../nbs/80_cli.ipynb #19a8dfff
+# %% ../nbs/80_cli.ipynb #0fbbf8a5
 @app.command()
 def compare(
     folder: Annotated[Path, typer.Argument(help="Folder of run folders, at any depth.")],
@@ -130,7 +133,7 @@ def params(
     widths = [min(40, max((len(r[i]) for r in rows), default=0)) for i in range(3)]
     for r in rows: typer.echo("  ".join([*(f"{r[i]:<{widths[i]}}" for i in range(3)), r[3]]).rstrip())
 
-# %% ../nbs/80_cli.ipynb #e81fcd97
+# %% ../nbs/80_cli.ipynb #a5d20f06
 Finding = tuple[str, str, str, str] # State (ok, warn, fail), what, what was found, remedy
 
 def _check_torch() -> list[Finding]:
@@ -151,7 +154,7 @@ def _check_torch() -> list[Finding]:
     devices = [*cuda, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
     return rows + [("ok", "devices", ", ".join(devices), ""), ("ok", "threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores", "")]
 
-# %% ../nbs/80_cli.ipynb #47cb9661
+# %% ../nbs/80_cli.ipynb #1117cd26
 def _check_packages() -> list[Finding]:
     "Python, and every package that this one requires"
     from importlib.metadata import PackageNotFoundError, requires, version
@@ -168,7 +171,7 @@ def _check_packages() -> list[Finding]:
             bad.append(("fail", r.name, found or "missing", f"pip install '{r}'"))
     return [*rows, *bad, ("ok" if not bad else "warn", "packages", f"{len(needed) - len(bad)} of {len(needed)} as required", "")]
 
-# %% ../nbs/80_cli.ipynb #c8724bc9
+# %% ../nbs/80_cli.ipynb #312386e9
 def _check_import(name: str) -> list[Finding]:
     "Whether a package can be imported"
     import importlib
@@ -191,7 +194,7 @@ def _check_place() -> list[Finding]:
     found = ("ok", "templates", ", ".join(names), "") if names else ("fail", "templates", f"none in {template_folder()}", "install the package again")
     return [found, ("ok" if free > 5 else "warn", "free disk", f"{free:.0f} GB", "" if free > 5 else "features and checkpoints want a few GB")]
 
-# %% ../nbs/80_cli.ipynb #a856040d
+# %% ../nbs/80_cli.ipynb #2e91edb0
 def diagnose() -> list[Finding]: # State, what, what was found, remedy
     "Look for the usual troubles of an installation"
     checks = (_check_packages, _check_torch, lambda: _check_import("open_clip"), _check_kernel, _check_place)
