@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FeatureCache', 'Embeddings', 'embed']
 
-# %% ../nbs/40_embeddings.ipynb #890189b0
+# %% ../nbs/40_embeddings.ipynb #9ade8533
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from .datasets import Manifest
 from .images import ImageDataset
 from .models import ClipModel
 
-# %% ../nbs/40_embeddings.ipynb #e60c821a
+# %% ../nbs/40_embeddings.ipynb #eed4cc8c
 class FeatureCache:
     "Features by content key, in a folder of shards; with no folder, it remembers nothing"
 
@@ -57,7 +57,7 @@ class FeatureCache:
             known.update(zip(fresh, features))
         return np.stack([known[key] for key in keys])
 
-# %% ../nbs/40_embeddings.ipynb #49f991c8
+# %% ../nbs/40_embeddings.ipynb #b49004f4
 @dataclass
 class Embeddings:
     "Unit-norm features in the row order of a manifest"
@@ -66,9 +66,9 @@ class Embeddings:
 
     def __len__(self) -> int: return len(self.images if self.images is not None else self.texts)
 
-def _image_features(clip: ClipModel, paths: list[Path], batch_size: int, num_workers: int) -> Callable:
+def _image_features(clip: ClipModel, paths: list[Path], read: dict, batch_size: int, num_workers: int) -> Callable:
     "A function that encodes the images at given positions"
-    data = ImageDataset(paths, clip.preprocess)
+    data = ImageDataset(paths, clip.preprocess, **read)
     def compute(positions: list[int]) -> np.ndarray:
         batches = DataLoader(Subset(data, positions), batch_size, num_workers=num_workers)
         return torch.cat([clip.encode_images(batch) for batch in progress(batches, desc="encoding images", unit="batch")]).numpy()
@@ -85,7 +85,7 @@ def _text_features(clip: ClipModel, texts: list[str], batch_size: int) -> Callab
         return features
     return compute
 
-# %% ../nbs/40_embeddings.ipynb #3cd3166e
+# %% ../nbs/40_embeddings.ipynb #7c66f92c
 def embed(
     clip: ClipModel, # The model that encodes
     manifest: Manifest, # Rows to encode: the column 'image', and 'caption' where there is one
@@ -101,7 +101,7 @@ def embed(
     if "image" in manifest:
         paths = manifest.paths()
         keys = [file_hash(path) for path in paths] if cache else [str(path) for path in paths]
-        images = FeatureCache(where("images")).fill(keys, _image_features(clip, paths, batch_size, num_workers))
+        images = FeatureCache(where("images" if not manifest.read else f"images-{content_hash(manifest.read)}")).fill(keys, _image_features(clip, paths, manifest.read, batch_size, num_workers))
     if texts and "caption" in manifest:
         words = [str(caption) for caption in manifest["caption"]]
         captions = FeatureCache(where("texts")).fill(words, _text_features(clip, words, batch_size))

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PALETTE', 'RIGHT', 'WRONG', 'CHANCE', 'SPELLED', 'use_style', 'wrapped', 'image_grid', 'label_counts',
            'caption_lengths', 'metric_intervals', 'confusion_matrix', 'confusion_matrices', 'prediction_grid',
-           'retrieval_grid', 'training_curves', 'comparison']
+           'retrieval_grid', 'training_curves', 'comparison', 'example_grid', 'file_overview', 'group_sizes',
+           'leak_pairs', 'item_counts']
 
-# %% ../nbs/60_plots.ipynb #78f14183
+# %% ../nbs/60_plots.ipynb #7cca7df7
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -26,19 +27,20 @@ from .core import InputError
 from .datasets import Manifest
 from .images import read_image
 
-# %% ../nbs/60_plots.ipynb #abfa8341
+# %% ../nbs/60_plots.ipynb #e0ca9357
 PALETTE = sns.color_palette("colorblind")
 RIGHT, WRONG, CHANCE = PALETTE[2], PALETTE[3], "0.45"
 
 def use_style() -> None:
-    "Set the look of every figure that follows"
+    "Set the look of every figure and table that follows: texts up to 240 characters, dollars no formulas"
+    pd.set_option("display.max_colwidth", 240, "display.html.use_mathjax", False)
     sns.set_theme(style="whitegrid", palette=PALETTE, rc={
         "figure.dpi": 100, "savefig.dpi": 100, "figure.constrained_layout.use": True,
         "font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10,
         "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9, "legend.frameon": False, "axes.titlelocation": "left",
         "grid.color": "0.9", "axes.edgecolor": "0.6", "svg.hashsalt": "medclip_nb"})
 
-# %% ../nbs/60_plots.ipynb #3df1e783
+# %% ../nbs/60_plots.ipynb #9f43404a
 def wrapped(
     text: Any, # What to write; a missing value gives an empty text
     width: int = 28, # Characters a line
@@ -57,10 +59,10 @@ def _words(name: str) -> str:
     for code, text in SPELLED.items(): name = str(name).replace(code, text)
     return wrapped(name, 60)
 
-# %% ../nbs/60_plots.ipynb #d0fca9b0
+# %% ../nbs/60_plots.ipynb #ca0cc53a
 def _show(ax: Axes, manifest: Manifest, image: str, frame: Any = None) -> None:
     "One image without axes, framed in a colour where one is given"
-    ax.imshow(read_image(Path(manifest.root, image)))
+    ax.imshow(read_image(Path(manifest.root, image), **manifest.read))
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
     for spine in ax.spines.values(): spine.set(visible=frame is not None, color=frame, linewidth=3)
@@ -73,7 +75,7 @@ def _cells(n: int, columns: int, size: float, below: float) -> tuple[Figure, np.
     for ax in axes.flat[n:]: ax.set_visible(False)
     return figure, axes.flat[:n]
 
-# %% ../nbs/60_plots.ipynb #a3544d60
+# %% ../nbs/60_plots.ipynb #1b16c2d2
 def image_grid(
     manifest: Manifest, # Rows to show, from the first
     n: int = 8, # Most images
@@ -90,7 +92,7 @@ def image_grid(
         ax.set_xlabel(wrapped(row.get(text), int(15 * size), 6), fontsize=8, color="0.2")
     return figure
 
-# %% ../nbs/60_plots.ipynb #22d41724
+# %% ../nbs/60_plots.ipynb #12a092eb
 def label_counts(
     manifest: Manifest, # Any table with a column for each label
     columns: Sequence[str] = ("label",), # Label columns, one panel each
@@ -122,7 +124,7 @@ def _bars(ax: Axes, table: pd.DataFrame, column: str, left_out: int) -> None:
     ax.invert_yaxis()
     ax.grid(False, axis="y")
 
-# %% ../nbs/60_plots.ipynb #23d7cc3f
+# %% ../nbs/60_plots.ipynb #2c0c8474
 def caption_lengths(
     lengths: Sequence[int], # Tokens of each caption, or any other measure
     context: int | None = None, # Longest text that the model reads; None draws no line
@@ -138,7 +140,7 @@ def caption_lengths(
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
-# %% ../nbs/60_plots.ipynb #5ac1e8d0
+# %% ../nbs/60_plots.ipynb #f0aba057
 def _chance(result: Any) -> dict[str, float]:
     "What guessing reaches, by metric, as far as a result says"
     details = getattr(result, "details", {})
@@ -162,7 +164,7 @@ def _intervals(ax: Axes, rows: pd.DataFrame, line: str, series: str, names: list
     ax.set(yticks=range(len(names)), yticklabels=[_words(n) for n in names], ylim=(len(names) - 0.5, -0.5))
     ax.grid(False, axis="y")
 
-# %% ../nbs/60_plots.ipynb #285ce031
+# %% ../nbs/60_plots.ipynb #749c8388
 def metric_intervals(
     result: Any, # A Result, or a table with name, value, low, high
     chance: float | Mapping[str, float] | None = None, # Level of guessing: for all, or by metric; None takes what the result says
@@ -190,7 +192,7 @@ def metric_intervals(
     if entries[0]: figure.legend(*entries, loc="outside lower center", ncols=len(entries[0]))
     return figure
 
-# %% ../nbs/60_plots.ipynb #6c5f7090
+# %% ../nbs/60_plots.ipynb #21444280
 def confusion_matrix(
     y_true: Sequence, # True labels; missing ones are left out
     y_pred: Sequence, # Predicted labels
@@ -223,7 +225,7 @@ def confusion_matrices(
         confusion_matrix(r.predictions["label"], r.predictions["predicted"], r.details["classes"], label, ax)
     return figure
 
-# %% ../nbs/60_plots.ipynb #7558e60c
+# %% ../nbs/60_plots.ipynb #0013a4cc
 def prediction_grid(
     manifest: Manifest, # Knows where the images lie
     predictions: pd.DataFrame, # Of a classification: image, label, predicted, correct, p(class)
@@ -248,7 +250,7 @@ def prediction_grid(
         line[0].set_title((f"{wrapped(title, 40, 1)}: " if title else "") + f"{name} ({total} in all)", color=colour)
     return figure
 
-# %% ../nbs/60_plots.ipynb #158e3539
+# %% ../nbs/60_plots.ipynb #19435111
 def retrieval_grid(
     manifest: Manifest, # The rows that were searched
     predictions: pd.DataFrame, # Of a retrieval: row, best_images, best_texts and the two ranks
@@ -297,7 +299,7 @@ def _texts_found(figure: Figure, cells: Any, manifest: Manifest, query: Mapping)
         ax.text(0, place + 0.5, f"{place + 1}", **look)
         ax.text(0.03, place + 0.5, wrapped(text, 105, 2), **look)
 
-# %% ../nbs/60_plots.ipynb #1a76022d
+# %% ../nbs/60_plots.ipynb #158b4894
 def training_curves(
     history: pd.DataFrame, # One row an epoch: epoch, train_loss, valid_..., logit_scale
     best_epoch: int | None = None, # Epoch whose weights were kept
@@ -327,7 +329,7 @@ def _curve(column: str) -> str:
     named = {"train_loss": "training", "valid_loss": "validation", "logit_scale": "exp(logit scale)", "valid_mrr": "MRR"}
     return named.get(column, column.removeprefix("valid_"))
 
-# %% ../nbs/60_plots.ipynb #cb71699f
+# %% ../nbs/60_plots.ipynb #73014d45
 def comparison(
     frame: pd.DataFrame, # One row a run and metric: run, metric, value, low, high; a column task makes panels
 ) -> Figure:
@@ -345,3 +347,96 @@ def comparison(
     if 0 <= low and high <= 1: axes.flat[0].set_xlim(-0.02, 1.02)
     axes.flat[-1].set_xlabel("value, 95 % interval")
     return figure
+
+# %% ../nbs/60_plots.ipynb #8363e1df
+def _pictures(manifest: Manifest, n: int) -> list[tuple[str, str]]:
+    "Path and text of up to n pictures; of a study, its first four series"
+    if "image" in manifest: return [(row["image"], row.get("caption")) for row in manifest.head(n).to_dict("records")]
+    found = [(path, f"row {row}: {name}") for row, series in manifest["series"].items() for name, path in list(series.items())[:4]]
+    return found[:n]
+
+def _try_show(ax: Axes, manifest: Manifest, path: Any) -> None:
+    "A picture, or in its place the reason why there is none"
+    try: _show(ax, manifest, path)
+    except (InputError, TypeError) as error:
+        said = str(error).removeprefix(str(Path(manifest.root, str(path)))).lstrip(": ")
+        ax.set(xticks=[], yticks=[], facecolor="0.95")
+        ax.grid(False)
+        ax.text(0.5, 0.5, wrapped(said, 22, 6), ha="center", va="center", fontsize=8, color=WRONG, transform=ax.transAxes)
+
+def example_grid(
+    manifest: Manifest, # With images or series; rows to show, from the first
+    n: int = 8, # Most pictures
+    columns: int = 4, # Pictures a line
+    size: float = 1.9, # Width of a picture, inches
+) -> Figure:
+    "Pictures of images or studies, whatever state they are in"
+    pictures = _pictures(manifest, n)
+    if not pictures: raise InputError("There is no row to show.")
+    figure, axes = _cells(len(pictures), columns, size, 0.9 if any(isinstance(text, str) for _, text in pictures) else 0.1)
+    for ax, (path, text) in zip(axes, pictures):
+        _try_show(ax, manifest, path)
+        ax.set_xlabel(wrapped(text, int(15 * size), 6), fontsize=8, color="0.2")
+    return figure
+
+# %% ../nbs/60_plots.ipynb #2c0366f8
+def file_overview(
+    facts: pd.DataFrame, # Of files: format, mode, width, height, frames
+) -> Figure:
+    "Sizes in pixels, and formats"
+    read = facts[facts["format"] != ""].drop_duplicates("path")
+    if not len(read): raise InputError("No file has been read; use images='header' or 'decode'.")
+    sizes = read.groupby(["width", "height"]).size().rename("files").reset_index()
+    depth = np.where(read["frames"] > 1, ", several frames", "")
+    kinds = (read["format"] + ", " + read["mode"].astype(str) + depth).value_counts().head(12)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, max(2.8, 0.3 * len(kinds) + 1)), width_ratios=[1.1, 1])
+    left.scatter(sizes["width"], sizes["height"], s=15 + 300 * sizes["files"] / sizes["files"].max(), alpha=0.5, color=PALETTE[0])
+    most = sizes.loc[sizes["files"].idxmax()]
+    left.set(title=f"Most files: {most['width']} x {most['height']} ({most['files']} of {len(read)})", xlabel="width (pixels)", ylabel="height (pixels)",
+             xlim=(0, sizes["width"].max() * 1.15), ylim=(0, sizes["height"].max() * 1.15))
+    _bars(right, kinds.to_frame("files"), "format and pixels", 0)
+    right.set(xlabel="files", ylim=(max(len(kinds), 4) - 0.5, -0.5))
+    return figure
+
+def group_sizes(
+    manifest: Manifest, # With a split
+    unit: str = "group", # Column that names groups
+) -> Axes:
+    "How many rows a group has, by split"
+    counts = manifest.groupby(["split", unit]).size().rename("rows").reset_index()
+    _, ax = plt.subplots(figsize=(7, 2.6))
+    order = sorted(set(counts["split"]), key=lambda s: (["train", "valid", "test", s].index(s), s))
+    sns.histplot(counts, x="rows", hue="split", hue_order=order, multiple="stack", discrete=np.ptp(counts["rows"]) < 60, ax=ax, edgecolor="white", alpha=1)
+    sns.move_legend(ax, "center left", bbox_to_anchor=(1, 0.5), title=None)
+    if np.ptp(counts["rows"]) < 6: ax.set_xlim(max(0, counts["rows"].min() - 3.5), counts["rows"].max() + 3.5)
+    ax.set(xlabel=f"rows of one {unit}", ylabel=f"{unit}s", title=f"{len(counts)} {unit}s")
+    for axis in (ax.xaxis, ax.yaxis): axis.set_major_locator(MaxNLocator(6, integer=True))
+    return ax
+
+# %% ../nbs/60_plots.ipynb #24aad7ef
+def leak_pairs(
+    manifest: Manifest, # Knows where the images lie
+    leaks: pd.DataFrame, # From `checks.leak_table`
+    n: int = 4, # Most pairs
+) -> Figure:
+    "Pairs of pictures that connect two splits"
+    pairs = leaks[leaks["kind"] != "same group"].sort_values(["similarity", "row"], ascending=[False, True], kind="stable").head(n)
+    if not len(pairs): raise InputError("No picture connects two splits.")
+    figure, axes = _cells(2 * len(pairs), 4, 1.9, 0.6)
+    for place, pair in enumerate(pairs.to_dict("records")):
+        said = pair["kind"] if pair["kind"] == "same file" else f"near duplicate, similarity {pair['similarity']:.3f}"
+        for ax, prefix in zip(axes[2 * place:], ("other_", "")):
+            _try_show(ax, manifest, pair[f"{prefix}path"])
+            ax.set_xlabel(f"{pair[f'{prefix}split']}, row {pair[f'{prefix}row']}" + ("" if prefix else f"\n{said}"), fontsize=8)
+    return figure
+
+def item_counts(
+    items: Sequence, # A list of texts for each row
+) -> Axes:
+    "How many items a row has"
+    _, ax = plt.subplots(figsize=(6, 2.4))
+    counts = [len(i) if isinstance(i, (list, tuple, np.ndarray)) else 0 for i in items]
+    sns.histplot(x=counts, discrete=True, ax=ax, color=PALETTE[0], edgecolor="white")
+    ax.set(xlabel="items of one row", ylabel="rows", title="Items")
+    for axis in (ax.xaxis, ax.yaxis): axis.set_major_locator(MaxNLocator(6, integer=True))
+    return ax

@@ -6,7 +6,7 @@
 __all__ = ['INPUTS', 'TABLES', 'STAMP', 'data_identity', 'code_hash', 'input_identities', 'run_key', 'artefacts', 'is_complete',
            'result_hash', 'run_folder', 'run_record', 'RunError', 'Status', 'RunRecord', 'run']
 
-# %% ../nbs/68_runs.ipynb #66663f0d
+# %% ../nbs/68_runs.ipynb #a4a6fafc
 import logging
 import os
 import re
@@ -27,7 +27,7 @@ from .overview import headline, read_json, read_metrics
 from .parameters import check_parameters, find_template, template_cells, template_parameters
 from .reports import ANSI, clean_report, report_html, scrub
 
-# %% ../nbs/68_runs.ipynb #4ed4d84f
+# %% ../nbs/68_runs.ipynb #f2fec929
 INPUTS = ("data_root", "checkpoint", "model") # Parameters that may name a folder to identify
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
@@ -49,7 +49,7 @@ def data_identity(
     tables = [file_hash(path/f) for where, f, *_ in listing if where == "." and f.endswith(TABLES)]
     return content_hash(listing[:limit], tables)
 
-# %% ../nbs/68_runs.ipynb #9b4fdec8
+# %% ../nbs/68_runs.ipynb #ec199542
 def code_hash() -> str:
     "Identify the code of this package"
     files = sorted(Path(medclip_nb.__file__).parent.glob("*.py"))
@@ -73,7 +73,7 @@ def run_key(
     "Identify everything that a run depends on"
     return content_hash(template_cells(find_template(template)), dict(params), dict(inputs), dict(builds_on), code_hash())
 
-# %% ../nbs/68_runs.ipynb #cd5e8a50
+# %% ../nbs/68_runs.ipynb #0fa2feb7
 STAMP = ".complete"
 
 def artefacts(
@@ -100,7 +100,7 @@ def result_hash(
     "Identify the products of a run, for the runs that build on it"
     return content_hash({k: v for k, v in read_json(Path(folder)/"run.json")["artefacts"].items() if k != "report.html"})
 
-# %% ../nbs/68_runs.ipynb #44dd1f62
+# %% ../nbs/68_runs.ipynb #4143c44e
 def _alive(pid: int) -> bool:
     "Whether a process runs"
     try: os.kill(pid, 0)
@@ -132,7 +132,7 @@ def run_folder(
         for p in (work, old): shutil.rmtree(p, ignore_errors=True)
         if not any(partial.iterdir()): partial.rmdir()
 
-# %% ../nbs/68_runs.ipynb #d0f9a360
+# %% ../nbs/68_runs.ipynb #8cf77668
 def _versions() -> dict[str, str]:
     "Versions of this package and what it requires"
     from importlib.metadata import PackageNotFoundError, requires, version
@@ -153,7 +153,7 @@ def _commit() -> str | None:
     except OSError: return None
     return None if head.returncode else head.stdout.strip() + (" with changes" if status.stdout.strip() else "")
 
-# %% ../nbs/68_runs.ipynb #6b88bf18
+# %% ../nbs/68_runs.ipynb #78578cfb
 def run_record(
     folder: str | Path, # With the artefacts in it
     template: str, # File name
@@ -162,10 +162,11 @@ def run_record(
     "What produced a run: parameters, times, versions, and hashes of its files"
     import platform
     files = {f: file_hash(Path(folder)/f) for f in artefacts(folder)}
+    skipped = read_json(Path(folder)/"metrics.json").get("details", {}).get("skipped") if "metrics.json" in files else None
     return {"schema": 1, "template": template, "python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}",
-            "cpus": os.cpu_count(), "commit": _commit(), "code": code_hash(), "packages": _versions(), "artefacts": files, **about}
+            "cpus": os.cpu_count(), "commit": _commit(), "code": code_hash(), "packages": _versions(), "artefacts": files, "skipped": skipped, **about}
 
-# %% ../nbs/68_runs.ipynb #39bf6f73
+# %% ../nbs/68_runs.ipynb #ab8991ea
 class RunError(RuntimeError):
     "A notebook failed; the message shows the cell and where its copy is"
 
@@ -183,7 +184,7 @@ def _kernel_environment() -> Iterator[None]:
     try: yield
     finally: put(old)
 
-# %% ../nbs/68_runs.ipynb #fd89122d
+# %% ../nbs/68_runs.ipynb #938912ca
 def _execute(template: Path, work: Path, params: Mapping[str, Any], timeout: float | None, on_cell: Callable[[int], None]) -> Any:
     "Execute a template through papermill; the copy in `work` is saved after each cell"
     import papermill
@@ -210,7 +211,7 @@ def _explain(error: Exception, replace: Mapping[str, str], kept: Path, timeout: 
     else: why = f"{kind}: {error}"
     return RunError(f"{why}\nThe notebook so far: {kept}")
 
-# %% ../nbs/68_runs.ipynb #ef44554e
+# %% ../nbs/68_runs.ipynb #40775409
 class Status:
     "A line on a terminal that follows a run"
     def __init__(
@@ -233,7 +234,7 @@ class Status:
     @property
     def seconds(self) -> float: return time.monotonic() - self.start
 
-# %% ../nbs/68_runs.ipynb #a799e694
+# %% ../nbs/68_runs.ipynb #5f615d9c
 @dataclass
 class RunRecord:
     "What became of a run"
@@ -254,7 +255,7 @@ def _keep_failed(work: Path, failed: Path) -> None:
     failed.mkdir(parents=True)
     if (work/"report.ipynb").exists(): shutil.copy(work/"report.ipynb", failed)
 
-# %% ../nbs/68_runs.ipynb #6b883a3c
+# %% ../nbs/68_runs.ipynb #791f0244
 def _finish(work: Path, notebook: Any, template: Path, params: Mapping[str, Any], name: str, replace: Mapping[str, str]) -> None:
     "Clean the report, draw it as HTML, and make paths in other files relative"
     import nbformat
@@ -268,7 +269,7 @@ def _finish(work: Path, notebook: Any, template: Path, params: Mapping[str, Any]
         for old, new in sorted(replace.items(), key=lambda r: -len(r[0])): text = text.replace(old, new)
         p.write_text(text, encoding="utf-8")
 
-# %% ../nbs/68_runs.ipynb #45a472e6
+# %% ../nbs/68_runs.ipynb #cbd298f1
 def run(
     template: str | Path, # A path to an .ipynb, or a name such as `zero_shot`
     params: Mapping[str, Any] | None = None, # Values by name, compared with the template first

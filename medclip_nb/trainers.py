@@ -80,7 +80,7 @@ def _pair_texts(rows: Manifest, texts: str) -> list[list[str]]:
         if column not in rows: raise InputError(f"{rows.dataset}: no column {column!r} to take texts from. {close_matches(column, rows.columns)}")
     return [[" ".join(t) if isinstance(t, (list, np.ndarray)) else str(t) for t in rows[column]] for column in columns]
 
-# %% ../nbs/50_trainers.ipynb #0c935150
+# %% ../nbs/50_trainers.ipynb #86fbb7c9
 class Pairs(Dataset):
     "Image tensors with their positions, and the tokens and ids of their texts"
     def __init__(self,
@@ -91,7 +91,7 @@ class Pairs(Dataset):
         mirror: float = 0.0, # Share of the images that `draw` says to mirror; those whose `plane` is sagittal never are
     ) -> None:
         words = [w + [swap_sides(t) for t in w] if mirror else w for w in _pair_texts(rows, texts)]
-        self.images, self.mirror = ImageDataset(rows.paths(), clip.preprocess, memory_mb), mirror
+        self.images, self.mirror = ImageDataset(rows.paths(), clip.preprocess, memory_mb, **rows.read), mirror
         self.tokens, self.ids = [clip.tokenizer(w) for w in words], [torch.from_numpy(pd.factorize(np.array(w, dtype=object))[0]) for w in words]
         self.has_sides = torch.from_numpy((rows["plane"] != "sagittal").to_numpy()) if "plane" in rows else torch.ones(len(rows), dtype=torch.bool)
 
@@ -146,7 +146,7 @@ def _log(path: Path, row: dict, epochs: int) -> None:
     if is_batch():
         print(f"epoch {row['epoch']:>3}/{epochs}  loss {row['train_loss']:.3f}  validation: MRR {row['valid_mrr']:.3f}  R@10 {row['valid_R@10']:.3f}", flush=True)
 
-# %% ../nbs/50_trainers.ipynb #7e7ccd1b
+# %% ../nbs/50_trainers.ipynb #233dc4eb
 def train(
     clip: ClipModel, # Changed in place; holds the best epoch's weights at the end
     train_rows: Manifest, # Images and captions to learn from
@@ -175,6 +175,7 @@ def train(
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir/"history.jsonl").unlink(missing_ok=True)
 
+    if augment: augment.check([text for words in _pair_texts(train_rows, texts) for text in words])
     pairs = Pairs(clip, train_rows, texts, memory_mb, mirror)
     valid = Pairs(clip, valid_rows, "items" if texts == "items" else "caption", memory_mb)
     per_epoch = len(epoch_batches(len(pairs), batch_size, seed, 1))

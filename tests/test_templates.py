@@ -34,6 +34,18 @@ def table(tmp_path_factory):
     return folder / "table.csv"
 
 
+def test_bad_rows_are_left_out_and_counted(command, table, tmp_path):
+    rows = pd.read_csv(table)
+    rows.loc[3, "image"] = "nowhere.png"
+    rows.to_csv(root := table.with_name("one bad row.csv"), index=False)
+    command_line(command, "run", "linear_probe", "-p", "dataset=csv", "-p", f"data_root={root}", "-p", "device=cpu", "-p", "max_bad=0.05", "--out", tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())["skipped"]
+    assert record["rows"] == 1 and record["kinds"] == {"missing image": 1} and record["list"][0]["row"] == 3
+    assert "nowhere.png" in (tmp_path / "run" / "report.html").read_text()
+    said = command_line(command, "run", "linear_probe", "-p", "dataset=csv", "-p", f"data_root={root}", "--out", tmp_path / "strict", code=2)
+    assert "1 of 64 rows cannot be used (1.6%, at most 1.0% may be left out)" in said and "raise max_bad" in said
+
+
 @pytest.mark.parametrize("template, metric, extra", [
     ("linear_probe", "accuracy", []), ("zero_shot", "balanced_accuracy", []), ("retrieval", "image_to_text_R@1", []),
     ("finetune", "text_to_image_R@10", FINETUNE),
@@ -66,14 +78,13 @@ def test_two_runs_are_the_same_bytes(command, table, tmp_path):
     ("unknown parameter", "zero_shot", "Did you mean"),
     ("no table", "zero_shot", "no such file or folder")])
 def test_bad_input_is_one_message(command, table, tmp_path, fault, template, message):
-    rows, extra, root = pd.read_csv(table), [], tmp_path / "bad.csv"
-    rows["image"] = [str(table.parent / image) for image in rows["image"]]
+    rows, extra, root = pd.read_csv(table), [], table.with_name(f"{fault}.csv")
     if fault == "no label column": rows = rows.drop(columns="label")
-    if fault == "missing image": rows.loc[3, "image"] = "nowhere.png"
+    if fault == "missing image": rows.loc[::3, "image"] = "nowhere.png"
     if fault == "unreadable image":
-        (tmp_path / "junk.png").write_bytes(b"junk")
-        rows.loc[3, "image"] = "junk.png"
-    if fault == "empty caption": rows.loc[3, "caption"] = "  "
+        (table.parent / "junk.png").write_bytes(b"junk")
+        rows.loc[::3, "image"] = "junk.png"
+    if fault == "empty caption": rows.loc[::3, "caption"] = "  "
     if fault == "one class": rows["label"] = "same"
     if fault == "unknown model": extra = ["-p", "model=ViT-B32"]
     if fault == "unknown parameter": extra = ["-p", "templats=x"]
