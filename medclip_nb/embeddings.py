@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FeatureCache', 'Embeddings', 'embed']
 
-# %% ../nbs/40_embeddings.ipynb #9ade8533
+# %% ../nbs/40_embeddings.ipynb #095016f7
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Subset
 
 from .core import atomic_path, content_hash, file_hash, progress
 from .datasets import Manifest
-from .images import ImageDataset
+from .images import ImageDataset, prefetched
 from .models import ClipModel
 
 # %% ../nbs/40_embeddings.ipynb #eed4cc8c
@@ -57,7 +58,7 @@ class FeatureCache:
             known.update(zip(fresh, features))
         return np.stack([known[key] for key in keys])
 
-# %% ../nbs/40_embeddings.ipynb #b49004f4
+# %% ../nbs/40_embeddings.ipynb #0351d58c
 @dataclass
 class Embeddings:
     "Unit-norm features in the row order of a manifest"
@@ -70,8 +71,9 @@ def _image_features(clip: ClipModel, paths: list[Path], read: dict, batch_size: 
     "A function that encodes the images at given positions"
     data = ImageDataset(paths, clip.preprocess, **read)
     def compute(positions: list[int]) -> np.ndarray:
-        batches = DataLoader(Subset(data, positions), batch_size, num_workers=num_workers)
-        return torch.cat([clip.encode_images(batch) for batch in progress(batches, desc="encoding images", unit="batch")]).numpy()
+        if num_workers: batches = DataLoader(Subset(data, positions), batch_size, num_workers=num_workers)
+        else: batches = prefetched(data, [positions[i:i + batch_size] for i in range(0, len(positions), batch_size)])
+        return torch.cat([clip.encode_images(batch) for batch in progress(batches, total=math.ceil(len(positions) / batch_size), desc="encoding images", unit="batch")]).numpy()
     return compute
 
 def _text_features(clip: ClipModel, texts: list[str], batch_size: int) -> Callable:
@@ -85,13 +87,13 @@ def _text_features(clip: ClipModel, texts: list[str], batch_size: int) -> Callab
         return features
     return compute
 
-# %% ../nbs/40_embeddings.ipynb #7c66f92c
+# %% ../nbs/40_embeddings.ipynb #2467c4d9
 def embed(
     clip: ClipModel, # The model that encodes
     manifest: Manifest, # Rows to encode: the column 'image', and 'caption' where there is one
     cache: str | Path | None = None, # Folder that keeps features between runs; None keeps nothing
     batch_size: int = 64, # Images or texts a batch
-    num_workers: int = 0, # Processes that decode images; 0 decodes in this one
+    num_workers: int = 0, # Processes that decode images; 0 decodes in two threads
     texts: bool = True, # Whether to encode captions
 ) -> Embeddings: # Row order of the manifest
     "Encode a manifest's images and captions, computing only what the cache does not hold"
