@@ -80,7 +80,7 @@ def _pair_texts(rows: Manifest, texts: str) -> list[list[str]]:
         if column not in rows: raise InputError(f"{rows.dataset}: no column {column!r} to take texts from. {close_matches(column, rows.columns)}")
     return [[" ".join(t) if isinstance(t, (list, np.ndarray)) else str(t) for t in rows[column]] for column in columns]
 
-# %% ../nbs/50_trainers.ipynb #86fbb7c9
+# %% ../nbs/50_trainers.ipynb #1ca65c20
 class Pairs(Dataset):
     "Image tensors with their positions, and the tokens and ids of their texts"
     def __init__(self,
@@ -93,7 +93,7 @@ class Pairs(Dataset):
         words = [w + [swap_sides(t) for t in w] if mirror else w for w in _pair_texts(rows, texts)]
         self.images, self.mirror = ImageDataset(rows.paths(), clip.preprocess, memory_mb, **rows.read), mirror
         self.tokens, self.ids = [clip.tokenizer(w) for w in words], [torch.from_numpy(pd.factorize(np.array(w, dtype=object))[0]) for w in words]
-        self.has_sides = torch.from_numpy((rows["plane"] != "sagittal").to_numpy()) if "plane" in rows else torch.ones(len(rows), dtype=torch.bool)
+        self.has_sides = torch.tensor((rows["plane"] != "sagittal").tolist()) if "plane" in rows else torch.ones(len(rows), dtype=torch.bool)
 
     def __len__(self) -> int: return len(self.images)
     def __getitem__(self, i: int) -> tuple[Tensor, int]: return self.images[i], i
