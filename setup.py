@@ -31,7 +31,7 @@ setup(
     package_data={"medclip_nb.templates": ["*.ipynb", "suites/*.yaml"], "medclip_nb.cards": ["*.yaml"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=words("requirements"),
-    extras_require={"dev": words("dev_requirements")},
+    extras_require={"dev": words("dev_requirements"), "all": words("optional_requirements")},
     entry_points={
         "console_scripts": words("console_scripts"),
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
