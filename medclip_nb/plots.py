@@ -299,7 +299,7 @@ def _texts_found(figure: Figure, cells: Any, manifest: Manifest, query: Mapping)
         ax.text(0, place + 0.5, f"{place + 1}", **look)
         ax.text(0.03, place + 0.5, wrapped(text, 105, 2), **look)
 
-# %% ../nbs/60_plots.ipynb #158b4894
+# %% ../nbs/60_plots.ipynb #88e7beeb
 def training_curves(
     history: pd.DataFrame, # One row an epoch: epoch, train_loss, valid_..., logit_scale
     best_epoch: int | None = None, # Epoch whose weights were kept
@@ -308,7 +308,7 @@ def training_curves(
     "Loss, validation metrics and logit scale by epoch"
     shares = [c for c in history if c.startswith("valid_") and c != "valid_loss"]
     panels = [("Loss", "loss (nats)", [c for c in ("train_loss", "valid_loss") if c in history]),
-              ("Retrieval on validation", "share", shares),
+              ("On validation", "share", shares),
               ("Logit scale", "scale", [c for c in ("logit_scale",) if c in history])]
     panels = [p for p in panels if p[2]]
     figure, axes = plt.subplots(1, len(panels), figsize=(3.5 * len(panels), 2.9), squeeze=False)
@@ -326,7 +326,7 @@ def training_curves(
 
 def _curve(column: str) -> str:
     "What a column of the history is called in a legend"
-    named = {"train_loss": "training", "valid_loss": "validation", "logit_scale": "exp(logit scale)", "valid_mrr": "MRR"}
+    named = {"train_loss": "training", "valid_loss": "validation", "logit_scale": "exp(logit scale)", "valid_mrr": "MRR", "valid_balanced_accuracy": "balanced accuracy"}
     return named.get(column, column.removeprefix("valid_"))
 
 # %% ../nbs/60_plots.ipynb #73014d45
