@@ -6,7 +6,7 @@
 __all__ = ['CT_RATE_FINDINGS', 'PROTOCOL_CLASSES', 'VOLUME', 'CT_TABLES', 'CT_COLUMNS', 'UNUSABLE_VOLUMES', 'PLANE',
            'NORMAL_ITEMS', 'LUNG', 'RAD_CLASSES', 'RAD_SPLITS', 'read_ct_rate', 'read_rad_chestct']
 
-# %% ../nbs/18c_ct.ipynb #d01facf2
+# %% ../nbs/18c_ct.ipynb #05ddf7ea
 import re
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pandas as pd
 from .core import InputError
 from .datasets import read_table, register
 from .files import safe_paths
-from .formats import read_json, report_items as listed_items
+from .formats import read_json, listed_items
 from .radiographs import report_items
 from .studies import finding
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LINES', 'IMAGE_KEYS', 'CAPTION_KEYS', 'SPLIT_WORDS', 'SIGNATURES', 'read_json', 'read_records', 'join_items',
-           'report_items', 'read_studies', 'read_study_json', 'split_of', 'read_json_pairs', 'image_store',
+           'listed_items', 'read_studies', 'read_study_json', 'split_of', 'read_json_pairs', 'image_store',
            'image_suffix', 'store_image', 'class_names', 'arrow_rows', 'read_parquet', 'read_huggingface']
 
 # %% ../nbs/15_formats.ipynb #a25126f1
@@ -92,7 +92,7 @@ def _place(path: Path, n: int, lines: list[int] | None) -> str:
     "Where an entry stands"
     return f"{path}, line {lines[n]}" if lines else f"{path}, entry {n + 1}"
 
-# %% ../nbs/15_formats.ipynb #e0e9d139
+# %% ../nbs/15_formats.ipynb #7983c6be
 def join_items(
     items: Iterable[str], # Sentences, or findings without a full stop
 ) -> str: # One text
@@ -100,7 +100,7 @@ def join_items(
     items = [item.strip() for item in items]
     return " ".join(item if item[-1] in ".!?" else f"{item}." for item in items if item)
 
-def report_items(
+def listed_items(
     report: Any, # A list of texts, one text, or nothing
 ) -> list[str]: # Items without white space around them; empty ones left out
     "The items of a report, as a list"
@@ -131,7 +131,7 @@ def read_studies(
     data.attrs["skipped"] = skipped
     return data
 
-# %% ../nbs/15_formats.ipynb #1d6c1bf5
+# %% ../nbs/15_formats.ipynb #62eeb7c3
 def _study(root: Path, folder: str, study: str, facts: Any, file: str, where: str) -> tuple[dict, list[tuple[str, str]]]:
     "One study's row, or an empty one, and what was passed over in it"
     if not isinstance(facts, dict) or not isinstance(facts.get("series"), (dict, list)):
@@ -143,7 +143,7 @@ def _study(root: Path, folder: str, study: str, facts: Any, file: str, where: st
     problems = [("missing series", f"there is no folder {below}/{name}") for name in names if name not in there]
     series = {name: safe_path(root, f"{below}/{name}/{file}", where) for name in names if name in there}
     if not series: return {}, problems + [("empty study", "none of its series is there")]
-    items = report_items(facts.get("report"))
+    items = listed_items(facts.get("report"))
     if not items: return {}, problems + [("no report", "the report has no items")]
     more = {k: v for k, v in facts.items() if k not in ("series", "report") and isinstance(v, (str, int, float))}
     return more | {"series": series, "items": items, "caption": join_items(items), "group": study}, problems
@@ -204,7 +204,7 @@ def _image_folder(root: Path, folder: Path, names: list[str], image_root: str | 
     full = next((p for p in places if any((root / p / name).is_file() for name in names)), None)
     return full or next((p for p in places[1:3] if (root / p).is_dir()), own)
 
-# %% ../nbs/15_formats.ipynb #39cb62d1
+# %% ../nbs/15_formats.ipynb #7ec2c379
 def _pairs(path: Path, base: Path, image: str | None, caption: str | None) -> tuple[pd.DataFrame, list[dict]]:
     "Rows of one file, and the entries without an image or a caption; other fields are kept where a table can hold them"
     entries, lines = read_records(path)
@@ -216,9 +216,9 @@ def _pairs(path: Path, base: Path, image: str | None, caption: str | None) -> tu
     data = data.drop(columns=[c for c in ("image", "caption") if c in data and c not in names]).rename(columns=names)
     texts = data["caption"].map(lambda v: v if isinstance(v, str) else None)
     if (listed := data["caption"].map(lambda v: isinstance(v, list))).any():
-        data["items"] = data["caption"].map(report_items)
+        data["items"] = data["caption"].map(listed_items)
         texts = texts.where(~listed, data["items"].map(join_items))
-    elif "items" in data: data["items"] = data["items"].map(report_items)
+    elif "items" in data: data["items"] = data["items"].map(listed_items)
     if "label" in data: data["label"] = data["label"].map(str, na_action="ignore")
     nested = [c for c in data if c not in ("image", "caption", "items") and data[c].map(lambda v: isinstance(v, (list, dict))).any()]
     data = data.drop(columns=nested).assign(caption=texts.fillna("").str.strip())
@@ -368,7 +368,7 @@ def arrow_rows(
         with atomic_path(listing) as p: p.write_text(json.dumps(names))
     return data.assign(image=pd.Series(known or names, dtype=object, index=data.index if len(data.columns) else None))
 
-# %% ../nbs/15_formats.ipynb #bf3e7236
+# %% ../nbs/15_formats.ipynb #b1b813a1
 def _rename(data: pd.DataFrame, columns: Mapping[str, str] | None, where: Path) -> pd.DataFrame:
     "Columns under the manifest's names: those asked for, and the caption under its usual names"
     for name, source in (columns or {}).items():
@@ -377,7 +377,7 @@ def _rename(data: pd.DataFrame, columns: Mapping[str, str] | None, where: Path) 
     usual = next((c for c in CAPTION_KEYS if c in data and c not in (columns or {})), None)
     if "caption" not in data and usual: data = data.rename(columns={usual: "caption"})
     if "caption" in data and data["caption"].map(lambda v: isinstance(v, list)).any():
-        data = data.assign(items=data["caption"].map(report_items), caption=data["caption"].map(lambda v: join_items(report_items(v))))
+        data = data.assign(items=data["caption"].map(listed_items), caption=data["caption"].map(lambda v: join_items(listed_items(v))))
     if "label" in data: data["label"] = data["label"].map(lambda v: v if v is None or isinstance(v, (list, str)) or v != v else str(v))
     return data
 

@@ -7,7 +7,7 @@ __all__ = ['JSON_NAMES', 'BRAIN_CLASSES', 'SUBJECT', 'SUBTYPES', 'BROKEN_SLICES'
            'finding', 'is_normal', 'read_mri_study', 'read_headct_study', 'read_pub_brain_5', 'read_rsna_ich',
            'read_cq500']
 
-# %% ../nbs/18a_studies.ipynb #3f4d3bdb
+# %% ../nbs/18a_studies.ipynb #8dbf7757
 import os
 import re
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ import pandas as pd
 from .core import InputError, progress
 from .datasets import read_table, register
 from .files import safe_path, safe_paths
-from .formats import join_items, read_json, report_items
+from .formats import join_items, read_json, listed_items
 
 # %% ../nbs/18a_studies.ipynb #c81c2001
 def finding(
@@ -54,7 +54,7 @@ def is_normal(
     first = items[0].strip().lower()
     return "present" if first.rstrip(".") == "no significant abnormalities" or "study is unremarkable" in first else "absent"
 
-# %% ../nbs/18a_studies.ipynb #b47eb5ea
+# %% ../nbs/18a_studies.ipynb #687cf554
 def _note(row: int | str, kind: str, message: str) -> dict:
     "An entry of `skipped`"
     return {"row": row, "kind": kind, "message": message}
@@ -69,7 +69,7 @@ def _study_table(root: Path, jsons: str | None, prefix: str, patient: str | None
     for split, path in found:
         base = f"{path.stem}/" if (root / path.stem).is_dir() else ""
         for name, study in _read_studies(path).items():
-            where, items = f"{path.name}, study {name!r}", report_items(study["report"])
+            where, items = f"{path.name}, study {name!r}", listed_items(study["report"])
             series = {s: safe_path(root, f"{base}{name}/{s}/img.pt", where) for s in study["series"]}
             if not series:
                 skipped.append(_note(name, "no series", f"{where}: no series, left out"))
