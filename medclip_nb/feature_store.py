@@ -6,7 +6,7 @@
 __all__ = ['SHARD_BYTES', 'INDEX', 'SETTLED', 'STORE_FILE', 'COLUMNS', 'key_numbers', 'write_shard', 'read_index', 'read_rows',
            'FeatureCache', 'set_aside', 'read', 'fill', 'stamp', 'file_hashes', 'stores', 'tidy']
 
-# %% ../nbs/38_feature_store.ipynb #b5b377e9
+# %% ../nbs/38_feature_store.ipynb #171b8a46
 import hashlib
 import json
 import math
@@ -30,19 +30,25 @@ from torch import Tensor
 from .batches import gather, process_count
 from .core import InputError, atomic_path, close_matches, content_hash, file_hash, progress, write_json
 
-# %% ../nbs/38_feature_store.ipynb #47006c11
+# %% ../nbs/38_feature_store.ipynb #aa430db7
 def key_numbers(
     keys: Iterable[str], # Texts of any length
 ) -> np.ndarray: # (n,) uint64
     "A 64-bit hash of every key"
     return np.frombuffer(b"".join(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8] for key in keys), "<u8")
 
-# %% ../nbs/38_feature_store.ipynb #496d8c37
+# %% ../nbs/38_feature_store.ipynb #57e3faf1
 SHARD_BYTES = 32 * 2**20
 INDEX = np.dtype([("key", "<u8"), ("check", "<u4")])
-_DAMAGE = (ValueError, EOFError, OSError)
+_DAMAGE = (ValueError, IndexError, OSError)
 
 def _index_of(rows_file: Path) -> Path: return rows_file.with_suffix(".index.npy")
+
+def _map(file: Path) -> np.ndarray:
+    "An array that stays on disk; NumPy's reader of headers fails in many ways on damaged ones"
+    try: return np.lib.format.open_memmap(file, mode="r")
+    except OSError: raise
+    except Exception as error: raise ValueError(f"its header cannot be read ({type(error).__name__})") from None
 
 def _checks(rows: np.ndarray) -> np.ndarray: # (n,) uint32
     "The CRC of every row"
@@ -65,8 +71,8 @@ def write_shard(
 def read_index(
     rows_file: Path, # Of a shard
 ) -> np.ndarray: # (n,) of `INDEX`
-    "Read an index; raises `ValueError`, `EOFError` or `OSError` if it is damaged"
-    index = np.array(np.lib.format.open_memmap(_index_of(rows_file), mode="r"))
+    "Read an index; raises `ValueError` or `OSError` if it is damaged"
+    index = np.array(_map(_index_of(rows_file)))
     if index.dtype != INDEX or content_hash(index) != rows_file.stem: raise ValueError("its index does not fit its name")
     return index
 
@@ -77,14 +83,14 @@ def read_rows(
     width: int, # Values a row
     dtype: np.dtype, # Of a value
 ) -> np.ndarray: # (m, width)
-    "Read some rows and check them; raises `ValueError`, `EOFError` or `OSError` if they are damaged"
-    mapped = np.lib.format.open_memmap(rows_file, mode="r")
+    "Read some rows and check them; raises `ValueError` or `OSError` if they are damaged"
+    mapped = _map(rows_file)
     if (mapped.shape, mapped.dtype) != ((len(index), width), dtype): raise ValueError(f"it holds {mapped.shape} {mapped.dtype}, not {(len(index), width)} {dtype}")
     rows = np.asarray(mapped[wanted])
     if wrong := int((_checks(rows) != index["check"][wanted]).sum()): raise ValueError(f"{wrong} of {len(wanted)} rows do not fit their checksums")
     return rows
 
-# %% ../nbs/38_feature_store.ipynb #9c93bda4
+# %% ../nbs/38_feature_store.ipynb #f4767261
 class FeatureCache:
     "Rows by content key, in a folder of shards; with no folder, it remembers nothing"
 
@@ -115,7 +121,7 @@ class FeatureCache:
             os.utime(self.folder/"meta.json")
         except OSError as error: warnings.warn(f"{self.folder}: {len(numbers)} rows could not be kept ({error.strerror or error}); they are computed again next time.")
 
-# %% ../nbs/38_feature_store.ipynb #dc2e0e10
+# %% ../nbs/38_feature_store.ipynb #3071e34f
 def set_aside(
     rows_file: Path, # Of a damaged shard
     why: str, # What is wrong with it
@@ -131,7 +137,7 @@ def _indices(self: FeatureCache) -> dict[Path, np.ndarray]: # By file of rows
     found = {}
     for file in self.shards():
         try:
-            self.width = self.width or np.lib.format.open_memmap(file, mode="r").shape[1]
+            self.width = self.width or _map(file).shape[1]
             found[file] = read_index(file)
         except _DAMAGE as error:
             if _index_of(file).exists(): set_aside(file, str(error))
@@ -159,7 +165,7 @@ def read(self: FeatureCache,
 
 FeatureCache._indices, FeatureCache.read = _indices, read
 
-# %% ../nbs/38_feature_store.ipynb #bfc0a689
+# %% ../nbs/38_feature_store.ipynb #0199b9a1
 def _parts(found: Any, positions: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     "What a `compute` returned, as positions and rows"
     if isinstance(found, np.ndarray): found = [(positions, found)]
@@ -184,7 +190,7 @@ def _compute(self: FeatureCache, numbers: np.ndarray, out: np.ndarray | None, po
 
 FeatureCache._compute = _compute
 
-# %% ../nbs/38_feature_store.ipynb #29a38e33
+# %% ../nbs/38_feature_store.ipynb #613a0300
 def fill(self: FeatureCache,
     keys: Sequence[str], # One an example; equal keys are computed once
     compute: Callable[[list[int]], Any], # Positions -> their rows (n, width), or parts of them: an iterator of (positions, rows)
@@ -214,7 +220,7 @@ def _touch(path: Path) -> None:
 
 FeatureCache.fill = fill
 
-# %% ../nbs/38_feature_store.ipynb #8fa83c9d
+# %% ../nbs/38_feature_store.ipynb #12c6b8e3
 def _of_all(values: np.ndarray) -> np.ndarray:
     "The rows of every process, in the order of the ranks, bit for bit"
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -235,7 +241,7 @@ def _compute_together(self: FeatureCache, numbers: np.ndarray, out: np.ndarray |
 
 FeatureCache._compute_together = _compute_together
 
-# %% ../nbs/38_feature_store.ipynb #7c416588
+# %% ../nbs/38_feature_store.ipynb #a1affe82
 SETTLED = 2.0 # Seconds
 
 def _files(path: Path, what: os.stat_result) -> list[tuple[str, os.stat_result]]:
@@ -274,7 +280,7 @@ def file_hashes(
     hashes = [[f"{next(values):016x}" for _ in own] for own in stamps]
     return [own[0] if len(own) == 1 else content_hash([(os.path.basename(f[0]), h) for f, h in zip(files, own)]) for own, files in zip(hashes, stamps)]
 
-# %% ../nbs/38_feature_store.ipynb #2405104b
+# %% ../nbs/38_feature_store.ipynb #6dc7f693
 STORE_FILE = re.compile(r"[0-9a-f]{16}(?:\.index)?\.npy(?:\.damaged)?|\.(?:[0-9a-f]{16}(?:\.index)?\.npy|meta\.json)\.[0-9a-f]{8}\.(?:npy|json)")
 COLUMNS = ["store", "kind", "model", "precision", "preprocessing", "entries", "bytes", "last_used"]
 
@@ -308,10 +314,10 @@ def stores(
                      "last_used": pd.Timestamp(int((store/"meta.json").stat().st_mtime), unit="s")})
     return pd.DataFrame(rows, columns=COLUMNS).sort_values("last_used", ascending=False, kind="stable", ignore_index=True)
 
-# %% ../nbs/38_feature_store.ipynb #93ef2e3b
+# %% ../nbs/38_feature_store.ipynb #3afecbe2
 def _is_whole(rows_file: Path) -> bool:
     "Whether every row of a shard fits its checksum"
-    try: index, mapped = read_index(rows_file), np.lib.format.open_memmap(rows_file, mode="r")
+    try: index, mapped = read_index(rows_file), _map(rows_file)
     except _DAMAGE: return False
     return len(mapped) == len(index) and bool((_checks(mapped) == index["check"]).all())
 
