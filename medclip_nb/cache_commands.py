@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENDINGS', 'KINDS', 'ID_COLUMNS', 'cache', 'CacheArgument', 'id_table', 'write_features', 'embed', 'ls', 'gc']
 
-# %% ../nbs/83_cache_commands.ipynb #1d545c68
+# %% ../nbs/83_cache_commands.ipynb #8c7c59ff
 import os
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -15,7 +15,7 @@ import typer
 from .core import InputError, close_matches
 from .data_commands import DatasetArgument, OverwriteOption, ReaderOption, SplitsOption, _load, _writing, text_table
 
-# %% ../nbs/83_cache_commands.ipynb #90644b13
+# %% ../nbs/83_cache_commands.ipynb #e1d21a3a
 ENDINGS = (".npz", ".parquet", ".npy")
 KINDS = {"images": "image", "texts": "caption"} # And the column that each is made from
 ID_COLUMNS = ("row", "image", "caption", "split", "group")
@@ -43,7 +43,7 @@ def write_features(
             np.save(path, *features.values())
             with atomic_path(out.with_suffix(".csv")) as csv: table.to_csv(csv, index=False)
 
-# %% ../nbs/83_cache_commands.ipynb #705af709
+# %% ../nbs/83_cache_commands.ipynb #4b3374a3
 def _join_processes(device: str) -> tuple[str, bool]: # The device of this process, and whether it is the first
     "Take part in a distributed run, if one was started"
     if int(os.environ.get("WORLD_SIZE", 1)) < 2: return device, True
@@ -60,7 +60,7 @@ def _check_out(out: Optional[Path], cache: Optional[Path], only: str, overwrite:
     for path in (out, *([out.with_suffix(".csv")] if out.suffix == ".npy" else [])):
         if path.exists() and not overwrite: raise InputError(f"{path}: is there already. Give another name, or --overwrite.")
 
-# %% ../nbs/83_cache_commands.ipynb #572b276f
+# %% ../nbs/83_cache_commands.ipynb #c2f1cc44
 def embed(
     dataset: DatasetArgument,
     root: Annotated[Path, typer.Argument(help="Folder or file that holds the data.")],
@@ -92,7 +92,7 @@ def embed(
     found = embed_rows(load_model(model, checkpoint, device, precision), manifest, cache, batch_size, workers, "texts" in kinds, "images" in kinds, long_text)
     if first: _report(found, out, manifest, rows)
 
-# %% ../nbs/83_cache_commands.ipynb #ce678761
+# %% ../nbs/83_cache_commands.ipynb #a769344d
 def _rows(manifest: Any, split: str, limit: int) -> tuple[Any, list[int]]:
     "The rows to encode, and their positions in the dataset"
     kept = manifest.reset_index(drop=True)
@@ -107,7 +107,7 @@ def _report(found: Any, out: Optional[Path], manifest: Any, rows: list[int]) -> 
     typer.echo(text_table(lines, ["features", "rows", "width", "in the cache", "computed", "repeated"]))
     if out: typer.echo(f"\n{out}")
 
-# %% ../nbs/83_cache_commands.ipynb #fb8f1147
+# %% ../nbs/83_cache_commands.ipynb #6c12c0d7
 cache = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True, help="Look at and clean a folder of features.")
 CacheArgument = Annotated[Path, typer.Argument(help="Folder that features are kept in.")]
 
@@ -117,7 +117,7 @@ def _size(n: float) -> str: # Such as 12.3 MB
 @cache.command("ls")
 def ls(folder: CacheArgument) -> None:
     "List the stores of a cache: one for each model, kind of input, precision and preprocessing."
-    from medclip_nb.feature_store import stores
+    from medclip_nb.cache_care import stores
     table = stores(folder).fillna("")
     names = ["store", "kind", "model", "precision", "preprocessing", "entries"]
     typer.echo(text_table([[*(r[c] for c in names), _size(r["bytes"]), f"{r['last_used']:%Y-%m-%d %H:%M}"] for r in table.to_dict("records")], [*names, "size", "last used"]))
@@ -131,7 +131,7 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
 ) -> None:
     "Delete what is of no use: leftovers, damaged shards, and stores that you name."
-    from medclip_nb.feature_store import tidy
+    from medclip_nb.cache_care import tidy
     gone = tidy(folder, older_than, model, dry_run)
     totals = gone.groupby(["store", "why"], sort=False, as_index=False).agg(files=("file", "size"), bytes=("bytes", "sum"))
     if len(totals): typer.echo(text_table([[*r, _size(n)] for *r, n in totals[["store", "why", "files", "bytes"]].values.tolist()], ["store", "why", "files", "size"]) + "\n")

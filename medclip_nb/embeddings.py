@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['tower_hash', 'identity', 'Embeddings', 'embed']
 
-# %% ../nbs/40_embeddings.ipynb #ca889aa2
+# %% ../nbs/40_embeddings.ipynb #24a4c80d
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +27,7 @@ from .feature_store import FeatureCache, file_hashes, stamp
 from .images import ImageDataset, prefetched
 from .models import ClipModel, tokenise
 
-# %% ../nbs/40_embeddings.ipynb #c10debd4
+# %% ../nbs/40_embeddings.ipynb #8d6b120a
 def _bytes_hash(tensor: Tensor) -> str:
     raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
@@ -41,7 +41,7 @@ def tower_hash(
     if type(clip.model) in (open_clip.CLIP, open_clip.CustomTextCLIP): state = {name: t for name, t in state.items() if tower_of(name) == tower}
     with ThreadPoolExecutor(4) as pool: return content_hash(list(state), list(pool.map(_bytes_hash, state.values())))
 
-# %% ../nbs/40_embeddings.ipynb #d3889373
+# %% ../nbs/40_embeddings.ipynb #75bb884f
 def _probe(height: int, width: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
 
@@ -54,7 +54,7 @@ def identity(
     probe = [clip.preprocess(_probe(*size)) for size in ((517, 389), (61, 47))] if kind == "images" else tokenise(clip, ["No acute finding; a 3 mm Nodule."])
     return content_hash(2, kind, tower_hash(clip, kind.removesuffix("s")), clip.config["model_cfg"], clip.precision, probe, how)
 
-# %% ../nbs/40_embeddings.ipynb #3fa0d98d
+# %% ../nbs/40_embeddings.ipynb #451b7202
 def _batches(positions: Sequence[int], size: int) -> list[list[int]]: return [list(positions[i:i + size]) for i in range(0, len(positions), size)]
 
 def _image_features(clip: ClipModel, paths: list[Path], stamps: list | None, read: dict, batch_size: int, num_workers: int) -> Callable:
@@ -77,7 +77,7 @@ def _text_features(clip: ClipModel, texts: list[str], batch_size: int, long_text
         for part in progress(parts, desc="encoding texts", unit="batch"): yield part, clip.encode_texts([texts[i] for i in part], **options).numpy()
     return compute
 
-# %% ../nbs/40_embeddings.ipynb #ff713a2a
+# %% ../nbs/40_embeddings.ipynb #665c1e94
 @dataclass
 class Embeddings:
     "Unit-norm features in the row order of a manifest"
@@ -87,7 +87,7 @@ class Embeddings:
 
     def __len__(self) -> int: return len(self.images if self.images is not None else self.texts)
 
-# %% ../nbs/40_embeddings.ipynb #05234f29
+# %% ../nbs/40_embeddings.ipynb #74b4e835
 def _facts(clip: ClipModel, kind: str, **how: Any) -> dict[str, Any]:
     "What `meta.json` tells people about a store"
     cfg = clip.config.get("preprocess_cfg") or {}

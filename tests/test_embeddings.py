@@ -15,11 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from medclip_nb.cache_care import stores, tidy
 from medclip_nb.cli import app
 from medclip_nb.core import InputError, file_hash
 from medclip_nb.datasets import load_manifest
 from medclip_nb.embeddings import embed
-from medclip_nb.feature_store import FeatureCache, file_hashes, key_numbers, stamp, stores, tidy
+from medclip_nb.feature_store import FeatureCache, file_hashes, key_numbers, stamp
 from medclip_nb.models import load_model, save_checkpoint
 from PIL import Image
 from typer.testing import CliRunner
@@ -177,7 +178,7 @@ print(peak() - before, out.nbytes / 2**20)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_hashes_of_files_are_never_stale(tmp_path, seed, monkeypatch):
+def test_hashes_of_files_are_never_stale(tmp_path, seed):
     "Files are rewritten, touched, renamed and swapped; the clock is turned back and forth"
     rng, paths = np.random.default_rng(seed), [tmp_path / f"{i}.png" for i in range(6)]
     for path in paths: path.write_bytes(bytes(rng.integers(0, 2, 8, np.uint8)))
@@ -305,7 +306,8 @@ def test_embed_says_what_is_wrong(table, tmp_path, monkeypatch, words, says):
     assert code == 2 and says in said and not list(tmp_path.iterdir())
 
 
-def test_embed_and_the_care_of_its_cache(table, weights, tmp_path):
+def test_embed_and_the_care_of_its_cache(table, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("medclip_nb.feature_store.SETTLED", 0.0)
     words = ["embed", "csv", table, "--model", "starter", "--checkpoint", weights, "--cache", tmp_path / "cache"]
     assert command(*words)[0] == 0
     assert command(*words, "--precision", "bf16", "--only", "images")[0] == 0
