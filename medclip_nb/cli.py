@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from . import __version__
+from .cache_commands import cache, embed
 from .core import InputError
 from .data_commands import data
 
@@ -47,6 +48,8 @@ def _main(
 ) -> None: pass
 
 app.add_typer(data, name="data")
+app.add_typer(cache, name="cache")
+app.command("embed")(embed)
 
 # %% ../nbs/80_cli.ipynb #677d76ce
 def parse_parameters(

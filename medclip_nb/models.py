@@ -180,7 +180,12 @@ class ClipModel:
     ) -> Tensor: # (n, d) unit-norm float32, on the CPU
         "Encode texts of any length"
         if long_text == "chunks": return _encode_chunks(self, list(texts))
-        with self.inference(): return F.normalize(self.forward_texts(tokenise(self, texts, long_text)).float(), dim=-1).cpu()
+        tokens = tokenise(self, texts, long_text)
+        by_length = self.causal_text and self.device.type == "cpu"
+        order = tokens.argmax(-1).argsort(stable=True) if by_length else torch.arange(len(tokens))
+        parts = order.split(24) if by_length else [order]
+        with self.inference(): features = torch.cat([F.normalize(self.forward_texts(tokens[part]).float(), dim=-1).cpu() for part in parts])
+        return features[order.argsort()]
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
