@@ -196,6 +196,7 @@ def _drop_patches(x: Tensor, share: float, by_slab: bool) -> Tensor:
     kept = torch.rand(x.shape[:3], device=x.device).argsort(-1)[..., :keep].sort(-1).values
     return x.gather(2, kept[..., None].expand(-1, -1, -1, x.shape[-1]))
 
+# %% ../nbs/24_volumes.ipynb #4d32521d
 class VolumeEncoder(nn.Module):
     "A vision transformer whose blocks look at slices, scans or studies"
     def __init__(self,
