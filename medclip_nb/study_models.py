@@ -85,15 +85,15 @@ def _preprocess(config: Mapping) -> StudyPreprocess:
     study = config.get("study", {})
     return study_preprocess(study) if isinstance(study, str) else StudyPreprocess(**study)
 
-def _text_files(name: str, folder: Path, config: bool) -> Path:
-    "A text encoder's tokenizer, and its configuration if wanted, copied from the hub or from a folder; no code of theirs is run"
+def _text_files(name: str, folder: Path, weights: bool) -> Path:
+    "A text encoder's tokenizer and configuration, with its weights or without, copied from the hub or from a folder; no code of theirs is run"
     import transformers
-    def fetch(auto: type, bert: type) -> None:
-        try: auto.from_pretrained(name, trust_remote_code=False).save_pretrained(folder)
-        except (ValueError, KeyError): bert.from_pretrained(name).save_pretrained(folder) # CXR-BERT is a BERT that brings code of its own
+    parts = [("AutoTokenizer", "BertTokenizerFast"), ("AutoModel", "BertModel") if weights else ("AutoConfig", "BertConfig")]
     try:
-        fetch(transformers.AutoTokenizer, transformers.BertTokenizerFast)
-        if config: fetch(transformers.AutoConfig, transformers.BertConfig)
+        for auto, bert in parts:
+            try: found = getattr(transformers, auto).from_pretrained(name, trust_remote_code=False)
+            except (ValueError, KeyError): found = getattr(transformers, bert).from_pretrained(name) # CXR-BERT is a BERT with code of its own
+            found.save_pretrained(folder)
     except (OSError, ValueError) as error:
         raise InputError(f"The text encoder {name!r} could not be found: {str(error).splitlines()[0][:200]} (by name it needs a network or a filled "
                          "cache; without, put its config.json and the files of its tokenizer beside the checkpoint)") from None
@@ -114,9 +114,9 @@ def build(
     plain = deepcopy(dict(config))
     pooling, volume = plain["model_cfg"].pop("pooling_cfg", None), plain["model_cfg"]["vision_cfg"].get("volume_cfg")
     if volume: plain |= {"preprocess_cfg": {}, "model_cfg": plain["model_cfg"] | {"custom_text": True, "vision_cfg": _STAND_IN}}
-    text, hub = plain["model_cfg"]["text_cfg"], options.get("pretrained_text", False)
+    text = plain["model_cfg"]["text_cfg"]
     with tempfile.TemporaryDirectory() as own:
-        if text.get("hf_model_name") and not (hub and files): files = _text_files(str(files or text["hf_tokenizer_name"]), Path(own), not hub)
+        if name := text.get("hf_model_name"): files = _text_files(str(files or name), Path(own), options.get("pretrained_text", False))
         clip = _build(plain, spec, device, precision, files, **options)
     if volume:
         clip.model.visual = StudyTower(_encoder(volume), clip.dim).to(device, clip.dtype)
@@ -132,6 +132,11 @@ def _volume_part(volume: str | Mapping) -> dict:
     "The `volume_cfg` of a layout's name, or the one given"
     return {"layout": volume} if isinstance(volume, str) else {k: list(v) if isinstance(v, tuple) else v for k, v in volume.items()}
 
+def _hf_part(name: str) -> dict:
+    "The `text_cfg` of a Hugging Face encoder"
+    with tempfile.TemporaryDirectory() as own: part = _text_part(f"hf:{_text_files(name, Path(own), False)}")
+    return part | {"hf_model_name": name, "hf_tokenizer_name": name}
+
 def study_model(
     volume: str | Mapping, # A layout of `volumes.LAYOUTS`, or parameters of `VolumeEncoder`, with 'layout' for those not given
     text: str | Mapping = "scratch", # open_clip's name or tag, 'hf:name or folder', a folder, 'scratch', or a `text_cfg`
@@ -144,18 +149,18 @@ def study_model(
     precision: str = "auto", # auto, fp32, bf16, fp16
 ) -> StudyModel: # In evaluation mode
     "Put a volume encoder and a text tower together; raises `InputError` for parts that cannot be"
-    words = None if not isinstance(text, str) or text.startswith("hf:") or text == "scratch" else load_model(text, device="cpu", precision="fp32")
-    model = {"embed_dim": dim, "custom_text": True, "vision_cfg": {"volume_cfg": _volume_part(volume)},
-             "text_cfg": words.config["model_cfg"]["text_cfg"] if words else _text_part(text if isinstance(text, str) else dict(text))}
+    hub = text[3:] if isinstance(text, str) and text.startswith("hf:") else None
+    words = None if hub or not isinstance(text, str) or text == "scratch" else load_model(text, device="cpu", precision="fp32")
+    part = _hf_part(hub) if hub else words.config["model_cfg"]["text_cfg"] if words else _text_part(text if isinstance(text, str) else dict(text))
+    model = {"embed_dim": dim, "custom_text": True, "vision_cfg": {"volume_cfg": _volume_part(volume)}, "text_cfg": part}
     if words and words.config["model_cfg"].get("quick_gelu"): model["quick_gelu"] = True
     if pooling_heads: model["pooling_cfg"] = {"heads": pooling_heads}
     if logit_bias is not None: model["init_logit_bias"] = logit_bias
     steps = preprocess if isinstance(preprocess, str) else preprocess.config()
-    files = Path(text[3:]) if isinstance(text, str) and text.startswith("hf:") and Path(text[3:]).is_dir() else None
-    hub = isinstance(text, str) and text.startswith("hf:") and (files is None or has_weights(files))
+    trained = bool(hub) and (not Path(hub).is_dir() or has_weights(hub))
     device = pick_device(device)
     name = f"{volume if isinstance(volume, str) else 'volumes'} + {_short(text)}"
-    clip = build({"model_cfg": model, "preprocess_cfg": {"study": steps}}, name, device, pick_precision(precision, device), files, pretrained_text=hub)
+    clip = build({"model_cfg": model, "preprocess_cfg": {"study": steps}}, name, device, pick_precision(precision, device), pretrained_text=trained)
     if words: _fill(clip, align_state(words.model.state_dict(), clip.model.state_dict()), "text.")
     if image_weights: inflate(clip.model.visual.trunk, image_weights)
     return clip
