@@ -96,7 +96,7 @@ def split_attention(
     for parent in list(model.modules()):
         if type(parent) is AttentionPool2d: parent.__class__ = CalledAttentionPool
         for name, child in list(parent.named_children()):
-            if type(child) is nn.MultiheadAttention: setattr(parent, name, SplitAttention(child).train(child.training))
+            if type(child) is nn.MultiheadAttention and not child.add_zero_attn: setattr(parent, name, SplitAttention(child).train(child.training))
             elif name == "qkv" and type(child) is nn.Linear and getattr(parent, "q_bias", None) is None:
                 setattr(parent, name, SplitQKV(child).train(child.training))
     return model

@@ -9,6 +9,7 @@ __all__ = ['STARTER', 'LONG_TEXT', 'WEIGHTS', 'SCRATCH', 'PROJECTIONS', 'conv', 
 
 # %% ../nbs/20_models.ipynb #83881d31
 import contextlib
+import importlib
 import json
 import logging
 import math
@@ -39,6 +40,7 @@ from .checkpoints import (align_state, find_weights, has_weights, hf_configurati
                                     write_config)
 from .core import InputError, atomic_folder, close_matches, content_hash, pick_device, pick_precision, write_json
 from .images import read_image
+from .published import PUBLISHED, published_state, text_files
 
 # %% ../nbs/20_models.ipynb #ad929353
 def conv(in_chans: int, out_chans: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
@@ -151,6 +153,10 @@ class ClipModel:
 
     @property
     def logit_scale(self) -> float: return self.model.logit_scale.exp().item()
+
+    @property
+    def pooling(self) -> nn.Module | None: # The text-conditioned pooling that a model was trained with
+        return getattr(self.model, "visual_proj", None)
 
     def forward_images(self, images: Tensor) -> Tensor: # (n, 3, h, w) -> (n, d), not normalised
         return self.model.encode_image(images.to(self.device, self.dtype))
@@ -279,7 +285,7 @@ def _resolve(spec: str) -> tuple[str, str | None]:
     "open_clip's model name and pretrained tag for a spec"
     if spec.startswith("hf-hub:"): return spec, None
     name, _, tag = spec.partition("/")
-    if name not in open_clip.list_models(): raise InputError(f"Unknown model {spec!r}. {close_matches(name, ['starter', *open_clip.list_models()])}")
+    if name not in open_clip.list_models(): raise InputError(f"Unknown model {spec!r}. {close_matches(name, ['starter', *PUBLISHED, *open_clip.list_models()])}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag and tag not in tags: raise InputError(f"Model {name!r} has no weights {tag!r}. {close_matches(tag, tags)}")
     return name, tag or None
@@ -309,8 +315,12 @@ def _create(name: str, spec: str, device: torch.device, precision: str, **option
     config = {"model_cfg": model_cfg, "preprocess_cfg": model.visual.preprocess_cfg}
     return ClipModel(model.eval(), tokenizer, preprocess, spec, device, precision, config)
 
+_EXTENSIONS = {"volume_cfg": "medclip_nb.study_models", "pooling_cfg": "medclip_nb.study_models"} # Key that open_clip lacks -> module whose `build` knows it
+
 def _build(config: dict, spec: str, device: torch.device, precision: str, files: Path | None = None, **options) -> ClipModel:
     "A model by its configuration, with random weights unless `options` ask for others"
+    if more := _EXTENSIONS.keys() & {*config["model_cfg"], *config["model_cfg"]["vision_cfg"]}:
+        return importlib.import_module(_EXTENSIONS[min(more)]).build(config, spec, device, precision, files, **options)
     with tempfile.TemporaryDirectory() as folder:
         own = deepcopy(config)
         text = own["model_cfg"]["text_cfg"]
@@ -326,7 +336,7 @@ def _build(config: dict, spec: str, device: torch.device, precision: str, files:
 
 # %% ../nbs/20_models.ipynb #5b863990
 def load_model(
-    spec: str, # starter, an open_clip architecture ('ViT-B-32', 'ViT-B-16/openai'), 'hf-hub:org/name' or a folder
+    spec: str, # starter, a published model (`PUBLISHED`), an open_clip architecture ('ViT-B-32', 'ViT-B-16/openai'), 'hf-hub:org/name' or a folder
     checkpoint: str | Path | None = None, # Weights to load instead, a file or a folder; or a PEFT adapter to add
     device: str = "auto", # auto, cpu, cuda, mps
     precision: str = "auto", # auto, fp32, bf16, fp16
@@ -336,6 +346,7 @@ def load_model(
     precision = pick_precision(precision, device)
     folder = Path(spec)
     if spec == "starter": clip = _build(STARTER, spec, device, precision)
+    elif spec in PUBLISHED: clip = _build(PUBLISHED[spec], spec, device, precision, text_files(checkpoint))
     elif folder.is_dir():
         clip = _build(_folder_configuration(folder), spec, device, precision, folder)
         if (not checkpoint or _is_adapter(Path(checkpoint))) and has_weights(folder): load_checkpoint(clip, folder)
@@ -414,7 +425,7 @@ def load_checkpoint(
     state, expected = read_state(path), clip.model.state_dict()
     converted = is_hf_clip(state)
     _check_configuration(clip, path, converted)
-    state = align_state(hf_to_open_clip(state) if converted else state, expected)
+    state = align_state(hf_to_open_clip(state) if converted else published_state(state), expected)
     if wrong := misfits(state, expected): raise InputError(f"{path} does not fit model {clip.spec!r}: {'; '.join(wrong)}")
     clip.model.load_state_dict(state, strict=True)
 
@@ -522,6 +533,7 @@ def _resnet_tokens(visual: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 # %% ../nbs/20_models.ipynb #01240139
 def _token_reader(visual: nn.Module) -> Callable | None:
     "The function that reads an image tower's tokens"
+    if hasattr(visual, "forward_tokens"): return type(visual).forward_tokens
     if hasattr(visual, "trunk"):
         pooled_in_head = hasattr(getattr(visual, "head", None), "pool")
         return None if pooled_in_head else _timm_tokens
