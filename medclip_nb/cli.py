@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from . import __version__
+from .ask_commands import ManyValues, classify, packs, rank
 from .core import InputError
 from .data_commands import data
 
@@ -47,6 +48,7 @@ def _main(
 ) -> None: pass
 
 app.add_typer(data, name="data")
+for verb in (classify, rank, packs): app.command(cls=ManyValues)(verb)
 
 # %% ../nbs/80_cli.ipynb #677d76ce
 def parse_parameters(
