@@ -131,6 +131,7 @@ def classify(
     "Say which class fits each image best."
     with contextlib.redirect_stdout(sys.stderr):
         questions, loaded = _questions(classes, template, pack, label)
+        if len(questions) == 1: questions = {"": next(iter(questions.values()))}
         from medclip_nb.classifiers import encode_question
         clip = _load_model(images, model, checkpoint, device, precision)
         read, features, skipped = encode_files(clip, images, window)
