@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Question', 'class_question', 'finding_question', 'pack_questions', 'TextClassifier', 'encode_question',
-           'zero_shot_classifier', 'zero_shot', 'prompt_sensitivity', 'sensitivity_rows']
+           'zero_shot_classifier', 'calibration_record', 'validation_temperature', 'zero_shot', 'prompt_sensitivity',
+           'zero_shot_findings']
 
 # %% ../nbs/45b_classifiers.ipynb #1bf162e4
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .calibration import Temperature, calibration_metrics, fit_temperature, reliability_table
 from .core import InputError, close_matches
 from .datasets import Manifest
 from .embeddings import embed
-from .metrics import bootstrap_weights, classification_metrics, interval
+from .metrics import bootstrap_weights, choose_thresholds, classification_metrics, interval
 from .models import ClipModel
+from .multilabel import multilabel_metrics
 from .prompts import Pack, class_sentences, finding_sentences
-from .results import Result, classification, label_classes, named_labels, origin, units
+from .results import Result, classification, finding_labels, finding_result, label_classes, named_labels, origin, units
 
 # %% ../nbs/45b_classifiers.ipynb #56ee3dfa
 @dataclass(frozen=True)
@@ -108,6 +111,10 @@ class TextClassifier:
         if absent is None: return cosine, np.full(cosine.shape, np.nan)
         return cosine, torch.sigmoid(self.scale * torch.from_numpy(cosine - images @ absent.numpy().T).double()).numpy()
 
+    def ranking(self, images: np.ndarray, template: int | None = None) -> np.ndarray: # (n, classes)
+        "What decides: cosines of classes, probabilities of findings, or their cosines where absence goes unsaid"
+        return self.scores(images, template)[0 if self.absent is None else 1]
+
 # %% ../nbs/45b_classifiers.ipynb #e0e19237
 def encode_question(
     clip: ClipModel, # Encodes the sentences
@@ -128,6 +135,30 @@ def zero_shot_classifier(
     "One embedding a class: normalise each sentence, average, normalise"
     said = class_sentences(class_names, templates)
     return encode_question(clip, Question([str(name) for name in class_names], list(templates), said)).weights()[0]
+
+# %% ../nbs/45b_classifiers.ipynb #a6fe0f29
+def calibration_record(
+    y_true: Sequence, # (rows,) labels; None abstains
+    probabilities: np.ndarray, # (rows, classes)
+    classes: Sequence[str], # In the order of the columns
+    weights: np.ndarray, # (n, rows) from `bootstrap_weights`
+) -> dict[str, Any]: # ece, brier and nll with value, low and high, and the table of the reliability diagram
+    "How far probabilities can be taken at their word, for a report"
+    once, many = (calibration_metrics(y_true, probabilities, classes, w) for w in (None, weights))
+    found = {name: {"value": once[name], **dict(zip(("low", "high"), interval(many[name])))} for name in ("ece", "brier", "nll")}
+    return found | {"table": reliability_table(y_true, probabilities, classes, weights=weights).to_dict("records")}
+
+def validation_temperature(
+    asked: TextClassifier, # Classes with their sentences
+    images: np.ndarray, # (rows, d) features of the validation rows
+    manifest: Manifest, # These rows
+    label: str, # Their label column; rows with none of the classes abstain
+) -> Temperature | None: # None where no row has one of the classes
+    "The temperature that fits validation rows best; raises `InputError` for rows of the test split"
+    labels, classes = named_labels(manifest[label]), asked.question.classes
+    labels = np.where(np.isin(labels.astype(str), classes), labels, None)
+    if all(v is None for v in labels): return None
+    return fit_temperature(labels, asked.scale * asked.ranking(images), classes, " and ".join(sorted(set(manifest["split"]))))
 
 # %% ../nbs/45b_classifiers.ipynb #beb951e3
 def zero_shot(
@@ -151,38 +182,64 @@ def zero_shot(
     scores, probabilities = asked.scores(images)
     details = origin(clip, manifest, n_boot, seed) | {"prompts": question.prompts}
     result = classification("zero_shot", manifest, label, question.classes, scores, probabilities, positive, n_boot, seed, details)
-    if sensitivity: result.details["sensitivity"] = prompt_sensitivity(asked, images, manifest, label, positive, n_boot, seed)
+    true, weights = named_labels(manifest[label]), bootstrap_weights(units(manifest), n_boot, seed)
+    measure = lambda scores: [classification_metrics(true, scores, question.classes, w, positive) for w in (None, weights)]
+    if sensitivity: result.details["sensitivity"] = prompt_sensitivity(asked, images, measure, ("balanced_accuracy", "auroc_macro"))
+    temperature = None if valid is None else validation_temperature(asked, embed(clip, valid, cache, batch_size, texts=False).images, valid, label)
+    kept = {"before": calibration_record(true, probabilities, question.classes, weights)}
+    if temperature: kept["after"] = calibration_record(true, temperature(asked.scale * scores), question.classes, weights)
+    result.details["calibration"] = {"temperature": temperature and asdict(temperature), **kept}
+    rows = [{"name": name, **kept[key]["ece"], "n": result.metrics["n"].max()} for key, name in (("before", "ece"), ("after", "ece_calibrated")) if key in kept]
+    result.metrics = pd.concat([result.metrics, pd.DataFrame(rows)], ignore_index=True)
     return result
 
 # %% ../nbs/45b_classifiers.ipynb #d6e62bb4
 def prompt_sensitivity(
-    asked: TextClassifier, # Classes with their sentences
-    images: np.ndarray, # (n, d) features of the rows
-    manifest: Manifest, # The rows
-    label: str, # Their label column
-    positive: str | None = None, # As in `zero_shot`
-    n_boot: int = 1000, # Resamples behind each interval
-    seed: int = 0, # Of the resampling
-    metrics: Sequence[str] = ("balanced_accuracy", "auroc_macro"), # What to measure
+    asked: TextClassifier, # A question with its sentences
+    images: np.ndarray, # (n, d) features
+    measure: Callable, # Scores (n, classes) -> metrics of the data as they are, and on each resample
+    metrics: Sequence[str], # Those to keep
 ) -> list[dict]: # A row a template and metric, the ensemble first: template, metric, value, low, high, change, change_low, change_high
     "Each template alone against all of them together; nothing for a single one"
-    templates, true, weights = asked.question.templates, named_labels(manifest[label]), bootstrap_weights(units(manifest), n_boot, seed)
-    if len(templates) < 2: return []
-    def measured(template):
-        scores, classes = asked.scores(images, template)[0], asked.question.classes
-        return [classification_metrics(true, scores, classes, w, positive=positive) for w in (None, weights)]
-    return sensitivity_rows(templates, measured, metrics)
-
-def sensitivity_rows(templates: Sequence[str], measured: Any, metrics: Sequence[str]) -> list[dict]:
-    "Values and shared resamples of each template, set beside those of the ensemble"
-    whole, rows = measured(None), []
-    for place, name in [(None, "all together"), *enumerate(templates)]:
-        value, samples = whole if place is None else measured(place)
-        for metric in metrics:
-            low, high = interval(samples[metric])
-            row = {"template": name, "metric": metric, "value": value[metric], "low": low, "high": high}
-            if place is not None:
-                row["change"] = value[metric] - whole[0][metric]
-                row["change_low"], row["change_high"] = interval(samples[metric] - whole[1][metric])
+    if len(asked.question.templates) < 2: return []
+    (whole, samples), rows = measure(asked.ranking(images)), []
+    for place, name in [(None, "all together"), *enumerate(asked.question.templates)]:
+        value, own = (whole, samples) if place is None else measure(asked.ranking(images, place))
+        for m in metrics:
+            row = {"template": name, "metric": m, "value": value[m], **dict(zip(("low", "high"), interval(own[m])))}
+            if place is not None: row |= {"change": value[m] - whole[m], **dict(zip(("change_low", "change_high"), interval(own[m] - samples[m])))}
             rows.append(row)
     return rows
+
+# %% ../nbs/45b_classifiers.ipynb #c0828303
+def zero_shot_findings(
+    clip: ClipModel, # The model to ask
+    manifest: Manifest, # Images with findings
+    columns: Sequence[str], # A column a finding (present or absent, 1 or 0), or one column that lists them
+    templates: Sequence[str] = ("{}",), # Sentences with {} for presence
+    negatives: Sequence[str] = (), # As many for absence, such as "no {}"; none scores by the cosine with presence alone
+    prompts: Mapping[str, Any] | None = None, # Finding -> what is written for it, or a dict of words for present and absent
+    findings: Sequence[str] | None = None, # Those of a column that lists them, in order; None sorts those that occur
+    valid: Manifest | None = None, # Rows of a validation split to choose thresholds on; None chooses none
+    rule: str = "youden", # How: youden, corner or f1
+    cache: str | Path | None = None, # Folder that keeps features
+    batch_size: int = 64, # Images a batch
+    n_boot: int = 1000, # Resamples behind each interval
+    seed: int = 0, # Of the resampling
+    sensitivity: bool = False, # Whether to measure each template alone too
+) -> Result: # Predictions hold true(finding), p(finding) or cosine(finding), and with thresholds predicted(finding)
+    "Ask for each finding on its own; raises `InputError` for unknown columns or values"
+    labels = finding_labels(manifest, columns, findings)
+    asked = encode_question(clip, finding_question(list(labels), templates, negatives, prompts))
+    features = lambda rows: embed(clip, rows, cache, batch_size, texts=False).images
+    images, thresholds, chosen = features(manifest), None, None
+    if valid is not None:
+        chosen = {"rule": rule, "chosen_on": " and ".join(sorted(set(valid["split"]))), "rows": len(valid), "manifest": valid.fingerprint()}
+        thresholds = choose_thresholds(finding_labels(valid, columns, list(labels)), asked.ranking(features(valid)), list(labels), rule, chosen["chosen_on"])
+    kind = "cosine" if asked.absent is None else "p"
+    details = origin(clip, manifest, n_boot, seed) | {"prompts": asked.question.prompts, "score": kind, "thresholds": chosen}
+    result = finding_result("zero_shot", manifest, labels, asked.ranking(images), kind, thresholds, n_boot, seed, details)
+    weights = bootstrap_weights(units(manifest), n_boot, seed)
+    measure = lambda scores: [multilabel_metrics(labels, scores, list(labels), None, w) for w in (None, weights)]
+    if sensitivity: result.details["sensitivity"] = prompt_sensitivity(asked, images, measure, ("auroc_macro", "average_precision_macro"))
+    return result
