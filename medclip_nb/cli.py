@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from . import __version__
+from .ask_commands import ManyValues, classify, packs, rank
 from .cache_commands import cache, embed
 from .core import InputError
 from .data_commands import data
@@ -50,6 +51,7 @@ def _main(
 app.add_typer(data, name="data")
 app.add_typer(cache, name="cache")
 app.command("embed")(embed)
+for verb in (classify, rank, packs): app.command(cls=ManyValues)(verb)
 
 # %% ../nbs/80_cli.ipynb #677d76ce
 def parse_parameters(

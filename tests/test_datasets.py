@@ -256,7 +256,7 @@ print(len(names) >= 3 and "starter" in names, sorted(heavy & set(sys.modules)))"
 
 def test_cards_travel_with_the_package(tmp_path):
     for name in ("setup.py", "settings.ini", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)
-    for name in ("medclip_nb", "nbs/experiments", "data/cards"): shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("medclip_nb", "nbs/experiments", "data/cards", "data/prompts"): shutil.copytree(ROOT / name, tmp_path / name)
     subprocess.run([sys.executable, "setup.py", "-q", "build", "--build-lib", tmp_path / "installed"], cwd=tmp_path, check=True, capture_output=True)
     code = """from importlib import resources
 from medclip_nb.datasets import card, card_folder, card_names
