@@ -5,7 +5,7 @@
 The first part embeds n pictures with captions: "compute" without a cache, "warm" with one that holds all of them, which still identifies the weights, the preprocessing and every
 file. Every round times each way once, in turn, in one process; the ratios are of the minima and of the medians. Computing grows with n, and most of "warm" does not, so
 a larger n gives a larger ratio; "a row more" is the ratio without the fixed part. The second part reads a store of rows x width in a fresh process, all rows in a random order, and says how
-long that takes, how long plain `np.load` takes for the same numbers, and how much memory it needs beyond the answer.
+long that takes, how long plain `np.load` takes for the same numbers, and how much memory it needs (Linux only).
 """
 import argparse
 import statistics
@@ -25,12 +25,12 @@ from PIL import Image
 
 WORDS = "axial t2 weighted slice of the brain with a small ring enhancing lesion in the left frontal lobe surrounded by oedema".split()
 READER = """
-import resource, sys, time
+import sys, time
 import numpy as np
 from medclip_nb.feature_store import FeatureCache
 folder, rows, plain = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 keys = [f"key {i}" for i in np.random.default_rng(0).permutation(rows)]
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
 before, start = peak(), time.perf_counter()
 out = FeatureCache(folder).fill(keys, None) if plain == "-" else np.load(plain)
 print(time.perf_counter() - start, peak() - before, out.nbytes / 2**20)
