@@ -96,7 +96,7 @@ def attend_lists(
 ) -> tuple[Tensor, Tensor | None]: # Two times (b, t, d), not normalised
     "What each item finds in its image: in all tokens, and in those to which it attends most"
     keys, values = pooling.project_tokens(tokens)
-    queries = queries.index_select(0, index.flatten()).view(*index.shape, -1)
+    queries = queries.index_select(0, index.flatten()).view(*index.shape, pooling.dim)
     if not key_tokens: return pooling.attend(queries, keys, values, token_mask), None
     scores = pooling.scores(queries, keys)
     weights = masked_softmax(scores, None if token_mask is None else key_mask(token_mask))
@@ -207,7 +207,7 @@ def itemized_losses(
         listed = _up_weighted(counts.gather(1, index), answers, own, worst_positive_factor)
         if share["ila"]: terms["ila"] = sigmoid_sum(answers, own, listed) / divide
         if share["kta"]: terms["kta"] = sigmoid_sum(logits(focused), own, listed) / divide
-        if share["iis"]: terms["iis"] = _separation(pooled[own].view(b, k, -1), text_features[mine], real[mine],
+        if share["iis"]: terms["iis"] = _separation(pooled[own].view(b, k, pooling.dim), text_features[mine], real[mine],
                                                     None if text_ids is None else text_ids[mine], logit_scale, logit_bias) / (n * k)
     terms = {name: share[name] * term for name, term in terms.items()}
     return {**terms, "loss": sum(terms.values())}
