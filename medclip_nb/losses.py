@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .core import InputError
+from .itemized import itemized_losses
 
 # %% ../nbs/30_losses.ipynb #04b2e3bc
 def _logits(image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor) -> Tensor: # (n, n)

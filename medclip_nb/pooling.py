@@ -38,7 +38,7 @@ class _Projections(nn.Module):
         weight = torch.cat([w * norm.weight for w, norm in zip(weights, norms)])
         bias = torch.cat([w @ norm.bias + b for w, b, norm in zip(weights, biases, norms)])
         both = F.linear(F.layer_norm(tokens, (self.dim,), eps=self.ln_k.eps), weight, bias)
-        return tuple(F.pad(both.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4), (0, 0, 0, 1)))
+        return tuple(F.pad(both.unflatten(-1, (2, self.heads, self.dim // self.heads)).permute(2, 0, 3, 1, 4), (0, 0, 0, 1)))
 
     def join(self,
         pooled: Tensor, # (b, heads, t, d / heads) weighted sums of values
@@ -66,18 +66,22 @@ def masked_softmax(
 class TextConditionedPooling(_Projections):
     "What each text finds in an image: attention of texts over tokens and a zero key, each with its layer norm. Raises `InputError` for a `dim` that `heads` do not divide"
     def _split(self, queries: Tensor, images: int) -> Tensor: # (b, heads, t, d / heads)
-        by_head = queries.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
+        by_head = queries.unflatten(-1, (self.heads, self.dim // self.heads)).transpose(-2, -3)
         return by_head.expand(images, *by_head.shape[-3:])
 
-    def attend(self,
+    def pool(self,
         queries: Tensor, # From `project_texts`: (b, t, d) for each image its own, or (t, d) the same for all
         keys: Tensor, # From `project_tokens`: (b, heads, l + 1, d / heads)
         values: Tensor, # (b, heads, l + 1, d / heads)
         token_mask: Tensor | None = None, # True where a text may attend: (b, l), (b, t, l) or (b, heads, t, l)
-    ) -> Tensor: # (b, t, d), not normalised
-        "What each text finds in each image"
+    ) -> Tensor: # (b, t, d), the heads one after the other
+        "What each head of each text finds in each image"
         mask = None if token_mask is None else key_mask(token_mask)
-        return self.join(F.scaled_dot_product_attention(self._split(queries, len(keys)), keys, values, attn_mask=mask))
+        return F.scaled_dot_product_attention(self._split(queries, len(keys)), keys, values, attn_mask=mask).transpose(1, 2).flatten(2)
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, token_mask: Tensor | None = None) -> Tensor: # (b, t, d), not normalised
+        "What each text finds in each image: `pool` and the output projection"
+        return self.attn.out_proj(self.pool(queries, keys, values, token_mask))
 
     def scores(self,
         queries: Tensor, # (b, t, d) or (t, d)
