@@ -24,13 +24,15 @@ from .states import Run
 PROJECT = "medclip_nb" # What trackers call the project
 RUN = "MEDCLIP_NB_RUN" # Environment variable with the name of an experiment, see `runs`
 
+_own = {""} # Databases that were made here
+
 def tracker_options(
     name: str, # tensorboard, wandb, mlflow or trackio
     folder: Path, # Absolute path of the run's folder
     run_name: str, # What the run is called
 ) -> dict: # Keyword arguments of Accelerate's tracker of that name
     "What keeps a tracker in the run's folder and quiet"
-    return {"wandb": {"name": run_name, "dir": str(folder), "mode": os.environ.get("WANDB_MODE", "offline"), "settings": {"silent": True}},
+    return {"wandb": {"name": run_name, "dir": str(folder), "mode": os.environ.get("WANDB_MODE", "offline"), "settings": {"silent": True, "disable_git": True}},
             "mlflow": {"run_name": run_name, "logging_dir": (folder/"mlflow").as_uri()},
             "trackio": {"name": run_name, "embed": False}}.get(name, {})
 
@@ -39,9 +41,11 @@ def keep_local(
     folder: Path, # Absolute path of the run's folder
 ) -> None:
     "Tell trackers that take their folder from elsewhere where to write"
-    if name == "mlflow" and not os.environ.get("MLFLOW_TRACKING_URI"):
+    if name == "mlflow" and os.environ.get("MLFLOW_TRACKING_URI", "") in _own:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         import mlflow
-        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+        _own.add(f"sqlite:///{folder}/mlflow.db")
+        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db") # Stays in the environment; the next training must not take it for the user's
     if name == "trackio" and "trackio" not in sys.modules: os.environ.setdefault("TRACKIO_DIR", str(folder/"trackio"))
 
 # %% ../nbs/49d_trackers.ipynb #bb1001d1
