@@ -130,7 +130,7 @@ def _recalls(head: Head, features: Tensor, labels: Tensor) -> tuple[float, float
     recall = torch.bincount(labels, right, minlength=k)[counts > 0] / counts[counts > 0]
     return float(recall.mean()), -float(F.cross_entropy(scores, labels))
 
-# %% ../nbs/51_heads.ipynb #75acb024
+# %% ../nbs/51_heads.ipynb #bc8965b9
 PENALTIES = (10.0, 1.0, 0.1, 0.01, 0.001)
 
 def fit_head(
@@ -141,8 +141,8 @@ def fit_head(
     dropout: float = 0.0, # Share of hidden units left out
     penalties: Sequence[float] = PENALTIES, # L2 strengths to choose from (linear); without held-out rows the middle one is taken
     steps: int = 1000, # Steps of AdamW at most; held-out rows that get no better end them early (hidden layer)
-    batch_size: int = 1024, # Rows a step (hidden layer)
-    lr: float = 5e-3, # Peak learning rate (hidden layer)
+    batch_size: int = 512, # Rows a step (hidden layer)
+    lr: float = 3e-3, # Peak learning rate (hidden layer)
     class_weight: str = "balanced", # balanced, or none for classes as frequent as they are
     seed: int = 0, # Of weights and order
 ) -> Head: # In evaluation mode
@@ -190,7 +190,7 @@ def _solve(head: Head, x: Tensor, y: Tensor, held: tuple | None, weight: Tensor 
     elif len(z) > PATH_ROWS:
         some = torch.randperm(len(z))[:PATH_ROWS]
         head, at = _walk(head, z[some], y[some], held, weight, path)
-        path = path[at:at + 2]
+        path = path[at:at + 1]
     return _walk(head, z, y, held, weight, path)[0].requires_grad_(False)
 
 # %% ../nbs/51_heads.ipynb #4529f3c2

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STARTER', 'WEIGHTS', 'SCRATCH', 'PROJECTIONS', 'CLASSIFIERS', 'conv', 'ConvBlock', 'StarterTrunk', 'medclip_starter',
-           'Encoders', 'ClipModel', 'set_long_text', 'describe', 'load_model', 'save_checkpoint', 'quick_gelu',
-           'load_checkpoint', 'swap_towers', 'forward_image_tokens', 'encode_image_tokens']
+           'Towers', 'Encoders', 'ClipModel', 'set_long_text', 'describe', 'load_model', 'save_checkpoint',
+           'quick_gelu', 'load_checkpoint', 'swap_towers', 'forward_image_tokens', 'encode_image_tokens']
 
 # %% ../nbs/20_models.ipynb #83881d31
 import contextlib
@@ -101,9 +101,9 @@ STARTER = {
     "preprocess_cfg": {"mean": [0.25] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "resize_mode": "shortest"},
 }
 
-# %% ../nbs/20_models.ipynb #da82c5bf
-class Encoders:
-    "What encodes images and texts; the base of `ClipModel`"
+# %% ../nbs/20_models.ipynb #880b99b5
+class Towers:
+    "Raw features, with gradients"
     def forward_images(self, images: Tensor) -> Tensor: # (n, 3, h, w) -> (n, d), not normalised
         return self.model.encode_image(images.to(self.device, self.dtype))
 
@@ -127,6 +127,9 @@ class Encoders:
             with torch.no_grad(): yield
         finally: self.model.train(training)
 
+# %% ../nbs/20_models.ipynb #5b6f6dad
+class Encoders(Towers):
+    "Features to measure with; the base of `ClipModel`"
     def pixels(self, batch: Tensor | Sequence) -> Tensor: # (n, 3, h, w)
         "Preprocess PIL images or image files; tensors pass"
         if isinstance(batch, Tensor): return batch

@@ -123,7 +123,7 @@ def _set_randomness(states: list[dict], rank: int) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state["cuda"])
 
-# %% ../nbs/49b_states.ipynb #25cbb776
+# %% ../nbs/49b_states.ipynb #26c052ba
 def save_state(run: Run) -> None:
     "Store all that is needed to continue"
     states = gather_object([_randomness()])
@@ -134,6 +134,7 @@ def save_state(run: Run) -> None:
            "average": {"steps": average.steps, "weights": average.weights} if average else {},
            "generator": run.generator.get_state(), "randomness": states}, state_file(run))
 
+# %% ../nbs/49b_states.ipynb #f2784d02
 def load_state(run: Run) -> bool: # Whether there was one
     "Continue from the stored state, where there is one; raises `InputError` for the state of another training"
     path = state_file(run)

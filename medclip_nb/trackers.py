@@ -48,7 +48,7 @@ def keep_local(
         mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db") # Stays in the environment; the next training must not take it for the user's
     if name == "trackio" and "trackio" not in sys.modules: os.environ.setdefault("TRACKIO_DIR", str(folder/"trackio"))
 
-# %% ../nbs/49d_trackers.ipynb #bb1001d1
+# %% ../nbs/49d_trackers.ipynb #76078e90
 def accelerator_of(
     clip: ClipModel, # Its device
     recipe: Recipe, # Precision and tracker
@@ -66,6 +66,7 @@ def settings(run: Run) -> dict[str, bool | int | float | str]:
     own = {"model": run.clip.spec, "training_rows": len(run.pairs), "processes": run.accelerator.num_processes}
     return own | {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()}
 
+# %% ../nbs/49d_trackers.ipynb #6c4e0425
 @contextmanager
 def tracking(
     run: Run, # Its recipe names the tracker

@@ -152,7 +152,7 @@ def test_killed_and_resumed(command, table, whole, tmp_path, kernel):
 def test_a_suite_goes_on_by_itself(command, table, whole, tmp_path):
     "The second call of a suite continues the training that died in the first"
     suite = tmp_path / "mine.yaml"
-    suite.write_text(yaml.safe_dump({"name": "mine", "runs": [{"name": "finetune", "template": "finetune", "params": {**DEFAULTS, "data_root": str(table), **LONG}}]}))
+    suite.write_text(yaml.safe_dump({"name": "mine", "runs": [{"name": "finetune", "template": "finetune", "params": {**DEFAULTS, "data_root": str(table), **LONG}}]}, sort_keys=False))
     arguments, folder = [command, "suite", str(suite), "--out", str(tmp_path)], tmp_path / "mine"
     kill_in_training(start(arguments), folder)
     before = next(folder.glob(".partial/finetune.state.*/*/state.pt")).stat()
