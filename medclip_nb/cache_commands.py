@@ -75,7 +75,7 @@ def embed(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Images or texts a batch.")] = 64,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images; 0 decodes in two threads.")] = 0,
-    long_text: Annotated[str, typer.Option(help="What to do beyond the context: truncate, chunks or interpolate.")] = "truncate",
+    long_text: Annotated[str, typer.Option(help="What to do beyond the context: truncate, chunks or interpolate; by default what the model does.")] = "",
     option: ReaderOption = [],
     splits: SplitsOption = None,
     overwrite: OverwriteOption = False,
@@ -89,7 +89,7 @@ def embed(
     kinds = [kind for kind, column in KINDS.items() if only in ("", kind) and column in manifest]
     if not kinds: raise InputError(f"{dataset}: has no column {' or '.join(c for k, c in KINDS.items() if only in ('', k))}. It has {', '.join(map(str, manifest.columns))}.")
     if out and out.suffix == ".npy" and len(kinds) > 1: raise InputError(f"{out}: holds one array, and there are two. Add --only images or --only texts, or write .npz.")
-    found = embed_rows(load_model(model, checkpoint, device, precision), manifest, cache, batch_size, workers, "texts" in kinds, "images" in kinds, long_text)
+    found = embed_rows(load_model(model, checkpoint, device, precision), manifest, cache, batch_size, workers, "texts" in kinds, "images" in kinds, long_text or None)
     if first: _report(found, out, manifest, rows)
 
 # %% ../nbs/83_cache_commands.ipynb #a769344d

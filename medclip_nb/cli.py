@@ -79,6 +79,7 @@ def run(
     file: Annotated[Optional[Path], typer.Option("-f", "--file", help="YAML file of parameters.")] = None,
     out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Run folder; by default reports/TEMPLATE.")] = None,
     timeout: Annotated[Optional[float], typer.Option(help="Limit of the run in seconds.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the same run was killed in its training.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="List the template's parameters and stop.")] = False,
 ) -> None:
     "Execute one template into a folder."
@@ -86,7 +87,7 @@ def run(
     from medclip_nb.parameters import find_template
     if list_: return params(template)
     out = out or Path("reports", find_template(template).stem)
-    record = runs.run(template, parse_parameters(param, file), out, timeout=timeout)
+    record = runs.run(template, parse_parameters(param, file), out, timeout=timeout, resume=resume)
     for name, value in record.headline.items(): typer.echo(f"{name}  {value}")
     typer.echo(f"report: {record.path/'report.html'}")
 

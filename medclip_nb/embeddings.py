@@ -72,9 +72,8 @@ def _image_features(clip: ClipModel, paths: list[Path], stamps: list | None, rea
 def _text_features(clip: ClipModel, texts: list[str], batch_size: int, long_text: str) -> Callable:
     "A function that encodes the texts at given positions, texts of like length together"
     def compute(positions: list[int]) -> Iterator[tuple[list[int], np.ndarray]]:
-        options = {} if long_text == "truncate" else {"long_text": long_text}
         parts = _batches(sorted(positions, key=lambda i: len(texts[i])), batch_size)
-        for part in progress(parts, desc="encoding texts", unit="batch"): yield part, clip.encode_texts([texts[i] for i in part], **options).numpy()
+        for part in progress(parts, desc="encoding texts", unit="batch"): yield part, clip.encode_texts([texts[i] for i in part], long_text).numpy()
     return compute
 
 # %% ../nbs/40_embeddings.ipynb #665c1e94
@@ -104,7 +103,7 @@ def embed(
     num_workers: int = 0, # Processes that decode images; 0 decodes in two threads
     texts: bool = True, # Whether to encode captions
     images: bool = True, # Whether to encode images
-    long_text: str = "truncate", # What to do beyond the context: truncate, chunks or interpolate, see `models.LONG_TEXT`
+    long_text: str | None = None, # What to do beyond the context: truncate, chunks or interpolate; None does what the model does
     save_every: float = 10.0, # Seconds of work that may be lost when the process is killed
     together: bool = True, # In a distributed run: every process calls this and computes its share; False if one process calls it alone
 ) -> Embeddings: # Row order of the manifest, the same on every process
@@ -120,6 +119,6 @@ def embed(
         keys = file_hashes(stamps, Path(cache)/"files", together) if cache else [str(path) for path in paths]
         fill("images", keys, _image_features(clip, paths, stamps, manifest.read, batch_size, num_workers), **manifest.read)
     if texts and "caption" in manifest:
-        captions = [str(caption) for caption in manifest["caption"]]
+        captions, long_text = [str(caption) for caption in manifest["caption"]], long_text or clip.long_text
         fill("texts", captions, _text_features(clip, captions, batch_size, long_text), long_text=long_text)
     return Embeddings(**found, counts=counts)

@@ -20,7 +20,8 @@ from .core import InputError, close_matches, progress
 from .datasets import Manifest
 from .evaluators import named_labels
 from .images import Augment, ImageDataset
-from .models import ClipModel, tokenise
+from .models import ClipModel
+from .texts import Parts, cut_share, tokenise
 
 # %% ../nbs/47_pairs.ipynb #e249ae20
 SIDE = re.compile(r"\b(left|right)(?=\b|ward|most)", re.I)
@@ -69,12 +70,13 @@ class Pairs(Dataset):
         memory_mb: int = 0, # Megabytes of decoded images to keep
         mirror: float = 0.0, # Share of the images that `draw` says to mirror; those whose `plane` is sagittal never are
         labels: Tensor | None = None, # (rows,) from `label_ids`; None knows no labels
-        long_text: str = "truncate", # Texts beyond the context: truncate, or interpolate its positions
+        long_text: str | None = None, # Texts beyond the context: truncate, chunks or interpolate; None does what the model does
     ) -> None:
         words = [w + [swap_sides(t) for t in w] if mirror else w for w in _pair_texts(rows, texts)]
         self.rows, self.mirror = rows.index, mirror
         self.images = ImageDataset(rows.paths(), clip.preprocess, memory_mb, **rows.read)
-        self.tokens = [tokenise(clip, w, long_text) for w in words]
+        self.tokens = [tokenise(clip, w, long_text or clip.long_text) for w in words]
+        self.cut_share = cut_share(clip, sorted({text for w in words for text in w}))
         self.ids = [torch.from_numpy(pd.factorize(np.array(w, dtype=object))[0]) for w in words]
         self.labels = torch.full((len(rows),), -1) if labels is None else labels
         self.has_sides = torch.tensor((rows["plane"] != "sagittal").tolist()) if "plane" in rows else torch.ones(len(rows), dtype=torch.bool)
@@ -82,7 +84,7 @@ class Pairs(Dataset):
     def __len__(self) -> int: return len(self.images)
     def __getitem__(self, i: int) -> tuple[Tensor, int]: return self.images[i], i
 
-    def draw(self, positions: Tensor, generator: torch.Generator) -> tuple[Tensor | None, Tensor, Tensor]:
+    def draw(self, positions: Tensor, generator: torch.Generator) -> tuple[Tensor | Parts | None, Tensor, Tensor]:
         "Tokens and ids of a batch's texts, of a kind drawn for the whole batch, and which images to mirror"
         kind = int(torch.randint(len(self.tokens), (1,), generator=generator)) if self.tokens else None
         mirrored = (torch.rand(len(positions), generator=generator) < self.mirror) & self.has_sides[positions]
@@ -133,10 +135,11 @@ def image_features(
 
 def text_features(
     clip: ClipModel, # The model
-    texts: Tensor, # Tokens, or features (n, d) already
-) -> Tensor: # (n, d), not normalised
+    texts: Tensor | Parts, # Tokens, parts, or features (n, d) already
+) -> Tensor: # (n, d), not normalised; of parts the mean of their unit features
     "Features of texts; features stay as they are"
-    return texts.to(clip.device) if texts.is_floating_point() else clip.forward_texts(texts)
+    if isinstance(texts, Tensor) and texts.is_floating_point(): return texts.to(clip.device)
+    return clip.forward_texts(texts)
 
 # %% ../nbs/47_pairs.ipynb #bb77979e
 def is_frozen(

@@ -203,9 +203,9 @@ def run_together(rank, world, folder, table, weights):
     clip, manifest = load_model("starter", weights, "cpu"), load_manifest("csv", table)
     encode = {"images": clip.encode_images, "texts": clip.encode_texts}
     def counting(kind):
-        def count(batch):
+        def count(batch, *more):
             through[kind] += len(batch)
-            return encode[kind](batch)
+            return encode[kind](batch, *more)
         return count
     clip.encode_images, clip.encode_texts = counting("images"), counting("texts")
     def call(cache, rows=manifest):

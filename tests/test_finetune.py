@@ -1,17 +1,30 @@
 "Every way to train, on a small table of a user's own, through the installed command"
 import json
 import os
+import shutil
+import signal
 import subprocess
+import time
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
+import yaml
 from PIL import Image
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+DEFAULTS = {"dataset": "csv", "device": "cpu", "epochs": 2, "batch_size": 16, "lr": 1e-3, "n_boot": 100}
+
+
+def call(command, table, out, *more, **params):
+    "The command line of a run"
+    given = [x for k, v in {**DEFAULTS, "data_root": table, **params}.items() for x in ("-p", f"{k}={v}")]
+    return [command, "run", "finetune", *given, "--out", str(out), *more]
 
 
 def run(command, table, out, code=0, **params):
-    given = [x for k, v in {"dataset": "csv", "data_root": table, "device": "cpu", "epochs": 2, "batch_size": 16, "lr": 1e-3, "n_boot": 100, **params}.items() for x in ("-p", f"{k}={v}")]
-    done = subprocess.run([command, "run", "finetune", *given, "--out", str(out)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(call(command, table, out, **params), capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     if code: return done.stdout + done.stderr
@@ -54,7 +67,109 @@ def test_modes(command, table, tmp_path, params, metric, files):
     if params.get("mode") == "head": assert found["metrics"]["balanced_accuracy"]["value"] > 0.9
 
 
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    "A BERT with random weights and a tokenizer that knows the captions, as the hub has it"
+    import transformers
+    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"a dark bright square on the left right".split()]
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words))
+    config = transformers.BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, max_position_embeddings=7)
+    transformers.BertModel(config).save_pretrained(folder)
+    transformers.BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def test_other_towers(command, table, bert, tmp_path):
+    "Two towers from two libraries: one folder afterwards, which everything can load, wherever it is moved"
+    from medclip_nb.models import load_model
+    found, page = run(command, table, tmp_path / "out", image_tower="timm:test_resnet", text_tower=f"hf:{bert}", embed_dim=24, long_text="chunks", epochs=1)
+    assert found["details"]["towers"] == "timm:test_resnet + tiny-bert" and found["details"]["embed_dim"] == 24
+    assert found["details"]["long_text"] == "chunks" and found["details"]["cut_share"] == 1 and "100.0% of the different training texts" in page
+    checkpoint = shutil.move(tmp_path / "out" / "checkpoint", tmp_path / "moved")
+    shutil.move(bert, bert.with_name("gone"))
+    try:
+        clip = load_model(str(checkpoint), device="cpu")
+        assert (clip.dim, clip.context_length, clip.long_text) == (24, 7, "chunks") and clip.config["model_cfg"]["vision_cfg"]["timm_model_name"] == "test_resnet"
+        given = {k: v for k, v in DEFAULTS.items() if k in ("dataset", "device", "n_boot")} | {"data_root": table, "model": checkpoint}
+        done = subprocess.run([command, "run", "retrieval", *(x for k, v in given.items() for x in ("-p", f"{k}={v}")), "--out", str(tmp_path / "retrieval")], capture_output=True, text=True, env=ENVIRONMENT)
+        assert done.returncode == 0, done.stdout + done.stderr
+        elsewhere = json.loads((tmp_path / "retrieval" / "metrics.json").read_text())["metrics"]
+        assert elsewhere["image_to_text_R@1"] == found["metrics"]["image_to_text_R@1"]
+    finally: shutil.move(bert.with_name("gone"), bert)
+
+
+def test_scratch_beside_the_image_tower_of_the_model(command, table, tmp_path):
+    from medclip_nb.models import load_model
+    run(command, table, tmp_path / "out", text_tower="scratch", max_steps=2)
+    clip = load_model(str(tmp_path / "out" / "checkpoint"), device="cpu")
+    assert clip.dim == 128 and clip.config["model_cfg"]["vision_cfg"]["timm_model_name"] == "medclip_starter" and clip.config["model_cfg"]["text_cfg"]["width"] == 256
+
+
+RESULTS = ("report.ipynb", "report.html", "metrics.json", "predictions.parquet", "history.jsonl", "checkpoint/open_clip_model.safetensors", "checkpoint/training.json")
+LONG = {"epochs": 4, "batch_size": 8, "save_every": 1, "mirror": 0.5, "ema": 0.9, "lr": 3e-3}
+
+
+@pytest.fixture(scope="module")
+def whole(command, table, tmp_path_factory):
+    "The run that nobody stopped"
+    out = tmp_path_factory.mktemp("whole") / "finetune"
+    run(command, table, out, **LONG)
+    return {name: (out / name).read_bytes() for name in RESULTS}
+
+
+def kill_in_training(process, folder, kernel=False):
+    "Kill a run, or its kernel, in the middle of the second epoch or later"
+    epochs = lambda: max((len(p.read_text().splitlines()) for p in folder.glob(".partial/*/history.jsonl")), default=0)
+    end = time.monotonic() + 240
+    while not (epochs() >= 1 and list(folder.glob(".partial/finetune.state.*/*/state.pt"))):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.01)
+    os.kill(next(c.pid for c in psutil.Process(process.pid).children(recursive=True) if "ipykernel_launcher" in c.cmdline()) if kernel else process.pid, signal.SIGKILL)
+    return process.communicate(timeout=120), process.returncode
+
+
+def start(arguments):
+    return subprocess.Popen(arguments, text=True, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("kernel", [False, True], ids=["runner", "kernel"])
+def test_killed_and_resumed(command, table, whole, tmp_path, kernel):
+    "kill -9 of the run or of its kernel, then --resume: every byte as if nothing had happened"
+    out = tmp_path / "finetune"
+    (_, said), code = kill_in_training(start(call(command, table, out, **LONG)), tmp_path, kernel)
+    if kernel: assert code == 1 and "the same run with --resume goes on from there" in said
+    assert not out.exists() and list(tmp_path.glob(".partial/finetune.state.*/*/state.pt"))
+    refused = subprocess.run(call(command, table, out, "--resume", **{**LONG, "lr": 1e-3}), capture_output=True, text=True, env=ENVIRONMENT)
+    assert refused.returncode == 2 and "the run that was killed differs in parameter lr" in refused.stderr
+    done = subprocess.run(call(command, table, out, "--resume", **LONG), capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in RESULTS: assert (out / name).read_bytes() == whole[name], name
+    assert not (tmp_path / ".partial").exists()
+
+
+def test_a_suite_goes_on_by_itself(command, table, whole, tmp_path):
+    "The second call of a suite continues the training that died in the first"
+    suite = tmp_path / "mine.yaml"
+    suite.write_text(yaml.safe_dump({"name": "mine", "runs": [{"name": "finetune", "template": "finetune", "params": {**DEFAULTS, "data_root": str(table), **LONG}}]}, sort_keys=False))
+    arguments, folder = [command, "suite", str(suite), "--out", str(tmp_path)], tmp_path / "mine"
+    kill_in_training(start(arguments), folder)
+    before = next(folder.glob(".partial/finetune.state.*/*/state.pt")).stat()
+    second = start(arguments)
+    end = time.monotonic() + 240
+    while not [p for p in folder.glob(f".partial/finetune.state.{second.pid}/*/state.pt") if p.stat().st_ino == before.st_ino]:
+        assert second.poll() is None and time.monotonic() < end, "the state was not taken over"
+        time.sleep(0.005)
+    said = second.communicate(timeout=300)
+    assert second.returncode == 0, said
+    for name in RESULTS: assert (folder / "finetune" / name).read_bytes() == whole[name], name
+
+
 @pytest.mark.parametrize("params, message", [({"mode": "lorra"}, "Did you mean 'lora'"), ({"mode": "head"}, "needs a label column"),
-                                             ({"objective": "siglipp"}, "Did you mean 'siglip'"), ({"mode": "lora"}, "has no layers for targets")])
+                                             ({"objective": "siglipp"}, "Did you mean 'siglip'"), ({"mode": "lora"}, "has no layers for targets"),
+                                             ({"image_tower": "timm:test_resnets"}, "Did you mean 'test_resnet"), ({"text_tower": "timm:test_vit"}, "is an image tower"),
+                                             ({"text_tower": "hf:no/where"}, "could not be found"), ({"image_tower": "RN50x9"}, "Unknown model 'RN50x9'"),
+                                             ({"image_weights": "w.pth"}, "w.pth"), ({"long_text": "chunk"}, "Did you mean 'chunks'")])
 def test_mistakes_are_one_message(command, table, tmp_path, params, message):
     assert message in run(command, table, tmp_path / "out", code=2, **params)

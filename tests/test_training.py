@@ -80,8 +80,12 @@ def steady(tmp_path_factory):
     return tiny(tmp_path_factory.mktemp("steady"))
 
 
-def start(table, model, out, options, wait=0.0, processes=1):
-    launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+LAUNCHERS = {"torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"],
+             "accelerate": [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--main_process_port", "0", "--num_processes"]}
+
+
+def start(table, model, out, options, wait=0.0, processes=1, launcher="torchrun"):
+    launch = [sys.executable] if processes == 1 else [*LAUNCHERS[launcher], str(processes)]
     script = out.with_suffix(".py")
     script.write_text(WORKER)
     return subprocess.Popen([*launch, str(script), str(table), str(out), json.dumps(options), str(model), str(wait)], text=True, env=ENVIRONMENT,
@@ -133,14 +137,14 @@ def test_killed_and_continued(table, model, whole, tmp_path, moment):
     assert sorted(p.name for p in out.iterdir()) == ["checkpoint", "history.jsonl"]
 
 
-@pytest.mark.parametrize("processes, objective", [(2, "clip"), (3, "clip"), (2, "prompts"), (2, "labels")])
-def test_processes_share_a_batch(table, steady, tmp_path, processes, objective):
-    "The same rows, texts, mirrors and variations, the same losses and gradients, whatever the number of processes"
+@pytest.mark.parametrize("processes, objective, launcher", [(2, "clip", "accelerate"), (3, "clip", "accelerate"), (2, "prompts", "torchrun"), (2, "labels", "torchrun")])
+def test_processes_share_a_batch(table, steady, tmp_path, processes, objective, launcher):
+    "However they are started: the same rows, texts, mirrors and variations, the same losses and gradients, whatever the number of processes"
     from medclip_nb.models import load_model
     options = {"epochs": 2, "batch_size": 7, "lr": 1e-3, "mirror": 0.5, "objective": objective, "label": "label", "clip_grad": 1e9}
     found = {}
     for n in (1, processes):
-        said = ended(start(table, steady, tmp_path / str(n), options, processes=n))
+        said = ended(start(table, steady, tmp_path / str(n), options, processes=n, launcher=launcher))
         assert len(said) == n and len(set(said)) == 1, "every process ends with the same weights"
         found[n] = pd.read_json(tmp_path / str(n) / "history.jsonl", lines=True)
         assert sorted(p.name for p in (tmp_path / str(n)).iterdir()) == ["checkpoint", "history.jsonl"]
@@ -157,6 +161,61 @@ def test_chunks_train_like_the_whole_batch(table, steady, tmp_path):
         ended(start(table, steady, tmp_path / str(chunk), {"epochs": 2, "batch_size": 14, "lr": 1e-3, "chunk": chunk}))
         found[chunk] = pd.read_json(tmp_path / str(chunk) / "history.jsonl", lines=True)
     for column in ("train_loss", "grad_norm", "logit_scale"): np.testing.assert_allclose(found[0][column], found[4][column], rtol=1e-4, err_msg=column)
+
+
+@pytest.fixture
+def squares(table):
+    from medclip_nb.datasets import load_manifest
+    return load_manifest("csv", table)
+
+
+def remembering():
+    "A tracker that remembers what Accelerate tells it"
+    from accelerate.tracking import GeneralTracker
+
+    class Remembers(GeneralTracker):
+        name, requires_logging_directory, tracker = "remembers", False, None
+        def __init__(self): self.told = []
+        def start(self): self.told.append("start")
+        def store_init_configuration(self, values): self.told.append(values)
+        def log(self, values, step=None, **kwargs): self.told.append((step, values))
+        def finish(self): self.told.append("finish")
+    return Remembers()
+
+
+def test_a_tracker_hears_every_epoch(squares, model, tmp_path):
+    "Also those before the training was stopped; and it is closed when a training fails"
+    from medclip_nb import trainers
+    from medclip_nb.models import load_model
+    rows = [squares.part(s) for s in ("train", "valid")]
+    options = {"epochs": 3, "batch_size": 14, "augment": None, "lr": 1e-3}
+    for stopped in (False, True):
+        tracker, clip = remembering(), load_model(str(model), device="cpu")
+        if stopped:  # after the second epoch
+            run = trainers.begin_run(clip, *rows, tmp_path / "out", trainers.Recipe(**options))
+            trainers._start(run)
+            for _ in range(2): trainers._epoch(run)
+            clip = load_model(str(model), device="cpu")
+        trainers.train(clip, *rows, tmp_path / "out", **options, report_to=tracker, resume=stopped)
+        begin, settings, *epochs, end = tracker.told
+        assert (begin, end, [step for step, _ in epochs]) == ("start", "finish", [2, 4, 6])
+        assert (settings["lr"], settings["training_rows"], settings["augment"]) == (1e-3, 28, "None")
+        history = pd.read_json(tmp_path / "out" / "history.jsonl", lines=True)
+        np.testing.assert_allclose([values["valid_R_at_1"] for _, values in epochs], history["valid_R@1"], rtol=1e-5)
+    tracker = remembering()
+    with pytest.raises(FloatingPointError): trainers.train(load_model(str(model), device="cpu"), *rows, tmp_path / "wild", **{**options, "lr": 1e30, "clip_grad": 1e9, "warmup": 0.0}, report_to=tracker)
+    assert tracker.told[0] == "start" and tracker.told[-1] == "finish"
+
+
+@pytest.mark.parametrize("tracker, files", [("wandb", "wandb/offline-run-*/*.wandb"), ("mlflow", "mlflow.db"), ("trackio", "trackio/medclip_nb.db")])
+def test_trackers_stay_in_the_folder_of_the_run(table, model, tmp_path, monkeypatch, tracker, files):
+    "Nobody is asked, nothing is sent, a second training is a second run"
+    pytest.importorskip(tracker)
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        ended(start(table, model, tmp_path / name, {"max_steps": 5, "batch_size": 8, "report_to": tracker}))
+        assert list((tmp_path / name).glob(files))
+    assert {p.name for p in tmp_path.iterdir()} == {"first", "second", "first.py", "second.py"}
 
 
 def test_tensorboard(table, model, tmp_path):
