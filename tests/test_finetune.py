@@ -169,7 +169,7 @@ def test_a_suite_goes_on_by_itself(command, table, whole, tmp_path):
 @pytest.mark.parametrize("params, message", [({"mode": "lorra"}, "Did you mean 'lora'"), ({"mode": "head"}, "needs a label column"),
                                              ({"objective": "siglipp"}, "Did you mean 'siglip'"), ({"mode": "lora"}, "has no layers for targets"),
                                              ({"image_tower": "timm:test_resnets"}, "Did you mean 'test_resnet"), ({"text_tower": "timm:test_vit"}, "is an image tower"),
-                                             ({"text_tower": "hf:no/where"}, "could not be found"), ({"image_tower": "RN50x9"}, "Unknown model 'RN50x9'"),
+                                             ({"text_tower": "hf:no/such/folder"}, "could not be found"), ({"image_tower": "RN50x9"}, "Unknown model 'RN50x9'"),
                                              ({"image_weights": "w.pth"}, "w.pth"), ({"long_text": "chunk"}, "Did you mean 'chunks'")])
 def test_mistakes_are_one_message(command, table, tmp_path, params, message):
     assert message in run(command, table, tmp_path / "out", code=2, **params)
