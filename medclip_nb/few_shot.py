@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .classifiers import class_sentences, zero_shot_classifier
+from .comparisons import over_seeds
 from .core import InputError, close_matches
 from .datasets import Manifest
 from .logistic import Linear, balanced_weights, logistic_path
@@ -132,14 +133,6 @@ def _tuned(predict: Predict, x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -
     best = max(marks, key=marks.get)
     return found[best], "" if len(marks) == 1 else str(best)
 
-def _over_draws(values: Sequence[float]) -> tuple[float, float, float]:
-    "Mean of a metric over draws and its 95 % t interval; no interval for one draw"
-    from scipy.stats import t
-    values = np.asarray(values, float)
-    if len(values) < 2: return float(values.mean()), float("nan"), float("nan")
-    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values)**0.5
-    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
-
 # %% ../nbs/45d_few_shot.ipynb #277c90d8
 def _apart(rows: Manifest, test: Manifest) -> Manifest:
     "Rows of groups that the test split does not have"
@@ -167,8 +160,8 @@ def _draws(x: Mapping[str, Tensor], y: Mapping[str, Tensor], groups: np.ndarray,
 # %% ../nbs/45d_few_shot.ipynb #0e364380
 def _summaries(table: pd.DataFrame) -> pd.DataFrame:
     "One row a method, number of shots and metric: mean over draws and interval"
-    rows = [(f"{name}@{s}/{m}", *_over_draws(part[m]), len(part)) for (name, s), part in table.groupby(["method", "shots"], sort=False) for m in MEASURES]
-    return pd.DataFrame(rows, columns=["name", "value", "low", "high", "n"])
+    found = {f"{name}@{s}/{m}": over_seeds(part[m]) for (name, s), part in table.groupby(["method", "shots"], sort=False) for m in MEASURES}
+    return pd.DataFrame([(name, v["mean"], v["low"], v["high"], v["n"]) for name, v in found.items()], columns=["name", "value", "low", "high", "n"])
 
 def _zero_shot_line(rows: Manifest, true: np.ndarray, scores: np.ndarray, classes: list[str], n_boot: int, seed: int) -> pd.DataFrame:
     "Metrics of the texts alone, with bootstrap intervals"

@@ -13,7 +13,7 @@ from scipy import stats
 
 from medclip_nb.core import InputError
 from medclip_nb.evaluators import few_shot, join_results, zero_shot
-from medclip_nb.few_shot import METHODS, Support, _over_draws, blend, draw_order, nearest_mean, plain_probe, tip_adapter
+from medclip_nb.few_shot import METHODS, Support, blend, draw_order, nearest_mean, plain_probe, tip_adapter
 from medclip_nb.few_shot_plots import curve_table
 from medclip_nb.models import load_model
 from medclip_nb.results import Result
@@ -107,11 +107,14 @@ def test_every_method_answers_with_finite_scores_for_every_class():
                 for scores in method(support)(support.features).values(): assert scores.shape == (classes * shots, classes) and torch.isfinite(scores).all(), name
 
 
-def test_interval_over_draws():
-    values = [0.5, 0.6, 0.8]
-    mean, low, high = _over_draws(values)
-    assert (low, high) == pytest.approx(stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))) and mean == pytest.approx(np.mean(values))
-    assert np.isnan(_over_draws([0.5])[1])
+def test_interval_over_draws(squares):
+    clip, train, valid, test = squares
+    found = few_shot(clip, train, test, shots=(1,), seeds=range(4), methods=["tip_adapter"], n_boot=5)
+    values = [d["f1_macro"] for d in found.details["draws"]]
+    row = found.metrics.set_index("name").loc["tip_adapter@1/f1_macro"]
+    assert row["value"] == pytest.approx(np.mean(values)) and row["n"] == 4
+    if np.ptp(values) > 0: assert (row["low"], row["high"]) == pytest.approx(stats.t.interval(0.95, 3, np.mean(values), stats.sem(values)))
+    assert np.isnan(few_shot(clip, train, test, shots=(1,), seeds=(0,), methods=["knn"], n_boot=5).metrics["low"][0])
 
 
 def test_curves_are_reproducible_and_follow_the_draws(squares):
