@@ -54,50 +54,46 @@ def positive_pairs(
     rows = np.repeat(np.arange(len(of_image)), counts)
     return rows, np.arange(len(rows)) + np.repeat(start - (counts.cumsum() - counts), counts)
 
-# %% ../nbs/41a_ranking.ipynb #d01bd7f0
+# %% ../nbs/41a_ranking.ipynb #319e1c70
 def _in_threads(work: Callable, items: Sequence) -> list:
     "Results in order; as many workers as torch has threads, each computing on one"
     import torch
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as pool: return list(pool.map(work, items))
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool: return list(pool.map(work, items))
     finally: torch.set_num_threads(threads)
 
-# %% ../nbs/41a_ranking.ipynb #a286f03c
+# %% ../nbs/41a_ranking.ipynb #f81875f4
 class _Direction:
-    "Thresholds of one direction, and how many entries lie ahead of each, less those behind"
+    "The positives of one direction, query by query, and how many negatives lie ahead of each"
 
-    def __init__(self, queries: np.ndarray, values: "torch.Tensor", size: int, gallery: int, ties: str) -> None:
-        import torch
-        self.level = 8 * torch.finfo(values.dtype).eps
-        order = np.lexsort((-values.numpy(), queries))
-        self.query, self.gallery, self.lock = queries[order], gallery, Lock()
-        self.local, self.one_each = torch.from_numpy(self.query), np.array_equal(self.query, np.arange(size))
-        self.threshold = values[torch.from_numpy(order)] + TIES[ties] * self.level
-        self.zone = self.level if ties == "mean" else 0.0
-        self.signs = torch.zeros(len(order), dtype=torch.float64)
+    def __init__(self, queries: np.ndarray, values: np.ndarray, size: int, ties: str) -> None:
+        level = 8 * float(np.finfo(values.dtype).eps)
+        order = np.lexsort((-values, queries))
+        self.query, self.one_each, self.lock = queries[order], np.array_equal(queries, np.arange(size)), Lock()
+        self.threshold, self.zone = values[order] + values.dtype.type(TIES[ties] * level), level if ties == "mean" else 0.0
+        self.ahead = np.zeros(len(order))
 
-    def count(self, scores: "torch.Tensor", start: int, axis: int, spare: "torch.Tensor") -> None:
-        "Compare a tile, whose queries begin at `start` along `axis`, with their thresholds"
+    def count(self, scores: "torch.Tensor", start: int, axis: int) -> None:
+        "Add what a tile holds, whose queries begin at `start` along `axis`"
         import torch
-        size = scores.shape[axis]
-        low, high = np.searchsorted(self.query, [start, start + size])
-        for a in range(low, high, size):
-            b = min(a + size, high)
-            part = scores if self.one_each else scores.index_select(axis, self.local[a:b] - start)
-            limit = self.threshold[a:b]
-            ahead = torch.sub(part, limit if axis else limit[:, None], out=None if part.shape != spare.shape else spare)
+        size, top = scores.shape[axis], scores.amax(1 - axis).numpy()
+        low, high = (start, start + size) if self.one_each else np.searchsorted(self.query, [start, start + size])
+        at = self.query[low:high] - start
+        reached = np.flatnonzero((top if self.one_each else top[at]) >= self.threshold[low:high] - self.zone)
+        for some in np.split(reached, range(size, len(reached), size)) if len(reached) else ():
+            limits = torch.from_numpy(self.threshold[low + some])
+            ahead = scores.index_select(axis, torch.from_numpy(at[some])).sub_(limits if axis else limits[:, None])
             if self.zone: torch.ops.aten.hardshrink.out(ahead, self.zone, out=ahead)
-            found = ahead.sign_().sum(1 - axis)
-            with self.lock: self.signs[a:b] += found
+            found = (ahead.sign_().sum(1 - axis).numpy() + float(scores.shape[1 - axis])) / 2
+            with self.lock: self.ahead[low + some] += found
 
     def ranks(self) -> np.ndarray:
         "Of every positive, in the order of `query`: its place among the positives, and the negatives ahead"
-        first = np.searchsorted(self.query, self.query)
-        return 1 + np.arange(len(first)) - first + (self.signs.numpy() + self.gallery) / 2
+        return 1 + np.arange(len(self.query)) - np.searchsorted(self.query, self.query) + self.ahead
 
-# %% ../nbs/41a_ranking.ipynb #cc6baff6
+# %% ../nbs/41a_ranking.ipynb #0c42a007
 def _counted(images: "torch.Tensor", texts: "torch.Tensor", pairs: tuple[np.ndarray, np.ndarray], chunk: int, ties: str) -> tuple:
     "Both directions by counting, for rows sorted by code: query and rank of each positive, twice"
     import torch
@@ -116,15 +112,15 @@ def _counted(images: "torch.Tensor", texts: "torch.Tensor", pairs: tuple[np.ndar
         return tile, scores
 
     band = dict(_in_threads(positives, list(zip(near, np.split(order, first[1:])))))
-    ways = [_Direction(queries, values, len(x), len(y), ties) for queries, x, y in zip(pairs, (images, texts), (texts, images))]
+    ways = [_Direction(queries, values.numpy(), len(x), ties) for queries, x in zip(pairs, (images, texts))]
 
     def strip(i):
         r = rows[i]
-        tile, spare = torch.empty(2, r.stop - r.start, chunk, dtype=images.dtype)
+        tile = torch.empty(r.stop - r.start, chunk, dtype=images.dtype)
         for j, c in enumerate(columns):
             scores = band.pop(i * len(columns) + j, None)
             if scores is None: scores = torch.mm(images[r], texts[c].T, out=tile if c.stop - c.start == chunk else None)
-            for axis, way in enumerate(ways): way.count(scores, (r, c)[axis].start, axis, spare)
+            for axis, way in enumerate(ways): way.count(scores, (r, c)[axis].start, axis)
 
     _in_threads(strip, range(len(rows)))
     return tuple((way.query, way.ranks()) for way in ways)
@@ -163,7 +159,7 @@ def _query_table(query: np.ndarray, ranks: np.ndarray, size: int, ks: Sequence[i
     with np.errstate(invalid="ignore"): precision = total(place / ranks) / positives
     return pd.DataFrame({"positives": positives, "rank": best, "average_precision": precision, **{f"found@{k}": total(ranks <= k).astype(int) for k in ks}})
 
-# %% ../nbs/41a_ranking.ipynb #ea05e4c0
+# %% ../nbs/41a_ranking.ipynb #1fd011c7
 def retrieval_queries(
     image_features: ArrayLike, # (n, d), any length: normalised here
     text_features: ArrayLike, # (m, d)
@@ -188,7 +184,7 @@ def retrieval_queries(
         return tuple(pd.concat(_sorted(*way, max(1, chunk // 8), ties, make), ignore_index=True) for way in ways)
     order = [np.argsort(c, kind="stable") for c in codes]
     pairs = positive_pairs(*(c[o] for c, o in zip(codes, order)))
-    found = _counted(*(x[torch.from_numpy(o)] for x, o in zip(features, order)), pairs, chunk, ties)
+    found = _counted(*(x if (np.diff(o) == 1).all() else x[torch.from_numpy(o)] for x, o in zip(features, order)), pairs, chunk, ties)
     return tuple(_query_table(*way, size, ks).iloc[np.argsort(o)].reset_index(drop=True) for way, size, o in zip(found, sizes, order))
 
 def retrieval_ranks(
