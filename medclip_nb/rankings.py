@@ -33,7 +33,7 @@ def caption_pairs(
     for column in ("image", "caption", pair_column or "image"):
         if column not in manifest: raise InputError(f"{manifest.dataset}: no column {column!r}. {close_matches(column, manifest.columns)}")
     for column in ("caption", pair_column or "image"):
-        empty = manifest.index[manifest[column].fillna("").astype(str).str.strip() == ""]
+        empty = manifest.index[manifest[column].isna() | (manifest[column].astype(str).str.strip() == "")]
         if len(empty): raise InputError(f"{manifest.dataset}: row {empty[0]} has an empty {column} ({len(empty)} such rows); fill or remove it.")
     rows = np.arange(len(manifest))
     image, text = pd.factorize(manifest["image"])[0], pd.factorize(manifest["caption"])[0] if merge_duplicates else rows
