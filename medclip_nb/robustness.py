@@ -21,7 +21,7 @@ from .embeddings import embed
 from .images import read_image
 from .metrics import bootstrap_weights, classification_metrics
 from .models import ClipModel
-from .probes import STRENGTHS, _fit_logistic, _probe_parts
+from .probes import linear_probe
 from .results import Result, label_classes, metric_table, named_labels, origin, units
 
 # %% ../nbs/45g_robustness.ipynb #83d55b07
@@ -42,19 +42,20 @@ def _zero_shot_scores(clip: ClipModel, classes: list[str], templates: Sequence[s
     weights = zero_shot_classifier(clip, written, templates).numpy().T
     return lambda features: features @ weights, {"classifier": "zero-shot", "prompts": dict(zip(classes, class_sentences(written, templates)))}
 
-def _probe_scores(clip: ClipModel, parts: Mapping[str, Manifest], label: str, classes: list[str], cache: str | Path | None, batch_size: int, seed: int) -> tuple[Callable, dict]:
+def _probe_scores(clip: ClipModel, train: Manifest, valid: Manifest | None, test: Manifest, label: str, classes: list[str], cache: str | Path | None, batch_size: int, seed: int) -> tuple[Callable, dict]:
     "Features to decision values of a probe fitted on clean images, and how it was chosen"
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    known = {name: rows for name, rows in parts.items() if name != "test"}
-    features = {name: embed(clip, rows, cache, batch_size, texts=False).images for name, rows in known.items()}
-    scaler = StandardScaler().fit(features["train"])
-    y = {name: named_labels(rows[label]).astype(str) for name, rows in known.items()}
-    model, chosen = _fit_logistic({name: scaler.transform(f) for name, f in features.items()}, y, units(known["train"]), STRENGTHS, "balanced", seed)
+    chosen = linear_probe(clip, train, test, label, valid, cache=cache, batch_size=batch_size, n_boot=2, seed=seed).details
+    rows = train[train[label].notna()]
+    fit = LogisticRegression(C=chosen["C"], class_weight="balanced", max_iter=2000, tol=1e-5, random_state=seed)
+    model = make_pipeline(StandardScaler(), fit).fit(embed(clip, rows, cache, batch_size, texts=False).images, named_labels(rows[label]).astype(str))
     order = [list(model.classes_).index(c) for c in classes]
-    def scores(new: np.ndarray) -> np.ndarray:
-        found = model.decision_function(scaler.transform(new))
+    def scores(features: np.ndarray) -> np.ndarray:
+        found = model.decision_function(features)
         return (np.stack([-found, found], 1) if found.ndim == 1 else found)[:, order]
-    return scores, {"classifier": "linear probe", "train_rows": len(known["train"]), **chosen}
+    return scores, {"classifier": "linear probe", **{k: chosen[k] for k in ("train_rows", "C", "C_path", "chosen_on") if k in chosen}}
 
 # %% ../nbs/45g_robustness.ipynb #30a5b7dc
 def _summaries(clean: np.ndarray, found: Mapping[tuple[str, int], np.ndarray]) -> dict[str, np.ndarray]:
@@ -110,7 +111,7 @@ def robustness(
     rows = manifest[manifest[label].notna()] if label in manifest else manifest
     classes, conditions = label_classes(rows if train is None else train, label, class_names), _conditions(rows, corruptions, levels, seed)
     if train is None: scores_of, how = _zero_shot_scores(clip, classes, templates, prompts)
-    else: scores_of, how = _probe_scores(clip, _probe_parts(train, valid, rows, label, classes), label, classes, cache, batch_size, seed)
+    else: scores_of, how = _probe_scores(clip, train, valid, rows, label, classes, cache, batch_size, seed)
     values, samples, tables = {}, {}, []
     weights = bootstrap_weights(units(rows), n_boot, seed)
     for condition in (None, *conditions):
