@@ -16,7 +16,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from .core import InputError, close_matches
 from .curves import Threshold, auroc, average_precision, choose_threshold, choose_thresholds, class_areas
-from .ranking import chance_recall, query_metrics, rank_metrics, retrieval_metrics, retrieval_queries, retrieval_ranks
+from .ranks import chance_recall, query_metrics, rank_metrics, retrieval_metrics, retrieval_queries, retrieval_ranks
 from .resampling import as_objects, bootstrap, bootstrap_weights, grouping, interval, mean_defined, ratio, resample_blocks, weighted_means, weighted_median
 
 _all_ = ["Threshold", "auroc", "average_precision", "choose_threshold", "choose_thresholds", "chance_recall", "query_metrics", "rank_metrics",

@@ -7,7 +7,7 @@ from sklearn import metrics as sk
 
 from medclip_nb import ranking
 from medclip_nb.core import InputError
-from medclip_nb.ranking import positive_pairs, query_metrics, rank_metrics, retrieval_metrics, retrieval_queries, retrieval_ranks
+from medclip_nb.ranks import positive_pairs, query_metrics, rank_metrics, retrieval_metrics, retrieval_queries, retrieval_ranks
 from medclip_nb.resampling import bootstrap_weights
 
 KS = (1, 3, 10)
