@@ -27,10 +27,10 @@ class _Cosine:
         self.texts, self.bias = unit @ out.weight.to(unit), unit @ out.bias.to(unit)
 
     def __call__(self, pooled: Tensor, some: slice | Tensor) -> Tensor: # (..., m)
-        steps = range(0, pooled.shape[-1], self.block)
-        turned = [F.linear(pooled[..., n:], self.triangle[n:n + self.block, n:], self.shift[n:n + self.block]) for n in steps]
-        squares = sum(torch.linalg.vector_norm(part, dim=-1, dtype=self.texts.dtype)**2 for part in turned)
-        return ((pooled * self.texts[some]).sum(-1) + self.bias[some]) / squares.sqrt().clamp(min=1e-12)
+        rows = pooled.flatten(0, -2)
+        turned = (F.linear(rows[:, n:], self.triangle[n:n + self.block, n:], self.shift[n:n + self.block]) for n in range(0, rows.shape[1], self.block))
+        squares = sum(torch.linalg.vector_norm(part, dim=1, dtype=self.texts.dtype)**2 for part in turned)
+        return ((pooled * self.texts[some]).sum(-1) + self.bias[some]) / squares.sqrt().clamp(min=1e-12).view(pooled.shape[:-1])
 
 # %% ../nbs/23_similarity.ipynb #edbbf612
 def _where(pooling: TextConditionedPooling) -> dict:
