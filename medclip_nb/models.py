@@ -149,7 +149,7 @@ class Encoders(Towers):
         tokens = tokenise(self, texts, long_text or self.long_text)
         by_length = self.causal_text and self.device.type == "cpu" and isinstance(tokens, Tensor)
         order = tokens.argmax(-1).argsort(stable=True) if by_length else torch.arange(len(tokens))
-        parts = order.split(24) if by_length else [order]
+        parts = order.split(32) if by_length else [order]
         with self.inference(): features = torch.cat([F.normalize(self.forward_texts(tokens[part]).float(), dim=-1).cpu() for part in parts])
         return features[order.argsort()]
 
