@@ -116,10 +116,10 @@ def blend(
 
 def blended_probe(
     support: Support, # The labelled images
-) -> Predict: # Features -> {0: (n, classes) scores}
+) -> Predict: # Features -> {0: (n, classes) log-probabilities}
     "LP++: a probe whose classes start from, and keep, a share of their texts"
     for _, model, _ in blend(support.features, support.codes, support.texts): pass
-    return lambda features: {0: model.scores(features)}
+    return lambda features: {0: model.scores(features).log_softmax(1)}
 
 # %% ../nbs/45d_few_shot.ipynb #01a246a5
 METHODS = {"linear_probe": plain_probe, "blended_probe": blended_probe, "tip_adapter": tip_adapter, "nearest_mean": nearest_mean, "knn": neighbours}
