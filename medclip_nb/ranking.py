@@ -125,7 +125,7 @@ def _counted(images: "torch.Tensor", texts: "torch.Tensor", pairs: tuple[np.ndar
     _in_threads(strip, range(len(rows)))
     return tuple((way.query, way.ranks()) for way in ways)
 
-# %% ../nbs/41a_ranking.ipynb #23ad2af6
+# %% ../nbs/41a_ranking.ipynb #7c838a57
 MANY = 32 # Positives a query, on average, from which sorting is cheaper than counting
 
 def _sorted(queries: "torch.Tensor", gallery: "torch.Tensor", of_query: np.ndarray, of_gallery: np.ndarray, chunk: int, ties: str, table: Callable) -> list:
@@ -140,7 +140,7 @@ def _sorted(queries: "torch.Tensor", gallery: "torch.Tensor", of_query: np.ndarr
         positives = own.sum(1)
         best = scores.masked_fill(~own, -torch.inf).topk(int(positives.max()), dim=1).values
         others = scores.masked_fill_(own, -torch.inf).sort(dim=1).values
-        upto = [torch.searchsorted(others, best + by, right=right) for by, right in zip(shift, (True, False))]
+        upto = [torch.searchsorted(others, best + by) for by in shift]
         place = 1 + torch.arange(best.shape[1])
         ranks, real = place + len(gallery) - (upto[0] + upto[1]) / 2, place <= positives[:, None]
         return table(real.nonzero()[:, 0].numpy(), ranks[real].double().numpy(), len(own))
