@@ -27,7 +27,7 @@ def corruption_grid(
     corruptions: Sequence[str] = ANY_IMAGE, # Keys of `corruptions.CORRUPTIONS`
     levels: Sequence[int] = LEVELS, # 1 to 5
     seed: int = 0, # Of noise and of the direction of a stain shift
-    size: float = 1.15, # Width of an image, inches
+    size: float = 1.0, # Width of an image, inches
 ) -> Figure:
     "One image, clean and corrupted"
     figure, axes = plt.subplots(len(corruptions), 1 + len(levels), figsize=(size * (1 + len(levels)) + 0.9, size * len(corruptions) + 0.3), squeeze=False)
@@ -116,5 +116,5 @@ def subgroup_intervals(
         names = [f"{wrapped(r['subgroup'], 30, 1)} ({r['rows']} rows, {r['groups']} groups)" for r in rest.to_dict("records")]
         _span(ax, rest, names, [PALETTE[0]] * len(rest), ~rest["few"].to_numpy())
         ax.set_title(wrapped(column, 60, 1))
-    axes.flat[-1].set_xlabel(f"{_plain(table['metric'].iloc[0])}, 95 % interval; line: all rows; open: few groups")
+    axes.flat[-1].set_xlabel(f"{_plain(table['metric'].iloc[0])}, 95 % interval\n(line: all rows; open point: few groups)")
     return figure

@@ -49,14 +49,27 @@ def _linked(right: csr_array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     sizes = np.bincount(images) * np.bincount(texts, minlength=images.max() + 1)
     return images, texts, sizes == np.bincount(images, weights=np.diff(right.indptr))
 
-def _ask_again(table: pd.DataFrame, queries: np.ndarray, gallery: np.ndarray, right: csr_array, again: np.ndarray, ks: Sequence[int], ties: str) -> None:
-    "Replace the lines of some queries by those of their own right answers"
-    sets: dict[bytes, list[int]] = {}
-    for i in again: sets.setdefault(np.sort(right.indices[right.indptr[i]:right.indptr[i + 1]]).tobytes(), []).append(i)
-    for members in sets.values():
-        ids = np.arange(1, len(gallery) + 1)
-        ids[right.indices[right.indptr[members[0]]:right.indptr[members[0] + 1]]] = 0
-        table.iloc[members] = retrieval_queries(queries[members], gallery, np.zeros(len(members), int), ids, ks, ties=ties)[0].to_numpy()
+def _sorted_strip(scores: torch.Tensor, own: torch.Tensor, ks: Sequence[int], ties: str) -> pd.DataFrame:
+    "Lines of `retrieval_queries` for some queries, by sorting; scores (queries, gallery) and which of them are right"
+    level = 8 * torch.finfo(scores.dtype).eps
+    above, below = {"mean": (level, -level), "optimistic": (level, level), "pessimistic": (-level, -level)}[ties]
+    positives = own.sum(1)
+    mine = scores.masked_fill(~own, -torch.inf).topk(int(positives.max()), dim=1).values
+    others = scores.masked_fill(own, -torch.inf).sort(dim=1).values
+    behind = torch.searchsorted(others, mine + above, right=True) + torch.searchsorted(others, mine + below)
+    place = 1 + torch.arange(mine.shape[1])
+    ranks, real = place + scores.shape[1] - behind / 2, place <= positives[:, None]
+    precision = (place / ranks.double()).where(real, 0).sum(1) / positives
+    found = {f"found@{k}": ((ranks <= k) & real).sum(1).numpy() for k in ks}
+    return pd.DataFrame({"positives": positives.numpy(), "rank": ranks[:, 0].double().numpy(), "average_precision": precision.numpy(), **found})
+
+def _ask_again(table: pd.DataFrame, queries: np.ndarray, gallery: np.ndarray, right: csr_array, again: np.ndarray, ks: Sequence[int], ties: str, chunk: int = 256) -> pd.DataFrame:
+    "The table with the lines of some queries replaced by those of their own right answers"
+    dtype = torch.float64 if len(queries) * len(gallery) <= 4e6 else torch.float32
+    unit = [torch.nn.functional.normalize(torch.as_tensor(x).to(dtype), dim=1) for x in (queries, gallery)]
+    strips = [again[i:i + chunk] for i in range(0, len(again), chunk)]
+    parts = [_sorted_strip(unit[0][rows] @ unit[1].T, torch.from_numpy(right[rows].toarray()), ks, ties).set_index(rows) for rows in strips]
+    return pd.concat([table.drop(index=again), *parts]).sort_index()
 
 def rank_pairs(
     image_features: np.ndarray, # (images, d)
@@ -69,8 +82,7 @@ def rank_pairs(
     images, texts, whole = _linked(right)
     tables = retrieval_queries(image_features, text_features, images, texts, ks, ties=ties)
     sides = [(image_features, text_features, right, images), (text_features, image_features, right.T.tocsr(), texts)]
-    for table, (queries, gallery, own, ids) in zip(tables, sides):
-        _ask_again(table, queries, gallery, own, np.flatnonzero(~whole[ids]), ks, ties)
+    if not whole.all(): tables = [_ask_again(table, queries, gallery, own, np.flatnonzero(~whole[ids]), ks, ties) for table, (queries, gallery, own, ids) in zip(tables, sides)]
     return dict(zip(("image_to_text", "text_to_image"), tables))
 
 # %% ../nbs/45e_rankings.ipynb #414f437c
@@ -78,17 +90,18 @@ def best_answers(
     image_features: np.ndarray, # (images, d) unit norm
     text_features: np.ndarray, # (captions, d) unit norm
     top: int = 5, # Answers kept
-    chunk: int = 1024, # Images a tile; memory is this times the captions
+    chunk: int = 256, # Images a tile; memory is this times the captions
 ) -> tuple[np.ndarray, np.ndarray]: # (images, top) captions and (captions, top) images, best first; fewer where there are not so many
     "Positions of the nearest entries, in both directions"
     images, texts = torch.from_numpy(image_features), torch.from_numpy(text_features)
-    to_text, score, place = [], torch.empty(0, len(texts)), torch.empty(0, len(texts), dtype=torch.long)
+    to_text, score, place = [], torch.full((top, len(texts)), -torch.inf), torch.zeros(top, len(texts), dtype=torch.long)
     for start in range(0, len(images), chunk):
         tile = images[start:start + chunk] @ texts.T
         to_text.append(tile.topk(min(top, len(texts)), dim=1).indices)
-        score, own = torch.cat([score, tile]).topk(min(top, start + len(tile)), dim=0)
-        place = torch.cat([place, torch.arange(start, start + len(tile))[:, None].expand_as(tile)]).gather(0, own)
-    return torch.cat(to_text).numpy(), place.T.numpy()
+        nearer = (tile.amax(0) > score[-1]).nonzero()[:, 0]
+        best, own = torch.cat([score[:, nearer], tile[:, nearer]]).topk(top, dim=0)
+        score[:, nearer], place[:, nearer] = best, torch.where(own < top, place[:, nearer].gather(0, own.clamp(max=top - 1)), start + own - top)
+    return torch.cat(to_text).numpy(), place[:min(top, len(images))].T.numpy()
 
 # %% ../nbs/45e_rankings.ipynb #03062b2a
 def chance_levels(
