@@ -65,7 +65,7 @@ def _take(out_dir: Path, mine: Path, asked: Mapping[str, str], insist: bool) -> 
                          "Ask for the same as then, or leave out --resume to start again.")
     return False
 
-# %% ../nbs/67a_resuming.ipynb #336b8b2f
+# %% ../nbs/67a_resuming.ipynb #e43750de
 @contextmanager
 def state_folder(
     out_dir: str | Path, # Destination of the run
@@ -78,7 +78,8 @@ def state_folder(
     taken = resume is not False and _take(out_dir, mine, asked, insist=bool(resume))
     for p in left_behind(out_dir):
         if p != mine or not taken: shutil.rmtree(p, ignore_errors=True)
-    write_json(mine/ASKED, dict(asked))
+    try: write_json(mine/ASKED, dict(asked))
+    except OSError as e: raise InputError(f"{out_dir} cannot be written: {e.strerror}. Choose another folder.") from None
     keep = False
     try: yield mine
     except InputError: raise

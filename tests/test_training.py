@@ -14,7 +14,7 @@ from PIL import Image
 
 # Prints the hash of the final weights. Dropout makes the random numbers matter; the sleep makes room for a kill.
 WORKER = """
-import json, sys, time
+import json, os, sys, time
 import torch
 from medclip_nb import trainers
 from medclip_nb.core import seed_everything
@@ -35,7 +35,7 @@ class Slow(Augment):
 
 options.setdefault("augment", Slow())
 training = trainers.train(clip, manifest.part("train"), manifest.part("valid"), out, **options)
-print("hash", clip.weights_hash(), training.best_epoch, flush=True)
+os.write(1, f"hash {clip.weights_hash()} {training.best_epoch}\\n".encode())  # In one piece, whoever else writes
 """
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MEDCLIP_NB_BATCH": "1", "CUDA_VISIBLE_DEVICES": ""}
 OPTIONS = {"epochs": 3, "batch_size": 6, "lr": 2e-3, "mirror": 0.5, "ema": 0.9, "wise": True}
