@@ -95,7 +95,7 @@ def sentence_list(
         return "".join(f"<li>{html.escape(s)}</li>" for s in said)
     count = lambda said: sum(map(count, said.values())) if isinstance(said, Mapping) else len(said)
     return "".join(f"<details><summary>{html.escape(name)}: {len(prompts)} classes, {count(prompts)} sentences</summary><ul>"
-                   + "".join(f"<li><b>{html.escape(c)}</b><ul>{items(said)}</ul></li>" for c, said in prompts.items()) + "</ul></details>"
+                   + "".join(f"<li><strong>{html.escape(c)}</strong><ul>{items(said)}</ul></li>" for c, said in prompts.items()) + "</ul></details>"
                    for name, prompts in ((name, r.details["prompts"]) for name, r in results.items()))
 
 # %% ../nbs/46b_wordings.ipynb #702e09fd
