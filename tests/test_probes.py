@@ -162,7 +162,7 @@ def test_rows_without_a_label_are_left_out_and_classes_may_be_missing(squares, e
     assert found.details["train_rows"] == three.label.notna().sum() and found.details["classes"] == ["bright", "dark"]
     assert found.value("accuracy") == found.value("balanced_accuracy") and np.isnan(found.value("auroc"))
     names = [f"p({c})" for c in found.details["classes"]]
-    np.testing.assert_allclose(found.predictions[names].sum(1), 1, atol=1e-5)
+    np.testing.assert_allclose(found.predictions[names].sum(axis=1), 1, atol=1e-5)
 
 
 def test_standardising_changes_the_probe_and_is_recorded(squares):
