@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = ("audit", "zero-shot-untrained", "probe-untrained", "retrieval-untrained", "finetune", "zero-shot-trained", "probe-trained", "retrieval-trained", "compare")
+RUNS = ("audit", "zero-shot-untrained", "probe-untrained", "retrieval-untrained", "finetune", "zero-shot-trained", "probe-trained", "retrieval-trained",
+        "few-shot", "robustness", "compare")
 FILES = {"report.ipynb", "report.html", "metrics.json", "predictions.parquet", "run.json"}
 
 
