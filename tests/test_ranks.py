@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
-from medclip_nb import ranking
+from medclip_nb import ranks as module
 from medclip_nb.core import InputError
 from medclip_nb.ranks import positive_pairs, query_metrics, rank_metrics, retrieval_metrics, retrieval_queries, retrieval_ranks
 from medclip_nb.resampling import bootstrap_weights
@@ -39,7 +39,7 @@ def test_queries_equal_brute_force(n, m, ids, chunk, ties, monkeypatch):
     of_image, of_text = rng.integers(0, ids, n), rng.integers(0, ids, m)
     expected = brute(images, texts, of_image, of_text, ties), brute(texts, images, of_text, of_image, ties)
     for many in (0, 1e9): # by sorting, by counting
-        monkeypatch.setattr(ranking, "MANY", many)
+        monkeypatch.setattr(module, "MANY", many)
         for got, want in zip(retrieval_queries(images, texts, of_image, of_text, KS, chunk, ties), expected):
             np.testing.assert_allclose(got.to_numpy(float), want, rtol=0, atol=1e-9)
 
@@ -62,7 +62,7 @@ def test_single_precision_and_both_paths_agree(monkeypatch):
     texts, of_text = images[rng.permutation(2100)] + rng.normal(size=(2100, 16)).astype(np.float32), rng.integers(0, 700, 2100)
     found = []
     for many in (0, 1e9):
-        monkeypatch.setattr(ranking, "MANY", many)
+        monkeypatch.setattr(module, "MANY", many)
         found.append(retrieval_queries(images, texts, of_image, of_text))
     for sorted_, counted in zip(*found):
         assert (sorted_["positives"] == counted["positives"]).all()
@@ -138,7 +138,7 @@ def test_workers_compute_on_one_thread_each(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert ranking._in_threads(lambda _: torch.get_num_threads(), range(4)) == [1] * 4
+        assert module._in_threads(lambda _: torch.get_num_threads(), range(4)) == [1] * 4
         assert torch.get_num_threads() == threads
     finally: torch.set_num_threads(before)
 
