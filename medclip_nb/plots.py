@@ -52,7 +52,7 @@ def wrapped(
     if len(found) > lines: found = [*found[:lines - 1], textwrap.shorten(" ".join(found[lines - 1:]), width, placeholder=" …")]
     return "\n".join(found).replace("$", r"\$")
 
-SPELLED = {"image_to_text": "image → text", "text_to_image": "text → image", "auroc": "AUROC", "f1": "F1", "_": " ", "/": ": "}
+SPELLED = {"image_to_text": "image → text", "text_to_image": "text → image", "auroc": "AUROC", "f1": "F1", "mcc": "MCC", "ece": "ECE", "_": " ", "/": ": "}
 
 def _words(name: str) -> str:
     "A metric's name for people"
@@ -253,7 +253,7 @@ def prediction_grid(
 # %% ../nbs/60_plots.ipynb #19435111
 def retrieval_grid(
     manifest: Manifest, # The rows that were searched
-    predictions: pd.DataFrame, # Of a retrieval: row, best_images, best_texts and the two ranks
+    predictions: pd.DataFrame, # Of a retrieval: row, best_images, best_texts, which of them are right, and the two ranks
     n: int = 2, # Queries of each direction
     seed: int = 0, # Which queries
 ) -> Figure:
@@ -279,9 +279,9 @@ def _images_found(figure: Figure, cells: Any, manifest: Manifest, query: Mapping
     ax.axis("off")
     ax.text(0, 1, wrapped(query["caption"], 24, 8), va="top", fontsize=9)
     ax.text(0, 0, _rank(query, "text_to_image"), va="bottom", fontsize=8, color="0.4")
-    for place, row in enumerate(query["best_images"], 1):
-        ax, found = figure.add_subplot(cells[place]), manifest.loc[row]
-        _show(ax, manifest, found["image"], RIGHT if found["caption"] == query["caption"] else None)
+    for place, (row, good) in enumerate(zip(query["best_images"], query["best_images_right"]), 1):
+        ax = figure.add_subplot(cells[place])
+        _show(ax, manifest, manifest.loc[row, "image"], RIGHT if good else None)
         ax.set_title(place, fontsize=9, loc="center")
 
 def _texts_found(figure: Figure, cells: Any, manifest: Manifest, query: Mapping) -> None:
@@ -292,9 +292,8 @@ def _texts_found(figure: Figure, cells: Any, manifest: Manifest, query: Mapping)
     ax, top = figure.add_subplot(cells[1]), len(query["best_texts"])
     ax.set(xlim=(0, 1), ylim=(top, 0))
     ax.axis("off")
-    for place, row in enumerate(query["best_texts"]):
+    for place, (row, good) in enumerate(zip(query["best_texts"], query["best_texts_right"])):
         text = manifest.loc[row, "caption"]
-        good = text == query["caption"]
         look = dict(va="center", fontsize=8, linespacing=1, color=RIGHT if good else "0.2", weight="bold" if good else "normal")
         ax.text(0, place + 0.5, f"{place + 1}", **look)
         ax.text(0.03, place + 0.5, wrapped(text, 105, 2), **look)
