@@ -85,16 +85,17 @@ def query_ranks(
     return _query_table(query, rank, queries, ks).assign(item_rank=by_query.mean().reindex(range(queries)).to_numpy(), worst_rank=by_query.max().reindex(range(queries)).to_numpy())
 
 # %% ../nbs/45j_item_evaluators.ipynb #214e3c19
-def _summed(table: pd.DataFrame, complete_ks: Sequence[int], weights: np.ndarray | None) -> dict[str, Any]:
-    "Metrics of queries that all have a right answer"
+def _summed(table: pd.DataFrame, complete_ks: Sequence[int] | None, weights: np.ndarray | None) -> dict[str, Any]:
+    "Metrics of queries that all have a right answer; with cut-offs, of all their answers too"
+    if complete_ks is None: return query_metrics(table, weights)
     extra = {"mean_item_rank": table["item_rank"], "mean_worst_rank": table["worst_rank"]} | {f"COMPLETE@{k}": table["worst_rank"] <= k for k in complete_ks}
     means = weighted_means(np.stack(list(extra.values()), 1), np.ones((1, len(table))) if weights is None else weights).T
     return query_metrics(table, weights) | {name: float(v[0]) if weights is None else v for name, v in zip(extra, means)}
 
-def _way(name: str, table: pd.DataFrame, complete_ks: Sequence[int], gallery: int, ks: Sequence[int], weights: np.ndarray) -> tuple[pd.DataFrame, dict[str, float]]:
+def _way(name: str, table: pd.DataFrame, complete_ks: Sequence[int] | None, gallery: int, ks: Sequence[int], weights: np.ndarray) -> tuple[pd.DataFrame, dict[str, float]]:
     "Metrics of one direction, and their chance levels"
     found = metric_table(_summed(table, complete_ks, None), _summed(table, complete_ks, weights), len(table))
-    chance = chance_levels(table["positives"].to_numpy(), gallery, ks) | {f"COMPLETE@{k}": complete_chance(table["positives"].to_numpy(), gallery, k) for k in complete_ks}
+    chance = chance_levels(table["positives"].to_numpy(), gallery, ks) | {f"COMPLETE@{k}": complete_chance(table["positives"].to_numpy(), gallery, k) for k in complete_ks or ()}
     return found.assign(name=[f"{name}_{n}" for n in found["name"]]), {f"{name}_{n}": v for n, v in chance.items()}
 
 def image_names(
@@ -124,7 +125,7 @@ def item_retrieval_result(
     weights, pairs = bootstrap_weights(units(manifest), n_boot, seed), right.tocoo()
     asks = tables[0]["positives"].to_numpy() > 0
     ways = [_way("image_to_text", tables[0][asks], complete_ks, scores.shape[1], ks, weights[:, asks]),
-            _way("text_to_image", tables[1].iloc[pairs.col], (), scores.shape[0], ks, weights[:, pairs.row])]
+            _way("text_to_image", tables[1].iloc[pairs.col], None, scores.shape[0], ks, weights[:, pairs.row])]
     best = torch.from_numpy(scores).topk(min(top, scores.shape[1]), dim=1)
     mine = ranks[0].groupby("query").agg(list).reindex(range(len(scores)))
     lists = {"items": [[texts[a] for a in v] if isinstance(v, list) else [] for v in mine["answer"]], "item_ranks": [v if isinstance(v, list) else [] for v in mine["rank"]]}
@@ -256,6 +257,8 @@ def item_zero_shot(
     details = origin(clip, manifest, n_boot, seed) | {"prompts": question.prompts, "mode": mode}
     answers = lambda rows: judged(question, question_scores(clip, rows, question, mode, **how), clip.logit_scale)
     if question.exclusive: return classification("zero_shot", image_names(manifest), labels, question.classes, *answers(manifest), positive, n_boot, seed, details)
-    known = lambda rows: finding_labels(rows, labels)
-    of_valid = (valid, known(valid), answers(valid)[0]) if valid is not None else (None, None, None)
-    return findings_scored(manifest, known(manifest), answers(manifest)[0], "p" if question.absent else "cosine", *of_valid, rule, test_tuned, n_boot, seed, details)
+    known, of_valid = finding_labels(manifest, labels), (None, None, None)
+    if valid is not None:
+        check_apart(manifest, valid)
+        of_valid = (valid, finding_labels(valid, labels), answers(valid)[0])
+    return findings_scored(manifest, known, answers(manifest)[0], "p" if question.absent else "cosine", *of_valid, rule, test_tuned, n_boot, seed, details)
