@@ -66,7 +66,7 @@ def states(rows, columns):
 def published(found, name):
     "A number as published; where it is the right one, that one"
     values = found.metrics.set_index("name")["value"]
-    return values.get(name + END, values[name])
+    return values[name + END] if name + END in values else values[name]
 
 
 def test_every_protocol_has_its_pack_and_its_reasons():
