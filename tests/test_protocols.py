@@ -285,11 +285,11 @@ def test_chest_ct_without_validation_reports_no_threshold():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_published_thresholds_are_exceeded_not_reached(seed):
-    "Scores that lie on the steps of the grid, where above and at least are not the same"
+    "Scores on the steps of the grid and between them, where above and at least are not the same"
     rng, question = np.random.default_rng(seed), pack_questions(load_pack("ct-rate-itemized"), ["Emphysema", "Atelectasis"])[""]
     rows = Manifest({"Emphysema": [1, 0] * 15, "Atelectasis": [0, 0, 1] * 10, "image": [f"{i}.pt" for i in range(30)], "split": "test"})
-    grid, y = np.linspace(-1, 1, 9), rows[question.classes].to_numpy()
-    scores = (rng.choice(grid, (30, 2)) + 0.25 * y).clip(-1, 1).astype(np.float32)
+    grid, y = np.linspace(-1, 1, 5), rows[question.classes].to_numpy()
+    scores = (rng.choice([-0.5, -0.25, 0], (30, 2)) + rng.choice([0, 0.25, 0.5], (30, 2)) * y).astype(np.float32)
     found = threshold_result(Scored(rows, scores, question, n_boot=0), grid)
     said = [s > corner(t, s, grid) for t, s in zip(y.T, scores.T)]
     assert published(found, "balanced_accuracy_macro") == pytest.approx(np.mean([sk.accuracy_score(t, s) for t, s in zip(y.T, said)]))
