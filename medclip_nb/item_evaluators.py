@@ -9,6 +9,7 @@ __all__ = ['TEST_TUNED', 'item_pairs', 'right_ranks', 'complete_chance', 'query_
 
 # %% ../nbs/45j_item_evaluators.ipynb #c0b503cb
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,8 @@ def item_pairs(
     "What is ranked; raises `InputError` for a missing column, a repeated image, or no text at all"
     if column not in manifest: raise InputError(f"{manifest.dataset}: no column {column!r}. {close_matches(column, manifest.columns)}")
     if "image" in manifest and (twice := manifest["image"].duplicated()).any():
-        raise InputError(f"{manifest.dataset}: row {manifest.index[twice][0]}: {manifest['image'][twice].iloc[0]} is there twice ({int(twice.sum())} such rows). Give one row an image, its texts in a list (rows='images' for captions).")
+        raise InputError(f"{manifest.dataset}: row {manifest.index[twice][0]}: {manifest['image'][twice].iloc[0]} is there twice ({int(twice.sum())} such rows). "
+                         "Give one row an image, its texts in a list (rows='images' for captions).")
     lists = [[cell] if isinstance(cell, str) else cell if isinstance(cell, (list, tuple, np.ndarray)) else [] for cell in manifest[column]]
     said = [(row, str(text).strip()) for row, texts in enumerate(lists) for text in texts if str(text).strip()]
     if not said: raise InputError(f"{manifest.dataset}: no row has a text in column {column!r}.")
@@ -189,15 +191,18 @@ def check_apart(
 ) -> None:
     "Raise `InputError` where both have rows of one group"
     key = "group" if "group" in manifest and "group" in valid else "image"
-    shared = {*image_names(manifest)[key]} & {*image_names(valid)[key]}
-    if shared: raise InputError(f"{len(shared)} values of {key!r}, such as {sorted(map(str, shared))[0]!r}, are in the validation rows and in those that are measured; what is chosen there flatters the result. Give other validation rows.")
+    names = lambda rows: {str(v) if key == "group" else str(Path(rows.root, v)) for v in image_names(rows)[key].dropna()}
+    if shared := names(manifest) & names(valid):
+        raise InputError(f"{len(shared)} values of {key!r}, such as {min(shared)!r}, are in the validation rows and in those that are measured; "
+                         "what is chosen there flatters the result. Give other validation rows.")
 
 def class_rows(
     result: Result, # Of a classification or of findings
     metrics: Sequence[str], # Columns of its table of classes
 ) -> pd.DataFrame: # name (class/metric), value, low, high, n
     "Metrics of single classes, as rows for the table of metrics"
-    rows = [(f"{c['class']}/{m}", c[m], c[f"{m}_low"], c[f"{m}_high"], c["positives"] + c["negatives"] if "positives" in c else len(result.predictions)) for c in result.details["per_class"] for m in metrics]
+    known = lambda c: c["positives"] + c["negatives"] if "positives" in c else len(result.predictions)
+    rows = [(f"{c['class']}/{m}", c[m], c[f"{m}_low"], c[f"{m}_high"], known(c)) for c in result.details["per_class"] for m in metrics]
     return pd.DataFrame(rows, columns=["name", "value", "low", "high", "n"])
 
 # %% ../nbs/45j_item_evaluators.ipynb #0f36e1a6
@@ -253,7 +258,8 @@ def item_zero_shot(
 ) -> Result: # As from `zero_shot` or `zero_shot_findings`
     "Ask a model about classes or findings in any mode; raises `InputError` for unknown columns, and for a mode that it does not have"
     mode, how = check_mode(clip, mode), dict(top_k=top_k, batch_size=batch_size, num_workers=num_workers)
-    question = class_question(label_classes(manifest, labels, class_names), templates, prompts) if isinstance(labels, str) else finding_question(labels, templates, negatives, prompts)
+    one = isinstance(labels, str)
+    question = class_question(label_classes(manifest, labels, class_names), templates, prompts) if one else finding_question(labels, templates, negatives, prompts)
     details = origin(clip, manifest, n_boot, seed) | {"prompts": question.prompts, "mode": mode}
     answers = lambda rows: judged(question, question_scores(clip, rows, question, mode, **how), clip.logit_scale)
     if question.exclusive: return classification("zero_shot", image_names(manifest), labels, question.classes, *answers(manifest), positive, n_boot, seed, details)

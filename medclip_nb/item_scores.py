@@ -58,6 +58,8 @@ class _Studies(StudyDataset):
     "Studies of a manifest, read with what its rows tell about the files"
     def __init__(self, manifest: Manifest, preprocess: StudyPreprocess) -> None:
         super().__init__(series_paths(manifest) if "series" in manifest else [{"volume": path} for path in manifest.paths()], preprocess)
+        empty = [row for row, series in zip(manifest.index, self.series) if not series]
+        if empty: raise InputError(f"{manifest.dataset}: row {empty[0]} is a study without series ({len(empty)} such rows). Leave it out.")
         self.known = [_known(row) for row in manifest[[c for c in ("spacing", "slope", "intercept") if c in manifest]].to_dict("records")] or [{}] * len(manifest)
 
     def __getitem__(self, i: int) -> Any: return self.preprocess(self.series[i], **self.known[i])

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import csr_array
 
 from .classifiers import Question
 from .core import InputError
@@ -121,15 +122,18 @@ def _area_rows(labels: pd.DataFrame, scores: np.ndarray, weights: np.ndarray, n:
 def areas_result(
     scored: Scored, # Rows with a column for each finding
     exchanged: Sequence[str] = (), # Two findings whose labels the published script exchanged
+    first_scans: bool = False, # Whether the published script took the first scan of each study (rows with columns study and series)
 ) -> Result: # Metrics auroc_macro, average_precision_macro and finding/auroc
     "An area under the ROC curve for each finding, and their mean"
     names = scored.question.classes
     labels, answers = finding_labels(scored.manifest, names), judged(scored.question, scored.scores, scored.scale)[0]
-    result = findings_scored(scored.manifest, labels, answers, "p" if scored.question.absent else "cosine", n_boot=scored.n_boot, seed=scored.seed, details=scored.details)
-    result.details["headline"] = ["auroc_macro"]
-    if not (exchanged and scored.as_published): return result
-    other = labels.rename(columns=dict(zip(exchanged, reversed(exchanged))))[names]
-    return with_published(result, _area_rows(other, answers, scored.weights, len(labels)))
+    how = dict(n_boot=scored.n_boot, seed=scored.seed, details=scored.details)
+    result = findings_scored(scored.manifest, labels, answers, "p" if scored.question.absent else "cosine", **how)
+    result.details["headline"], taken = ["auroc_macro"], np.ones(len(labels), bool)
+    if first_scans and {"study", "series"} <= set(scored.manifest): taken = ~scored.manifest["study"].duplicated().to_numpy()
+    if not scored.as_published or taken.all() and not exchanged: return result
+    theirs = labels.rename(columns=dict(zip(exchanged, reversed(exchanged))))[names][taken]
+    return with_published(result, _area_rows(theirs, answers[taken], scored.weights[:, taken], len(theirs)))
 
 # %% ../nbs/45k_protocol_metrics.ipynb #26bd3619
 CALLED = ("accuracy", "balanced_accuracy", "f1_weighted", "recall", "precision")
@@ -211,18 +215,13 @@ def bootstrap_means(
     many = weighted_means(np.stack(list(columns.values()), 1), weights)
     return metric_table({k: float(np.mean(v)) for k, v in columns.items()}, dict(zip(columns, many.T)), weights.shape[1])
 
-def _published_ranks(found: Result, scores: np.ndarray, right: Any, ks: Sequence[int], from_zero: bool, weights: np.ndarray) -> pd.DataFrame:
+def _published_ranks(right_numbers: pd.DataFrame, scored: Scored, right: csr_array, ks: Sequence[int], from_zero: bool) -> pd.DataFrame:
     "Ranks as published scripts count them"
-    rows, pairs, metrics = [], right.tocoo(), found.metrics.set_index("name")
-    ranks = right_ranks(scores.T, right.T.tocsr())
-    place = pd.Series(ranks["rank"].to_numpy(), index=pd.MultiIndex.from_frame(ranks[["answer", "query"]]))[list(zip(pairs.row, pairs.col))].to_numpy()
-    of = bootstrap_means({f"text_to_image_R@{k}": place <= k for k in ks}, weights[:, pairs.row])
-    for name in ("image_to_text_mean_item_rank", "image_to_text_mean_worst_rank") if from_zero else ():
-        rows.append({"name": name, **metrics.loc[name], **{k: metrics.loc[name, k] - 1 for k in ("value", "low", "high")}})
-    for way in () if from_zero else ("image_to_text", "text_to_image"):
-        row = metrics.loc[f"{way}_median_rank"]
-        rows.append({"name": f"{way}_median_rank", **row, **{k: np.floor(row[k]) for k in ("value", "low", "high")}})
-    return pd.concat([of, pd.DataFrame(rows)], ignore_index=True)
+    ranks, metrics, rows = right_ranks(scored.scores.T, right.T.tocsr()), right_numbers.set_index("name"), []
+    single = bootstrap_means({f"text_to_image_R@{k}": ranks["rank"].to_numpy() <= k for k in ks}, scored.weights[:, ranks["answer"]])
+    changed = {f"image_to_text_{m}": lambda v: v - 1 for m in ("mean_item_rank", "mean_worst_rank")} if from_zero else {f"{way}_median_rank": np.floor for way in ("image_to_text", "text_to_image")}
+    for name, change in changed.items(): rows.append({"name": name, **metrics.loc[name], **{k: change(metrics.loc[name, k]) for k in ("value", "low", "high")}})
+    return pd.concat([single, pd.DataFrame(rows)], ignore_index=True)
 
 def retrieval_result(
     scored: Scored, # Rows with a column of texts; scores of the texts from `item_pairs`
@@ -236,4 +235,4 @@ def retrieval_result(
     found = item_retrieval_result(scored.scores, scored.manifest, texts, right, ks, complete_ks, 5, scored.n_boot, scored.seed, scored.details)
     ends = [*(f"R@{k}" for k in ks), "MRR", "mean_rank", "median_rank", "mean_item_rank", "mean_worst_rank", *(f"COMPLETE@{k}" for k in complete_ks)]
     result = only(found, [f"{way}_{end}" for way in ("image_to_text", "text_to_image") for end in ends])
-    return with_published(result, _published_ranks(found, scored.scores, right, ks, from_zero, scored.weights)) if scored.as_published else result
+    return with_published(result, _published_ranks(found.metrics, scored, right, ks, from_zero)) if scored.as_published else result

@@ -59,8 +59,10 @@ LABELS = "Labels are found by the name of their column, not by its number."
 EMPTY = "Precision is undefined where nothing is called; it is left out of means here, and counts zero as published."
 TUNED = ("Thresholds come from validation rows of other patients (every score that occurs is tried); without such rows, nothing that needs a threshold is reported. "
          f"The script tunes them on the measured labels: metrics that end in {AS_PUBLISHED}.")
-BALANCED = f"What the script calls balanced accuracy after tuning is plain accuracy: balanced_accuracy_macro{AS_PUBLISHED}; the balanced accuracy at the same thresholds is balanced_accuracy_macro_test_tuned."
-ONCE = f"Equal texts are one text, right for all its images. The script counts every occurrence, with one right image each: text_to_image_R@k{AS_PUBLISHED}. The larger gallery that images meet there is not repeated here."
+BALANCED = (f"What the script calls balanced accuracy after tuning is plain accuracy: balanced_accuracy_macro{AS_PUBLISHED}; "
+            "the balanced accuracy at the same thresholds is balanced_accuracy_macro_test_tuned.")
+ONCE = (f"Equal texts are one text, right for all its images. The script counts every occurrence, with one right image each: text_to_image_R@k{AS_PUBLISHED}. "
+        "The larger gallery that images meet there is not repeated here.")
 LEVEL = "A wrong answer level with a right one is half ahead; the script takes the order of its sort."
 
 _BRAIN = dict(dataset="pub-brain-5", source=ITEMIZED, pack="pub-brain-5-itemized", measure=brain_result, task="four diseases against normal, three tumours, five classes",
@@ -82,14 +84,17 @@ _ALL = (
     Protocol("pub-brain-5-gt", **_BRAIN, options={"gt": True}),
     Protocol("pub-brain-5-hlip", **_BRAIN_HLIP),
     Protocol("pub-brain-5-gt-hlip", **_BRAIN_HLIP, options={"gt": True}),
-    Protocol("rsna", "rsna-ich", "haemorrhage and four of its kinds", "AUROC of each finding, and the mean", ITEMIZED, areas_result, "rsna-ich-itemized",
-             departures=(RAW, LABELS, "Rows are scans; those of a study are resampled together. The published number is of training, validation and test studies together: give all splits.")),
+    Protocol("rsna", "rsna-ich", "haemorrhage and four of its kinds", "AUROC of each finding, and the mean", ITEMIZED, partial(areas_result, first_scans=True), "rsna-ich-itemized", departures=(
+        RAW, LABELS, f"Every scan is a row, and those of a study are resampled together; the script takes the first scan of each study: metrics that end in {AS_PUBLISHED}.",
+        "The published number is of training, validation and test studies together: give all splits.")),
     Protocol("cq500", "cq500", "haemorrhage, five of its kinds, two sides, midline shift, mass effect", "AUROC of each finding, and the mean", ITEMIZED,
              partial(areas_result, exchanged=("MidlineShift", "MassEffect")), "cq500-itemized",
              departures=(RAW, f"{LABELS} The script scores midline shift against the labels of mass effect and the other way round: metrics that end in {AS_PUBLISHED}.",
                          "Where the readers have no majority, a finding is unknown and left out.")),
-    Protocol("ct-rate", "ct-rate", "16 findings", source=ITEMIZED, measure=partial(threshold_result, grid=np.linspace(-1, 1, 1000)), pack="ct-rate-itemized", departures=(RAW, TUNED, BALANCED, EMPTY), **_CHEST),
-    Protocol("rad-chestct", "rad-chestct", "15 findings", source=ITEMIZED, measure=partial(threshold_result, grid=np.linspace(-1, 1, 4000)), pack="rad-chestct-itemized", departures=(RAW, TUNED, BALANCED, EMPTY), **_CHEST),
+    Protocol("ct-rate", "ct-rate", "16 findings", source=ITEMIZED, measure=partial(threshold_result, grid=np.linspace(-1, 1, 1000)),
+             pack="ct-rate-itemized", departures=(RAW, TUNED, BALANCED, EMPTY), **_CHEST),
+    Protocol("rad-chestct", "rad-chestct", "15 findings", source=ITEMIZED, measure=partial(threshold_result, grid=np.linspace(-1, 1, 4000)),
+             pack="rad-chestct-itemized", departures=(RAW, TUNED, BALANCED, EMPTY), **_CHEST),
     Protocol("ct-rate-hlip", "ct-rate", "16 findings, each against its absence", pack="ct-rate-hlip", **_CHEST_HLIP),
     Protocol("rad-chestct-hlip", "rad-chestct", "15 findings, each against its absence", pack="rad-chestct-hlip", **_CHEST_HLIP),
     Protocol("rsicd-30", "rsicd", "30 kinds of scenes", "accuracy, accuracy among five, mean rank", ITEMIZED, scenes_result, "rsicd-itemized",
@@ -98,7 +103,8 @@ _ALL = (
     Protocol("flickr", "flickr30k", **_CAPTIONS),
     Protocol("item-retrieval", "any with items", "items of reports for images, images for items", "R@1, 10, 100, mean rank of all items and of the worst, COMPLETE@10, 100, 1000", ITEMIZED,
              partial(retrieval_result, column="items", ks=(1, 10, 100), complete_ks=(10, 100, 1000), from_zero=True), column="items",
-             departures=(RAW, ONCE, f"Ranks count from 1; the script counts from 0: mean_item_rank{AS_PUBLISHED} and mean_worst_rank{AS_PUBLISHED}.", LEVEL, "All items are ranked; the script keeps seven an image.")),
+             departures=(RAW, ONCE, f"Ranks count from 1; the script counts from 0: mean_item_rank{AS_PUBLISHED} and mean_worst_rank{AS_PUBLISHED}.", LEVEL,
+                         "All items are ranked; the script keeps seven an image.")),
 )
 PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in _ALL}
 
@@ -128,7 +134,8 @@ def check_protocol(
         if protocol.pack: check_pack(pack := load_pack(protocol.pack), rows)
         if protocol.pack and pack.findings: finding_labels(rows, pack.columns)
     if "by_path" in getattr(protocol.measure, "keywords", {}) and "study" not in manifest:
-        raise InputError(f"Protocol {protocol.name!r} needs a column 'study' with the path of each study, which {manifest.dataset} lacks. Read the data with load_manifest({protocol.dataset!r}, ...).")
+        raise InputError(f"Protocol {protocol.name!r} needs a column 'study' with the path of each study, which {manifest.dataset} lacks. "
+                         f"Read the data with load_manifest({protocol.dataset!r}, ...).")
 
 def protocol_result(
     name: str, # Of `list_protocols`

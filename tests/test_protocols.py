@@ -169,6 +169,10 @@ def test_rsna(reader, tmp_path):
     expected = areas(states(rows, names), question_scores(reader, rows, PROTOCOLS["rsna"].question))
     for name, value in expected.items(): assert found.value(f"{name}/auroc") == pytest.approx(value)
     assert found.value("auroc_macro") == pytest.approx(np.mean(list(expected.values())))
+    first = ~rows["study"].duplicated().to_numpy()
+    theirs = areas(states(rows[first], names), question_scores(reader, rows[first], PROTOCOLS["rsna"].question))
+    assert first.sum() == 12 and theirs["any"] != expected["any"]
+    for name, value in theirs.items(): assert published(found, f"{name}/auroc") == pytest.approx(value)
 
 
 def cq500(root):
