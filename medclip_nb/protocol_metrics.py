@@ -57,7 +57,7 @@ def with_published(
     right = result.metrics.set_index("name")["value"]
     other = [name not in right or not np.isclose(right[name], value, rtol=0, atol=1e-12, equal_nan=True) for name, value in zip(published["name"], published["value"])]
     more = published[other].assign(name=lambda rows: rows["name"] + AS_PUBLISHED)
-    return replace(result, metrics=pd.concat([result.metrics, more], ignore_index=True))
+    return replace(result, metrics=pd.concat([result.metrics, more], ignore_index=True).astype({"n": int}))
 
 def only(
     result: Result, # With many metrics
