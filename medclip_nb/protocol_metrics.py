@@ -223,6 +223,7 @@ def _published_ranks(right_numbers: pd.DataFrame, scored: Scored, right: csr_arr
     for name, change in changed.items(): rows.append({"name": name, **metrics.loc[name], **{k: change(metrics.loc[name, k]) for k in ("value", "low", "high")}})
     return pd.concat([single, pd.DataFrame(rows)], ignore_index=True)
 
+# %% ../nbs/45k_protocol_metrics.ipynb #3536013f
 def retrieval_result(
     scored: Scored, # Rows with a column of texts; scores of the texts from `item_pairs`
     column: str, # Which

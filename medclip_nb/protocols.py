@@ -65,6 +65,7 @@ ONCE = (f"Equal texts are one text, right for all its images. The script counts 
         "The larger gallery that images meet there is not repeated here.")
 LEVEL = "A wrong answer level with a right one is half ahead; the script takes the order of its sort."
 
+# %% ../nbs/45l_protocols.ipynb #fffbc6f4
 _BRAIN = dict(dataset="pub-brain-5", source=ITEMIZED, pack="pub-brain-5-itemized", measure=brain_result, task="four diseases against normal, three tumours, five classes",
               metrics="balanced accuracy, weighted F1, recall, precision, AUROC; balanced accuracy of 3 and 5 classes",
               departures=(RAW, "Weighted F1 and macro AUROC (one against the rest, on the softmax) of the 3- and 5-way tasks are added.", EMPTY))
@@ -78,7 +79,7 @@ _CAPTIONS = dict(column="captions", task="captions of images, images of captions
                  measure=partial(retrieval_result, column="captions", ks=(1, 5, 10, 50, 100)), options={"rows": "images"},
                  departures=(RAW, ONCE, f"The script takes the floor of the median: median_rank{AS_PUBLISHED}.", LEVEL))
 
-# %% ../nbs/45l_protocols.ipynb #fffbc6f4
+# %% ../nbs/45l_protocols.ipynb #7f6da73d
 _ALL = (
     Protocol("pub-brain-5", **_BRAIN),
     Protocol("pub-brain-5-gt", **_BRAIN, options={"gt": True}),
@@ -108,6 +109,7 @@ _ALL = (
 )
 PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in _ALL}
 
+# %% ../nbs/45l_protocols.ipynb #494dd213
 def list_protocols() -> pd.DataFrame: # One row a protocol: name, dataset, options, task, classes, pack, mode, metrics, source
     "Every published evaluation that `evaluate_protocol` knows"
     classes = lambda p: len(p.question.classes) if p.pack else 0
