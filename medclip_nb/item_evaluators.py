@@ -132,7 +132,7 @@ def item_retrieval_result(
     mine = ranks[0].groupby("query").agg(list).reindex(range(len(scores)))
     lists = {"items": [[texts[a] for a in v] if isinstance(v, list) else [] for v in mine["answer"]], "item_ranks": [v if isinstance(v, list) else [] for v in mine["rank"]]}
     predictions = pd.DataFrame({"row": manifest.index, "image": image_names(manifest)["image"].to_numpy(), "group": units(manifest).astype(str), **lists,
-                                "best_rank": tables[0]["rank"], "worst_rank": tables[0]["worst_rank"],
+                                "image_to_text_rank": tables[0]["rank"], "worst_rank": tables[0]["worst_rank"],
                                 "best_texts": [[texts[a] for a in line] for line in best.indices.tolist()], "best_scores": best.values.tolist()})
     facts = {"images": len(scores), "images_without_items": int((~asks).sum()), "items": len(texts), "pairs": int(right.nnz), "ties": "mean", "chance": ways[0][1] | ways[1][1],
              "headline": [f"image_to_text_R@{min(ks)}", f"text_to_image_R@{min(ks)}", *(f"image_to_text_COMPLETE@{k}" for k in complete_ks[:1])]}
