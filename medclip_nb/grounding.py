@@ -159,6 +159,7 @@ class Attended:
     map: np.ndarray # (height, width), NaN where the model was shown nothing; (scans, d, h, w) of a study, as it was read
     mask: np.ndarray # Of the same shape, true inside
     spacing: list[tuple[float, ...]] # mm along each axis, one a scan; empty where it is not known
+    orientation: list[str] # Of a study, where each axis grows to, such as SPL, one a scan
     zero_mass: float # Share of the attention on nothing; NaN for other maps
     similarity: float # Of the pair
 
@@ -183,7 +184,7 @@ def _on_images(clip: ClipModel, rows: Manifest, method: str, pixel_mm: float, ba
         found = item_maps(clip, images, [said[i][k] for i, k in asked], method, of=[i for i, _ in asked])
         for (i, k), tokens, zero, similarity in zip(asked, found.maps, found.zero_mass, found.similarity):
             shown = to_image(tokens[None], images[i].size[::-1], clip)[0]
-            yield Attended(part.index[i], k, said[i][k], shown, masks[i] == k + 1, [(pixel_mm,) * 2] if pixel_mm else [], float(zero), float(similarity))
+            yield Attended(part.index[i], k, said[i][k], shown, masks[i] == k + 1, [(pixel_mm,) * 2] if pixel_mm else [], [], float(zero), float(similarity))
 
 def _on_studies(clip: StudyModel, rows: Manifest, method: str) -> Iterator[Attended]:
     "Items of studies"
@@ -195,7 +196,7 @@ def _on_studies(clip: StudyModel, rows: Manifest, method: str) -> Iterator[Atten
         batch = pad_studies([clip.preprocess(series)])
         found = item_maps(clip, batch, [own[k] for k in asked], method, of=[0] * len(asked))
         for k, tokens, zero, similarity in zip(asked, found.maps, found.zero_mass, found.similarity):
-            yield Attended(row, k, own[k], enlarge(tokens, masks.shape[1:]), masks == k + 1, [volume.spacing for volume in volumes], float(zero), float(similarity))
+            yield Attended(row, k, own[k], enlarge(tokens, masks.shape[1:]), masks == k + 1, [volume.spacing for volume in volumes], [volume.orientation for volume in volumes], float(zero), float(similarity))
 
 def attended(
     clip: ClipModel, # A StudyModel for studies
