@@ -41,66 +41,46 @@ def named_series(
     return found
 
 # %% ../nbs/84a_attend_command.ipynb #ddbe2fb0
-def _row(name: str, text: str, map: Any, mask: Any, zero_mass: float, similarity: float) -> dict:
+def _answer(found: Any, image: str, names: Sequence[str] = ()) -> dict:
     "What the table says of a text"
     import numpy as np
-    at = [int(i) for i in np.unravel_index(np.nanargmax(map), map.shape)]
-    inside = {} if mask is None or not mask.any() else {"inside": float(np.nansum(map * mask) / max(np.nansum(map), 1e-30))}
-    return {"image": name, "text": text, "similarity": similarity, "on_nothing": zero_mass, "peak": at, **inside}
+    at = [int(i) for i in np.unravel_index(np.nanargmax(found.map), found.map.shape)]
+    inside = {} if found.mask is None else {"inside": float(np.nansum(found.map * found.mask) / max(np.nansum(found.map), 1e-30))}
+    return {"image": image, "text": found.text, "similarity": found.similarity, "on_nothing": found.zero_mass, "peak": [names[at[0]], *at[1:]] if names else at, **inside}
 
-def _on_image(clip: Any, path: Path, image: Any, texts: list[str], method: str, mask: Path | None) -> tuple[list[dict], Any]:
-    "Answers and figure of one image"
-    from medclip_nb.attention_plots import item_overlays
-    from medclip_nb.grounding import item_maps, read_mask, to_image
-    size = image.size[::-1]
-    labels = None if mask is None else read_mask(mask, size, len(texts))
-    masks = [None] * len(texts) if labels is None else [labels == k + 1 for k in range(len(texts))]
-    found = item_maps(clip, [image], texts, method, of=[0] * len(texts))
-    maps, zero_mass, similarity = to_image(found.maps, size, clip), found.zero_mass.tolist(), found.similarity.tolist()
-    return [_row(str(path), *each) for each in zip(texts, maps, masks, zero_mass, similarity)], item_overlays(image, maps, texts, similarity, zero_mass, masks)
-
-def _on_images(clip: Any, images: list[Path], texts: list[str], method: str, mask: Path | None, window: str | None, out: Path) -> tuple[list[dict], list[Path], list[dict]]:
-    "Answers, figures, and what could not be read"
-    from medclip_nb.images import read_image
-    if mask is not None and len(images) > 1: raise InputError("--mask is of one image; give one image, or leave it out.")
-    rows, written, skipped = [], [], []
-    for path, to in zip(images, figure_paths(out, len(images))):
-        try: image = read_image(path, window=window)
-        except InputError as error: skipped.append({"image": str(path), "message": str(error)}); continue
-        answers, figure = _on_image(clip, path, image, texts, method, mask)
-        rows += answers
-        written.append(_written(figure, to))
-    if not rows: raise InputError(f"None of {len(images)} images can be read. {skipped[0]['message']}")
-    return rows, written, skipped
-
-def _written(figure: Any, to: Path) -> Path:
-    "Save a figure, or leave what was there"
+def _written(figure: Any, to: Path) -> str:
+    "Save a figure"
     from matplotlib import pyplot as plt
     from medclip_nb.core import atomic_path
     with atomic_path(to) as path: figure.savefig(path, format=to.suffix[1:].lower(), dpi=200)
     plt.close(figure)
-    return to
+    return str(to)
 
-# %% ../nbs/84a_attend_command.ipynb #9fc63009
-def _on_study(clip: Any, images: list[Path], texts: list[str], method: str, mask: Path | None, out: Path) -> tuple[list[dict], list[Path], list[dict]]:
+def _on_images(clip: Any, images: list[Path], texts: list[str], method: str, mask: Path | None, window: str | None, out: Path) -> dict:
+    "Answers, figures, and what could not be read"
+    from medclip_nb.attention_figures import image_figure
+    from medclip_nb.grounding import look_at_images, read_mask
+    from medclip_nb.images import read_image
+    if mask is not None and len(images) > 1: raise InputError("--mask is of one image; give one image, or leave it out.")
+    answers, figures, skipped = [], [], []
+    for path, to in zip(images, figure_paths(out, len(images))):
+        try: image = read_image(path, window=window)
+        except InputError as error: skipped.append({"image": str(path), "message": str(error)}); continue
+        labels = None if mask is None else [read_mask(mask, image.size[::-1], len(texts))]
+        found, = look_at_images(clip, [image], [texts], method, labels, every=True)
+        answers += [_answer(item, str(path)) for item in found]
+        figures.append(_written(image_figure(image, found, method), to))
+    if not answers: raise InputError(f"None of {len(images)} images can be read. {skipped[0]['message']}")
+    return {"figures": figures, "images": answers, "skipped": skipped}
+
+def _on_study(clip: Any, images: list[Path], texts: list[str], method: str, mask: Path | None, out: Path) -> dict:
     "Answers and figures of a study"
-    import numpy as np
-    from medclip_nb.attention_plots import volume_montage
-    from medclip_nb.grounding import item_maps
-    from medclip_nb.localisation import enlarge
-    from medclip_nb.study_images import labels_at, pad_studies
-    series, paths = named_series(images), figure_paths(out, len(texts))
-    study, volumes = clip.preprocess(series), [clip.preprocess.volume(path, window) for _, path, window in clip.preprocess._parts(series)]
-    labels = None if mask is None else np.stack([labels_at(mask, volume) for volume in volumes])
-    found, first = item_maps(clip, pad_studies([study]), texts, method, of=[0] * len(texts)), volumes[0]
-    where = dict(names=study.names, spacing=first.spacing or (1.0, 1.0, 1.0), orientation=first.orientation)
-    rows = []
-    for k, (text, tokens, zero_mass, similarity, to) in enumerate(zip(texts, found.maps, found.zero_mass.tolist(), found.similarity.tolist(), paths)):
-        map, own = enlarge(tokens, study.volumes.shape[2:]), None if labels is None else labels == k + 1
-        row = _row(", ".join(study.names), text, map, own, zero_mass, similarity)
-        rows.append(row | {"peak": [study.names[row["peak"][0]], *row["peak"][1:]]})
-        _written(volume_montage(study.volumes[:, 0], map, own, text=text, similarity=similarity, zero_mass=zero_mass, **where), to)
-    return rows, paths, []
+    from medclip_nb.attention_figures import study_figure
+    from medclip_nb.grounding import look_at_study
+    series = named_series(images)
+    study, found = clip.preprocess(series), look_at_study(clip, series, texts, method, mask, every=True)
+    figures = [_written(study_figure(study, item, method), to) for item, to in zip(found, figure_paths(out, len(texts)))]
+    return {"figures": figures, "images": [_answer(item, ", ".join(series), study.names) for item in found], "skipped": []}
 
 # %% ../nbs/84a_attend_command.ipynb #1c4c2df5
 def attend(
@@ -130,9 +110,16 @@ def attend(
         use_style()
         method = choose_method(clip, method)
         look = (clip, images, asked, method, mask)
-        rows, written, skipped = _on_study(*look, out) if isinstance(clip, StudyModel) else _on_images(*look, window, out)
-    found = {"model": clip.spec, "weights": clip.weights_hash(), "method": method, "figures": [str(path) for path in written], "images": rows, "skipped": skipped}
-    header = ["image", "text", "similarity", "on nothing", "peak (px)", *(["inside"] if any("inside" in row for row in rows) else [])]
+        found = _on_study(*look, out) if isinstance(clip, StudyModel) else _on_images(*look, window, out)
+    found = {"model": clip.spec, "weights": clip.weights_hash(), "method": method} | found
+    _report(found, *_table(found["images"]), as_json)
+    for path in found["figures"]: _note(f"{method}: {path}")
+
+def _table(answers: list[dict]) -> tuple[list[list[str]], list[str]]:
+    "Lines and header: the image where there are several, the share inside where a mask is known"
     share = lambda value: "-" if value is None or value != value else f"{value:.3f}"
-    _report(found, [[row["image"], row["text"], f"{row['similarity']:.3f}", share(row["on_nothing"]), ", ".join(map(str, row["peak"])), share(row.get("inside"))][:len(header)] for row in rows], header, as_json)
-    for path in written: _note(f"{method}: {path}")
+    cells = {"image": lambda a: a["image"], "text": lambda a: a["text"], "similarity": lambda a: share(a["similarity"]), "on nothing": lambda a: share(a["on_nothing"]),
+             "peak (px)": lambda a: ", ".join(map(str, a["peak"])), "inside": lambda a: share(a.get("inside"))}
+    unwanted = ({"image"} if len({a["image"] for a in answers}) == 1 else set()) | (set() if any("inside" in a for a in answers) else {"inside"})
+    header = [name for name in cells if name not in unwanted]
+    return [[cells[name](a) for name in header] for a in answers], header

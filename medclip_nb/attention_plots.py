@@ -64,12 +64,12 @@ def panel(
     for spine in ax.spines.values(): spine.set_visible(False)
     return shown
 
-def _bar(figure: Figure, shown: AxesImage, axes: Any, scale: str, **where: Any) -> None:
+def _bar(figure: Figure, shown: AxesImage, axes: Any, what: str, **where: Any) -> None:
     "A colour bar on grey, as the overlay is"
     bar = figure.colorbar(shown, ax=axes, **where)
     bar.ax.set_facecolor("0.25")
     bar.outline.set_visible(False)
-    bar.set_label("attention, multiple of the mean" if scale == "common" else "share of the map's maximum", fontsize=9)
+    bar.set_label(what, fontsize=9)
     bar.ax.tick_params(labelsize=8)
 
 # %% ../nbs/61a_attention_plots.ipynb #252c9974
@@ -90,6 +90,7 @@ def item_overlays(
     columns: int = 3, # Panels a line
     scale: str = "common", # common or each, see `scaled`
     size: float = 2.4, # Width of a panel, inches
+    what: str = "attention", # What the maps are, for the colour bar
 ) -> Figure:
     "An image once for each item, under the item's map"
     maps = scaled(maps, scale)
@@ -103,7 +104,7 @@ def item_overlays(
         shown = panel(ax, image, maps[i], float(np.nanmax(maps)), None if masks is None else masks[i])
         ax.set_title(titles[i], fontsize=9)
     figure.set_size_inches(figure.get_size_inches() + (0.8, 0))
-    _bar(figure, shown, list(axes), scale, fraction=0.05, shrink=1 if len(axes) <= columns else 0.6, aspect=22, pad=0.02)
+    _bar(figure, shown, list(axes), f"{what}, " + ("multiple of the mean" if scale == "common" else "share of the maximum"), fraction=0.05, shrink=1 if len(axes) <= columns else 0.6, aspect=22, pad=0.02)
     return figure
 
 # %% ../nbs/61a_attention_plots.ipynb #f4c878ea
@@ -179,7 +180,7 @@ def _shares(ax: Axes, maps: np.ndarray, names: Sequence[str], chosen: int) -> No
     for i, value in enumerate(share): ax.text(value, i, f" {value:.0%}", va="center", fontsize=8)
     ax.set(yticks=range(len(share)), xlim=(0, min(1.0, share.max() * 1.35) or 1), xticks=[], ylim=(len(share) - 0.4, -0.6))
     ax.set_yticklabels([wrapped(name, 16, 2) for name in names], fontsize=8)
-    ax.set_title("share of series", fontsize=9)
+    ax.set_title("share of the series", fontsize=9)
     ax.set_box_aspect(min(1.6, 0.3 * len(share) + 0.1))
     ax.grid(False)
     for spine in ax.spines.values(): spine.set_visible(False)
@@ -196,6 +197,7 @@ def volume_montage(
     orientation: str | None = "SPL", # Where d, h, w grow to; None where it is not known
     crosshair: bool = True, # Whether to show where the other planes cut
     height: float = 2.5, # Of the tallest plane, inches
+    what: str = "attention", # What the maps are, for the colour bar
 ) -> Figure:
     "The series that carries most of the attention, in three planes through its strongest slabs"
     volumes, maps = (np.asarray(a, dtype=np.float32) for a in (volumes, maps))
@@ -209,7 +211,7 @@ def volume_montage(
     figure, axes = plt.subplots(1, len(widths), figsize=(sum(widths) + 1.6, height + 0.75), width_ratios=widths, squeeze=False)
     for axis in range(3): shown = _plane(axes[0, axis], axis, at, volumes[chosen], maps[chosen], None if masks is None else np.asarray(masks[chosen], dtype=bool), spacing, orientation, crosshair)
     if several: _shares(axes[0, 3], maps, names or [f"series {i + 1}" for i in range(len(volumes))], chosen)
-    _bar(figure, shown, list(axes[0, :3]), "each", fraction=0.03, aspect=22, pad=0.015)
+    _bar(figure, shown, list(axes[0, :3]), f"{what}, share of the maximum", fraction=0.03, aspect=22, pad=0.015)
     said = [names[chosen] if len(names) else "", _said(text.rstrip("."), similarity, zero_mass, 90).replace("\n", "; ")]
     figure.suptitle(": ".join(filter(None, said)), x=0.01, ha="left", fontsize=10)
     return figure
