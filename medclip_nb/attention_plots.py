@@ -23,8 +23,7 @@ from .plots import PALETTE, _cells, wrapped
 
 # %% ../nbs/61a_attention_plots.ipynb #33996922
 HUE, OUTLINE = (1.0, 0.42, 0.0), PALETTE[9]
-OVERLAY = LinearSegmentedColormap.from_list("overlay", [(*HUE, 0.0), (*HUE, 0.85)])
-OVERLAY.set_bad((0.5, 0.5, 0.5, 0.55))
+OVERLAY = LinearSegmentedColormap.from_list("overlay", [(*HUE, 0.0), (*HUE, 0.85)]).with_extremes(bad=(0.5, 0.5, 0.5, 0.55))
 SCALES = ("common", "each")
 
 def scaled(

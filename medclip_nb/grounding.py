@@ -69,18 +69,20 @@ class Attended:
     similarity: float # Of the pair
     row: Any = None # Of the manifest
 
-def has_masks(
-    manifest: Manifest, # Any
-) -> int: # 0 where there is no column mask
+def _named(manifest: Manifest) -> pd.Series: # (rows,) of bool
+    "Whether each row names a mask"
+    return manifest["mask"].fillna("").astype(str).str.strip() != "" if "mask" in manifest else pd.Series(False, manifest.index)
+
+def has_masks(manifest: Manifest) -> int: # 0 where there is no column mask
     "How many rows name a mask"
-    return int((manifest["mask"].fillna("").astype(str).str.strip() != "").sum()) if "mask" in manifest else 0
+    return int(_named(manifest).sum())
 
 def with_masks(
     manifest: Manifest, # With a column mask
 ) -> Manifest: # Its rows with a mask
     "The rows that can be measured; raises `InputError` where there is none"
     if "mask" not in manifest: raise InputError(f"{manifest.dataset}: the manifest has no column 'mask'; it has {', '.join(map(str, manifest.columns))}.")
-    rows = manifest[manifest["mask"].fillna("").astype(str).str.strip() != ""]
+    rows = manifest[_named(manifest)]
     if not len(rows): raise InputError(f"{manifest.dataset}: none of {len(manifest)} rows names a mask, so there is nothing to hold a map against.")
     return rows
 
@@ -139,12 +141,13 @@ def look_at_row(
 ) -> list[Attended]: # One a text, with its mask where the text is an item of the row
     "Where a model looks for each text in an image or study of a manifest"
     one = manifest.loc[[row]]
-    own, mask = items_of(one)[0] if texts is None else list(texts), str(one["mask"].fillna("").iloc[0]).strip() if "mask" in one and texts is None else ""
-    if isinstance(clip, StudyModel): found = look_at_study(clip, series_paths(one)[0], own, method, Path(one.root, mask) if mask else None, every=True, **one.read)
+    own = items_of(one)[0] if texts is None else list(texts)
+    mask = Path(one.root, one["mask"].iloc[0]) if texts is None and has_masks(one) else None
+    if isinstance(clip, StudyModel): found = look_at_study(clip, series_paths(one)[0], own, method, mask, True, **one.read)
     else:
         image = read_image(one.paths()[0], **one.read)
-        labels = [read_mask(Path(one.root, mask), image.size[::-1], len(own))] if mask else None
-        found = look_at_images(clip, [image], [own], method, labels, upsample=upsample, every=True)[0]
+        labels = None if mask is None else [read_mask(mask, image.size[::-1], len(own))]
+        found, = look_at_images(clip, [image], [own], method, labels, upsample=upsample, every=True)
     return [replace(item, row=row) for item in found]
 
 def described(
@@ -260,8 +263,8 @@ def ground(
     predictions = pd.DataFrame({"row": rows["row"], "image": names.loc[rows["row"]].to_numpy(), "group": groups.astype(str), **rows.drop(columns="row")})
     measures = [name for name in MEASURES if name in rows and rows[name].notna().any()]
     chance = {"pointing": rows["mask_share"].mean(), "pointing_within": rows["near_share"].mean(), "mass": rows["mask_share"].mean(), "pixel_auroc": 0.5}
-    details = origin(clip, manifest, n_boot, seed) | {"method": method, "tolerance": reach, "unit": "mm" if in_mm else "pixels", "pixel_mm": pixel_mm, "upsample": upsample, "cut": cut,
-                                                     "chance": chance, "headline": ["pointing", "pointing_within"], **counts(manifest, rows)}
+    how = {"method": method, "tolerance": reach, "unit": "mm" if in_mm else "pixels", "pixel_mm": pixel_mm, "upsample": upsample, "cut": cut}
+    details = origin(clip, manifest, n_boot, seed) | how | {"chance": chance, "headline": ["pointing", "pointing_within"], **counts(manifest, rows)}
     return Result("grounding", summarise(rows[measures], groups, n_boot, seed), predictions, details)
 
 def counts(
