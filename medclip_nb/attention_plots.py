@@ -52,7 +52,7 @@ def panel(
     **how: Any, # To imshow, such as origin and extent
 ) -> AxesImage | None: # For a colour bar
     "One image under its map"
-    ax.imshow(_grey(image), cmap="gray", vmin=0, vmax=1, **how)
+    ax.imshow(_grey(image), cmap="gray", vmin=0, vmax=1.2, **how)
     shown = None if map is None else ax.imshow(np.ma.masked_invalid(map), cmap=OVERLAY, vmin=0, vmax=most, interpolation="nearest", **how)
     if mask is not None and 0 < mask.sum() < mask.size: ax.contour(mask.astype(float), [0.5], colors=[OUTLINE], linewidths=1.3, **how)
     if peak and map is not None:
