@@ -151,19 +151,19 @@ def candidate_texts(
     texts: Sequence[str], # From the command line
     file: Path | None = None, # More of them, one a line
 ) -> list[str]: # At least one
-    "The texts to rank; raises `InputError` for a file that is not text, and without any"
+    "The texts to ask about; raises `InputError` for a file that is not text, and without any"
     found = list(texts)
     if file is not None:
         try: found += [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error: raise InputError(f"{file}: cannot be read as UTF-8 text, one candidate a line ({error}).") from None
-    if not found: raise InputError("There is no text to rank: give --texts \"first text\" \"second text\", or --texts-file with one a line.")
+    if not found: raise InputError("There is no text to rank or to look for: give --texts \"first text\" \"second text\", or --texts-file with one a line.")
     return found
 
 # %% ../nbs/84_ask_commands.ipynb #7fe1fedd
 def rank(
     images: ImagesArgument = None,
     texts: Annotated[list[str], typer.Option(metavar="TEXT...", help="The candidates, all after one another, each in quotes.")] = [],
-    texts_file: Annotated[Optional[Path], typer.Option(help="A file with one candidate a line.")] = None,
+    texts_file: Annotated[Optional[Path], typer.Option(help="A file with one text a line.")] = None,
     model: ModelOption = "starter",
     checkpoint: CheckpointOption = "",
     window: WindowOption = None,

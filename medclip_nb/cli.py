@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from . import __version__
 from .ask_commands import ManyValues, classify, packs, rank
+from .attend_command import attend
 from .cache_commands import cache, embed
 from .core import InputError
 from .data_commands import data
@@ -51,7 +52,7 @@ def _main(
 app.add_typer(data, name="data")
 app.add_typer(cache, name="cache")
 app.command("embed")(embed)
-for verb in (classify, rank, packs): app.command(cls=ManyValues)(verb)
+for verb in (classify, rank, attend, packs): app.command(cls=ManyValues)(verb)
 
 # %% ../nbs/80_cli.ipynb #677d76ce
 def parse_parameters(
