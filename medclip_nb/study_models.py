@@ -57,8 +57,11 @@ class StudyModel(ClipModel):
     "A CLIP model whose images are studies; `preprocess` is a `StudyPreprocess`"
 
     def pixels(self, batch: Tensor | StudyBatch | Sequence[Mapping | Study]) -> Tensor | StudyBatch: # Ready for the model
-        "Read the files of studies, pad studies to a batch; tensors (b, n, c, d, h, w) and batches pass"
-        if isinstance(batch, (Tensor, StudyBatch)): return batch
+        "Read the files of studies, pad studies to a batch; tensors (b, n, c, d, h, w) and batches pass; raises `InputError` for images"
+        if isinstance(batch, StudyBatch) or isinstance(batch, Tensor) and batch.ndim == 6: return batch
+        odd = tuple(batch.shape) if isinstance(batch, Tensor) else next((x for x in batch if not isinstance(x, (Mapping, Study))), None)
+        if odd is not None:
+            raise InputError(f"Model {self.spec!r} encodes studies, not {odd!r}. Give each study as series name -> file, or tensors (b, n, c, d, h, w).")
         return pad_studies([self.preprocess(study) if isinstance(study, Mapping) else study for study in batch])
 
     def describe(self) -> dict:
