@@ -25,14 +25,14 @@ class _Cosine:
         left, scale, right = torch.linalg.svd(torch.stack([part[:, n * self.size:(n + 1) * self.size] for n, part in enumerate(triangle)]))
         triangle, self.turn = (left.mT @ triangle).flatten(0, 1), right.mT.to(out.weight)
         turn = lambda columns: (columns.unflatten(1, (heads, self.size)).transpose(0, 1) @ right.mT).transpose(0, 1).flatten(1)
-        self.blocks, folded = turn(triangle[:, :-1]).to(out.weight), turn(whole[:, :-1])
+        self.blocks, folded = turn(triangle[:, :-1]).T.contiguous().to(out.weight), turn(whole[:, :-1])
         self.scale, self.shift = scale.flatten().to(out.weight), triangle[:, -1].to(out.weight)
         self.texts, self.bias = unit @ folded.to(unit), unit @ out.bias.to(unit)
 
     def __call__(self, pooled: Tensor, some: slice | Tensor) -> Tensor: # (..., m)
         rows = pooled.flatten(0, -2)
         out = torch.addcmul(self.shift, rows, self.scale)
-        for n in range(self.size, rows.shape[1], self.size): out[:, n - self.size:n].addmm_(rows[:, n:], self.blocks[n - self.size:n, n:].T)
+        for n in range(self.size, rows.shape[1], self.size): out[:, n - self.size:n].addmm_(rows[:, n:], self.blocks[n:, n - self.size:n])
         length = torch.linalg.vector_norm(out, dim=1, dtype=self.texts.dtype).clamp(min=1e-12)
         return ((pooled * self.texts[some]).sum(-1) + self.bias[some]) / length.view(pooled.shape[:-1])
 
