@@ -19,7 +19,7 @@ import open_clip
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from .adapters import tower_of
 from .core import InputError, content_hash, progress
