@@ -1,6 +1,6 @@
 """Text-conditioned similarity of images and texts against the straightforward way, as ratios of time and memory.
 
-    python benchmarks/item_similarity.py [--images 80] [--texts 2000] [--tokens 196] [--dim 512] [--heads 8] [--chunk 2048] [--rounds 3] [--threads 2] [--device cpu] [--clock wall]
+    python benchmarks/item_similarity.py [--images 80] [--texts 2000] [--tokens 196] [--dim 512] [--heads 8] [--chunk 1024] [--rounds 3] [--threads 2] [--device cpu] [--clock wall]
 
 The straightforward way gives every image its own copy of every text and calls torch's attention, with weights and the masks of all heads, for blocks of 80 images and 100 texts. Results are
 compared before anything is timed. "top 128" computes the 128 texts of each image that are nearest by global similarity. Every round times each way once, in turn, in one process; the ratios are of the minima
@@ -58,7 +58,7 @@ def peak(way, device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    options = dict(images=80, texts=2000, tokens=196, dim=512, heads=8, chunk=2048, rounds=3, threads=2, device="cpu", clock="wall")
+    options = dict(images=80, texts=2000, tokens=196, dim=512, heads=8, chunk=1024, rounds=3, threads=2, device="cpu", clock="wall")
     for name, value in options.items(): parser.add_argument(f"--{name}", type=type(value), default=value)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

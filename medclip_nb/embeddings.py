@@ -7,7 +7,8 @@ __all__ = ['tower_hash', 'identity', 'Embeddings', 'embed']
 
 # %% ../nbs/40_embeddings.ipynb #24a4c80d
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ import open_clip
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from .adapters import tower_of
 from .core import InputError, content_hash, progress
@@ -26,6 +27,7 @@ from .datasets import Manifest
 from .feature_store import FeatureCache, file_hashes, stamp
 from .images import ImageDataset, prefetched
 from .models import ClipModel, tokenise
+from .study_images import StudyDataset, StudyPreprocess, pad_studies, series_paths
 
 # %% ../nbs/40_embeddings.ipynb #8d6b120a
 def _bytes_hash(tensor: Tensor) -> str:
@@ -45,27 +47,67 @@ def tower_hash(
 def _probe(height: int, width: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
 
+def _study_probe(preprocess: StudyPreprocess) -> tuple[dict, Tensor, list[str]]:
+    "The steps of a preprocessing, and what they make of a small scan of noise that lies askew, with voxels of three lengths"
+    import nibabel as nib
+    affine = np.array([[0, 0, 1.5, -20], [-2.0, 0.2, 0, 9], [0.2, 5, 0, 7], [0, 0, 0, 1]])
+    noise = np.random.default_rng(0).integers(-1000, 1500, (20, 9, 26), np.int16)
+    with tempfile.TemporaryDirectory() as folder:
+        nib.save(nib.Nifti1Image(noise, affine), f"{folder}/probe.nii")
+        return preprocess.config(), *preprocess({"T2": f"{folder}/probe.nii"})
+
+def _image_probe(clip: ClipModel) -> Any:
+    if isinstance(clip.preprocess, StudyPreprocess): return _study_probe(clip.preprocess)
+    return [clip.preprocess(_probe(*size)) for size in ((517, 389), (61, 47))]
+
 def identity(
     clip: ClipModel, # Encodes
     kind: str, # images or texts
     **how: Any, # What else a feature depends on: options of `read_image`, or `long_text`
 ) -> str: # 16 hexadecimal digits
     "Name everything that features of one kind depend on, apart from the images and texts themselves"
-    probe = [clip.preprocess(_probe(*size)) for size in ((517, 389), (61, 47))] if kind == "images" else tokenise(clip, ["No acute finding; a 3 mm Nodule."])
+    probe = _image_probe(clip) if kind == "images" else tokenise(clip, ["No acute finding; a 3 mm Nodule."])
     return content_hash(2, kind, tower_hash(clip, kind.removesuffix("s")), clip.config["model_cfg"], clip.precision, probe, how)
 
 # %% ../nbs/40_embeddings.ipynb #451b7202
+def _files(clip: ClipModel, manifest: Manifest) -> list[dict[str, Path]]:
+    "Name of a series -> file, for every row; an image is one file without a name. Raises `InputError` for rows of the other kind than the model's"
+    what = f"Model {clip.spec!r} encodes {{}}, and {manifest.dataset} has {{}}. "
+    if isinstance(clip.preprocess, StudyPreprocess):
+        if "series" in manifest: return series_paths(manifest)
+        raise InputError(what.format("studies", "images (no column 'series')") + "Take a model of images, or a view of the data that has studies.")
+    if "series" not in manifest: return [{"": path} for path in manifest.paths()]
+    raise InputError(what.format("images", "studies (a column 'series')") + "Take a study model (see study_models), or a view of the data that has single images.")
+
+def _keys(files: list[dict[str, Path]], stamps: list[dict] | None, cache: str | Path | None, together: bool) -> list[str]:
+    "What each row shows, by content: of an image the hash of the file; with no cache, where it lies"
+    if not cache: hashes = iter([str(path) for row in files for path in row.values()])
+    else: hashes = iter(file_hashes([own for row in stamps for own in row.values()], Path(cache)/"files", together))
+    named = [[(name, next(hashes)) for name in row] for row in files]
+    return [row[0][1] if [*own] == [""] else content_hash(row) for own, row in zip(files, named)]
+
+# %% ../nbs/40_embeddings.ipynb #47465934
 def _batches(positions: Sequence[int], size: int) -> list[list[int]]: return [list(positions[i:i + size]) for i in range(0, len(positions), size)]
 
-def _image_features(clip: ClipModel, paths: list[Path], stamps: list | None, read: dict, batch_size: int, num_workers: int) -> Callable:
-    "A function that encodes the images at given positions, batch by batch"
-    data = ImageDataset(paths, clip.preprocess, **read)
+def _pixels(clip: ClipModel, files: list[dict[str, Path]], parts: list[list[int]], read: Mapping, num_workers: int) -> Iterable:
+    "What the model is given, batch by batch"
+    whole = isinstance(clip.preprocess, StudyPreprocess)
+    data = StudyDataset(files, clip.preprocess, **read) if whole else ImageDataset([row[""] for row in files], clip.preprocess, **read)
+    if num_workers: yield from DataLoader(data, batch_sampler=parts, num_workers=num_workers, collate_fn=pad_studies if whole else None)
+    elif not whole: yield from prefetched(data, parts)
+    else:
+        with ThreadPoolExecutor(2) as pool:
+            for part in parts: yield pad_studies(list(pool.map(data.__getitem__, part)))
+
+def _image_features(clip: ClipModel, files: list[dict[str, Path]], stamps: list[dict] | None, read: Mapping, batch_size: int, num_workers: int) -> Callable:
+    "A function that encodes the images or studies at given positions, batch by batch"
     def compute(positions: list[int]) -> Iterator[tuple[list[int], np.ndarray]]:
-        parts = _batches(positions, batch_size)
-        pixels = DataLoader(Subset(data, positions), batch_size, num_workers=num_workers) if num_workers else prefetched(data, parts)
-        for part, batch in zip(parts, progress(pixels, total=len(parts), desc="encoding images", unit="batch")):
-            changed = next((i for i in part if stamps and stamp(paths[i]) != stamps[i]), None)
-            if changed is not None: raise InputError(f"{paths[changed]}: was changed while features were computed. Run again when the files are at rest; what is done is kept.")
+        parts = _batches(sorted(positions, key=lambda i: len(files[i])), batch_size)
+        bar = progress(_pixels(clip, files, parts, read, num_workers), total=len(parts), desc="encoding images", unit="batch")
+        for part, batch in zip(parts, bar):
+            for i, name in [(i, name) for i in part for name in (stamps[i] if stamps else ())]:
+                if stamp(files[i][name]) != stamps[i][name]:
+                    raise InputError(f"{files[i][name]}: was changed while features were computed. Run again when the files are at rest; what is done is kept.")
             yield part, clip.encode_images(batch).numpy()
     return compute
 
@@ -91,15 +133,16 @@ def _facts(clip: ClipModel, kind: str, **how: Any) -> dict[str, Any]:
     "What `meta.json` tells people about a store"
     cfg = clip.config.get("preprocess_cfg") or {}
     size = getattr(clip.model.visual, "image_size", None)
-    seen = [f"{size[0] if isinstance(size, (tuple, list)) else size} px", *(str(cfg[k]) for k in ("resize_mode", "interpolation") if k in cfg)]
+    if isinstance(size, (tuple, list)): size = " x ".join(map(str, size)) if len(size) > 2 else size[0]
+    seen = [f"{size} px", *(str(cfg[k]) for k in ("resize_mode", "interpolation") if k in cfg)]
     words = ", ".join([*(seen if kind == "images" else []), *(f"{k} {v}" for k, v in how.items())])
     return {"kind": kind, "model": clip.spec, "precision": clip.precision, "preprocessing": words, "width": clip.dim, "preprocess_cfg": cfg, **how}
 
 def embed(
     clip: ClipModel, # The model that encodes
-    manifest: Manifest, # Rows to encode: the column 'image', and 'caption' where there is one
+    manifest: Manifest, # Rows to encode: the column 'image', for a study model 'series'; and 'caption' where there is one
     cache: str | Path | None = None, # Folder that keeps features between runs; None keeps nothing
-    batch_size: int = 64, # Images or texts a batch
+    batch_size: int = 64, # Images or texts a batch; of studies a sixteenth
     num_workers: int = 0, # Processes that decode images; 0 decodes in two threads
     texts: bool = True, # Whether to encode captions
     images: bool = True, # Whether to encode images
@@ -113,11 +156,11 @@ def embed(
         folder = Path(cache)/identity(clip, kind, **how) if cache else None
         store = FeatureCache(folder, clip.dim, facts=_facts(clip, kind, **how), save_every=save_every)
         found[kind], counts[kind] = store.fill(keys, compute, together=together), store.counts
-    if images and "image" in manifest:
-        paths = manifest.paths()
-        stamps = [stamp(path) for path in paths] if cache else None
-        keys = file_hashes(stamps, Path(cache)/"files", together) if cache else [str(path) for path in paths]
-        fill("images", keys, _image_features(clip, paths, stamps, manifest.read, batch_size, num_workers), **manifest.read)
+    if images and {"image", "series"} & {*manifest}:
+        files = _files(clip, manifest)
+        stamps = [{name: stamp(path) for name, path in row.items()} for row in files] if cache else None
+        size = max(1, batch_size // 16) if "series" in manifest else batch_size
+        fill("images", _keys(files, stamps, cache, together), _image_features(clip, files, stamps, manifest.read, size, num_workers), **manifest.read)
     if texts and "caption" in manifest:
         captions, long_text = [str(caption) for caption in manifest["caption"]], long_text or clip.long_text
         fill("texts", captions, _text_features(clip, captions, batch_size, long_text), long_text=long_text)

@@ -428,6 +428,22 @@ def _text_part(text: str | dict) -> dict:
     return {"hf_model_name": name, "hf_tokenizer_name": name, "hf_proj_type": "linear", "hf_pooler_type": pooler,
             "context_length": min(512, getattr(config, "max_position_embeddings", 512))}
 
+# %% ../nbs/20_models.ipynb #19e007a1
+def _text_files(name: str, folder: Path, weights: bool) -> Path:
+    "A text encoder's tokenizer and configuration, with its weights or without, copied from the hub or from a folder; no code of theirs is run"
+    import transformers
+    parts = [("AutoTokenizer", "BertTokenizerFast"), ("AutoModel", "BertModel") if weights else ("AutoConfig", "BertConfig")]
+    try:
+        for auto, bert in parts:
+            with _quiet():
+                try: found = getattr(transformers, auto).from_pretrained(name, trust_remote_code=False)
+                except (ValueError, KeyError): found = getattr(transformers, bert).from_pretrained(name) # CXR-BERT is a BERT with code of its own
+                found.save_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"The text encoder {name!r} could not be found: {str(error).splitlines()[0][:200]} (by name it needs a network or a filled "
+                         "cache; without, put its config.json and the files of its tokenizer beside the checkpoint)") from None
+    return folder
+
 # %% ../nbs/20_models.ipynb #c8c22b7f
 def _short(part: str | dict) -> str:
     "What a part is called, without the path of a folder"
@@ -492,9 +508,11 @@ def swap_towers(
               "preprocess_cfg": {k: v for k, v in pixels.items() if k != "size"}}
     hub_image, hub_text = isinstance(image, str) and image.endswith("/pretrained"), isinstance(text, str) and text.startswith("hf:")
     files = Path(text[3:]) if hub_text and Path(text[3:]).is_dir() else Path(text) if words and Path(text).is_dir() else None
-    device = pick_device(device)
-    clip = _build(config, f"{_short(image)} + {_short(text)}", device, pick_precision(precision, device), files,
-                  pretrained_image=hub_image, pretrained_text=hub_text and (files is None or has_weights(files)))
+    trained, device = hub_text and (files is None or has_weights(files)), pick_device(device)
+    with tempfile.TemporaryDirectory() as own:
+        if hub_text and files is None: files = _text_files(text[3:], Path(own), trained)
+        clip = _build(config, f"{_short(image)} + {_short(text)}", device, pick_precision(precision, device), files,
+                      pretrained_image=hub_image, pretrained_text=trained)
     for prefix, source in (("visual.", pictures), ("text.", words)):
         if source: _fill(clip, align_state(source.model.state_dict(), clip.model.state_dict()), prefix)
     if image_weights: _fill_trunk(clip, image_weights)

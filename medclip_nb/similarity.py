@@ -17,20 +17,24 @@ from .pooling import TextConditionedPooling
 
 # %% ../nbs/23_similarity.ipynb #d7e883f7
 class _Cosine:
-    "Cosines of unit texts (m, d) and what a pooling makes of pooled heads (..., m, d), without making it"
-    block = 128 # Rows of the triangle multiplied at once
-
+    "Cosines of unit texts (m, d) and what a pooling makes of pooled heads (..., m, d) of turned values, without making it"
     def __init__(self, pooling: TextConditionedPooling, unit: Tensor) -> None:
-        out = pooling.attn.out_proj
-        rotation, triangle = torch.linalg.qr(out.weight.cpu().double())
-        self.triangle, self.shift = triangle.to(out.weight), (out.bias.cpu().double() @ rotation).to(out.weight)
-        self.texts, self.bias = unit @ out.weight.to(unit), unit @ out.bias.to(unit)
+        out, heads, self.size = pooling.attn.out_proj, pooling.heads, pooling.dim // pooling.heads
+        whole = torch.cat([out.weight, out.bias[:, None]], 1).cpu().double()
+        triangle = torch.linalg.qr(whole, mode="r").R.unflatten(0, (heads, self.size))
+        left, scale, right = torch.linalg.svd(torch.stack([part[:, n * self.size:(n + 1) * self.size] for n, part in enumerate(triangle)]))
+        triangle, self.turn = (left.mT @ triangle).flatten(0, 1), right.mT.to(out.weight)
+        turn = lambda columns: (columns.unflatten(1, (heads, self.size)).transpose(0, 1) @ right.mT).transpose(0, 1).flatten(1)
+        self.blocks, folded = turn(triangle[:, :-1]).T.contiguous().to(out.weight), turn(whole[:, :-1])
+        self.scale, self.shift = scale.flatten().to(out.weight), triangle[:, -1].to(out.weight)
+        self.texts, self.bias = unit @ folded.to(unit), unit @ out.bias.to(unit)
 
     def __call__(self, pooled: Tensor, some: slice | Tensor) -> Tensor: # (..., m)
         rows = pooled.flatten(0, -2)
-        turned = (F.linear(rows[:, n:], self.triangle[n:n + self.block, n:], self.shift[n:n + self.block]) for n in range(0, rows.shape[1], self.block))
-        squares = sum(torch.linalg.vector_norm(part, dim=1, dtype=self.texts.dtype)**2 for part in turned)
-        return ((pooled * self.texts[some]).sum(-1) + self.bias[some]) / squares.sqrt().clamp(min=1e-12).view(pooled.shape[:-1])
+        out = torch.addcmul(self.shift, rows, self.scale)
+        for n in range(self.size, rows.shape[1], self.size): out[:, n - self.size:n].addmm_(rows[:, n:], self.blocks[n:, n - self.size:n])
+        length = torch.linalg.vector_norm(out, dim=1, dtype=self.texts.dtype).clamp(min=1e-12)
+        return ((pooled * self.texts[some]).sum(-1) + self.bias[some]) / length.view(pooled.shape[:-1])
 
 # %% ../nbs/23_similarity.ipynb #edbbf612
 def _where(pooling: TextConditionedPooling) -> dict:
@@ -46,7 +50,7 @@ def item_similarity(
     image_tokens: Tensor | Sequence, # (n, l, d) local tokens, not normalised; anything with a shape and slices, such as an array on disk
     texts: Tensor, # (m, d) features of distinct texts, not normalised
     pooling: TextConditionedPooling, # Its device is where to compute
-    chunk: int = 2048, # Rows of d numbers held at once: tokens of images, and pairs of an image and a text
+    chunk: int = 1024, # Tokens of images, and pairs of an image and a text, that are held at once: rows of d numbers
     candidates: Tensor | None = None, # (n, m) true for the pairs to compute, as from `top_candidates`; None for all
 ) -> Tensor: # (n, m) cosines on the device of the texts; -inf where a pair is no candidate
     "TCSim of every image and every text; raises `InputError` for a chunk below 1 or candidates of another shape"
@@ -56,11 +60,12 @@ def item_similarity(
     unit, queries = _unit(texts.to(**where)), pooling.project_texts(texts.to(**where))
     cosine, found = _Cosine(pooling, unit), unit.new_full((n, m), -torch.inf)
     blocks = [slice(start, start + chunk) for start in range(0, m, chunk)]
-    images = max(1, chunk // (min(m, chunk) + l)) if candidates is None else 1
-    for i in range(0, n, images):
-        keys, values = pooling.project_tokens(torch.as_tensor(image_tokens[i:i + images]).to(**where))
-        for some in blocks if candidates is None else candidates[i].nonzero().flatten().to(found.device).split(chunk):
-            found[i:i + images, some] = cosine(pooling.pool(queries[some], keys, values), some)
+    some_images, together = max(1, chunk // max(l, 1)), max(1, chunk // max(m, 1)) if candidates is None else 1
+    for start in range(0, n, some_images):
+        keys, values = pooling.project_tokens(torch.as_tensor(image_tokens[start:start + some_images]).to(**where))
+        for i, k, v in zip(range(start, n, together), keys.split(together), (values @ cosine.turn).split(together)):
+            for some in blocks if candidates is None else candidates[i].nonzero().flatten().to(found.device).split(chunk):
+                found[i:i + len(k), some] = cosine(pooling.pool(queries[some], k, v), some)
     return found.to(texts.device)
 
 # %% ../nbs/23_similarity.ipynb #a49c4f3c

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEVELS', 'RANGES', 'NORMAL_ITEM', 'WORDS', 'NORMAL', 'CONTRASTS', 'PATTERNS', 'VIEWS', 'level_of', 'least_area',
            'is_faint', 'plan_slices', 'item_of', 'caption_of', 'slice_row', 'write_nifti', 'write_study',
-           'write_series', 'make_starter', 'read_starter']
+           'write_series', 'make_starter', 'study_labels', 'read_starter']
 
 # %% ../nbs/14_starter.ipynb #c16ec563
 import gzip
@@ -244,6 +244,15 @@ def make_starter(
     return root
 
 # %% ../nbs/14_starter.ipynb #5c4a106e
+def study_labels(
+    findings: Sequence[dict], # kind and size_mm of each
+) -> dict[str, str]: # finding: a kind or normal; each kind of `WORDS`: present or absent
+    "The labels of a study"
+    largest = max(findings, key=lambda f: f["size_mm"] or 0, default=dict(kind="normal"))
+    kinds = {f["kind"] for f in findings}
+    return dict(finding=largest["kind"], **{kind: "present" if kind in kinds else "absent" for kind in WORDS})
+
+# %% ../nbs/14_starter.ipynb #92febbae
 VIEWS = ("slices", "studies")
 
 @register("starter", modality="MRI", tasks=("classification", "retrieval", "localisation", "itemized"),
@@ -260,4 +269,9 @@ def read_starter(
     "Make the dataset where needed and read its table; raises `InputError` for an unknown view"
     if view not in VIEWS: raise InputError(f"view={view!r}: use {' or '.join(map(repr, VIEWS))}.")
     root = make_starter(root, workers, series=view == "studies", **recipe)
-    return pd.DataFrame(json.loads((root/f"{view}.json").read_text(encoding="utf-8")))
+    table = pd.DataFrame(json.loads((root/f"{view}.json").read_text(encoding="utf-8")))
+    if view == "slices": return table
+    labels = pd.DataFrame(list(table["findings"].map(study_labels)))
+    table = table.join(labels)
+    table.attrs["labels"] = list(labels)
+    return table

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .checkpoints import align_state, has_weights
 from .core import InputError, pick_device, pick_precision, progress
-from .models import ClipModel, _build, _fill, _quiet, _short, _text_part, load_model
+from .models import ClipModel, _build, _fill, _short, _text_files, _text_part, load_model
 from .pooling import TextConditionedPooling
 from .study_images import PREPROCESSING, Study, StudyBatch, StudyPreprocess, pad_studies, study_preprocess
 from .volumes import VolumeEncoder, inflate, layout
@@ -57,8 +57,11 @@ class StudyModel(ClipModel):
     "A CLIP model whose images are studies; `preprocess` is a `StudyPreprocess`"
 
     def pixels(self, batch: Tensor | StudyBatch | Sequence[Mapping | Study]) -> Tensor | StudyBatch: # Ready for the model
-        "Read the files of studies, pad studies to a batch; tensors (b, n, c, d, h, w) and batches pass"
-        if isinstance(batch, (Tensor, StudyBatch)): return batch
+        "Read the files of studies, pad studies to a batch; tensors (b, n, c, d, h, w) and batches pass; raises `InputError` for images"
+        if isinstance(batch, StudyBatch) or isinstance(batch, Tensor) and batch.ndim == 6: return batch
+        odd = tuple(batch.shape) if isinstance(batch, Tensor) else next((x for x in batch if not isinstance(x, (Mapping, Study))), None)
+        if odd is not None:
+            raise InputError(f"Model {self.spec!r} encodes studies, not {odd!r}. Give each study as series name -> file, or tensors (b, n, c, d, h, w).")
         return pad_studies([self.preprocess(study) if isinstance(study, Mapping) else study for study in batch])
 
     def describe(self) -> dict:
@@ -84,21 +87,6 @@ def _preprocess(config: Mapping) -> StudyPreprocess:
     "The preprocessing of a `preprocess_cfg`"
     study = config.get("study", {})
     return study_preprocess(study) if isinstance(study, str) else StudyPreprocess(**study)
-
-def _text_files(name: str, folder: Path, weights: bool) -> Path:
-    "A text encoder's tokenizer and configuration, with its weights or without, copied from the hub or from a folder; no code of theirs is run"
-    import transformers
-    parts = [("AutoTokenizer", "BertTokenizerFast"), ("AutoModel", "BertModel") if weights else ("AutoConfig", "BertConfig")]
-    try:
-        for auto, bert in parts:
-            with _quiet():
-                try: found = getattr(transformers, auto).from_pretrained(name, trust_remote_code=False)
-                except (ValueError, KeyError): found = getattr(transformers, bert).from_pretrained(name) # CXR-BERT is a BERT with code of its own
-                found.save_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(f"The text encoder {name!r} could not be found: {str(error).splitlines()[0][:200]} (by name it needs a network or a filled "
-                         "cache; without, put its config.json and the files of its tokenizer beside the checkpoint)") from None
-    return folder
 
 # %% ../nbs/25_study_models.ipynb #274f3a00
 _STAND_IN = {"timm_model_name": "medclip_starter", "timm_pool": "avgmax", "timm_proj": "linear", "image_size": 80} # Until the tower is in place

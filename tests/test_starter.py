@@ -187,7 +187,11 @@ def test_columns(root, slices, studies):
     assert set(slices["finding"]) <= {"normal", *KINDS, VENTRICLES}
     assert slices["items"].map(type).eq(list).all() and all(path.is_file() for path in slices.paths())
     assert slices.loc[slices["lesion"] == "absent", ["side", "lobe", "size_mm"]].isna().to_numpy().all()
-    assert {"series", "mask", "items", "findings", "caption", "group", "split"} == set(studies)
+    assert {"series", "mask", "items", "findings", "caption", "group", "split", "finding", *KINDS, VENTRICLES} == set(studies)
+    assert studies.labels == ["finding", *KINDS, VENTRICLES]
+    for _, row in studies.iterrows():
+        assert {kind for kind in studies.labels[1:] if row[kind] == "present"} == {found["kind"] for found in row["findings"]}
+        assert row["finding"] == ("normal" if not row["findings"] else max(row["findings"], key=lambda found: found["size_mm"] or 0)["kind"])
     for series in studies["series"]:
         assert set(series) == {"T1", "T2", "FLAIR"}
         volumes = [nib.load(root/path) for path in series.values()]
