@@ -116,7 +116,7 @@ def item_scores(
     per: str = "both", # Whose candidates, for top-k: image (images are read once), text or both (twice)
     batch_size: int = 32, # Images or studies at a time
     num_workers: int = 0, # Processes that read files; 0 reads here
-    chunk: int = 2048, # Rows held at once, as for `item_similarity`
+    chunk: int = 1024, # Rows held at once, as for `item_similarity`
 ) -> np.ndarray: # (n, m) float32 cosines; with top-k, pairs that are no candidates have theirs less `BELOW`
     "Every image with every text; raises `InputError` for a mode that the model does not have"
     mode, how = check_mode(clip, mode), dict(batch_size=batch_size, num_workers=num_workers)
