@@ -74,7 +74,7 @@ class Reports:
     items_per_image: int = 7 # Slots for items; what is not filled does not count
     sampling: str = "random" # first, random or diverse, drawn anew each epoch, see `sample_items`
     merge: int = 3 # Most items in one text (diverse)
-    item_weights: Mapping[str, float] = field(default_factory=lambda: dict(ITEM_WEIGHTS)) # Of the losses ila, mps, iis and kta, see `itemized_losses`
+    item_weights: Mapping[str, float] = field(default_factory=lambda: dict(ITEM_WEIGHTS)) # Of the losses ila, mps, iis and kta, see `itemized_losses`; one left out has none
     key_token_ratio: float = 0.1 # Share of the tokens in the key-token loss
     token_keep_prob: float = 1.0 # Probability of a token to stay in a step
     worst_positive_factor: float = 1.0 # Weight of an image's worst item

@@ -271,7 +271,7 @@ def begin_run(
 @dataclass
 class Training:
     "What a training leaves behind; the model itself holds the weights that were kept"
-    history: pd.DataFrame # One row an epoch: epoch, step, lr, train_loss, grad_norm, logit_scale, valid_mrr, valid_R@1, valid_R@10, ...
+    history: pd.DataFrame # One row an epoch: epoch, step, lr, train_loss and its terms, grad_norm, logit_scale, valid_mrr, valid_R@1, valid_R@10, ...
     best_epoch: int # The epoch whose weights were kept
     checkpoint: Path # Folder with its weights
     before: dict[str, float] = field(default_factory=dict) # Validation before the first step, where `watch` or `wise` measured it
