@@ -20,14 +20,14 @@ from .results import Result
 # %% ../nbs/45f_differences.ipynb #8e585299
 _found = lambda rank: (rank <= 10).astype(float)
 OUTCOMES = {"accuracy": ("correct", lambda correct: correct.astype(float)), # Metric -> column of the predictions, its value of 0 or 1 for a row
-            "image_to_text_R@10": ("image_to_text_rank", _found), "text_to_image_R@10": ("text_to_image_rank", _found)}
+            "image_to_text_R@10": ("image_to_text_rank", _found), "text_to_image_R@10": ("text_to_image_rank", _found), "image_to_text_COMPLETE@10": ("worst_rank", _found)}
 
 def paired_rows(
     before: Result, # One run
     after: Result, # Another on the same rows
 ) -> pd.DataFrame: # Columns of both; those of the second end in `_after`
     "Predictions side by side; raises `InputError` if no row is shared"
-    keys = [k for k in ("task_label", "image", "row", "corruption", "level") if k in before.predictions and k in after.predictions]
+    keys = [k for k in ("task_label", "image", "row", "item", "method", "corruption", "level") if k in before.predictions and k in after.predictions]
     both = before.predictions.merge(after.predictions, on=keys, suffixes=("", "_after"))
     if not len(both): raise InputError("The two runs have no row in common; a paired difference needs the same split of the same data.")
     return both

@@ -5,15 +5,20 @@
 # %% auto #0
 __all__ = ['OUTCOMES', 'difference_table', 'paired_differences', 'paired_tests', 'corrupted', 'robustness', 'small_subgroups',
            'subgroups', 'class_sentences', 'zero_shot', 'zero_shot_classifier', 'zero_shot_findings',
-           'prompt_sensitivity', 'few_shot', 'STRENGTHS', 'knn', 'linear_probe', 'rank_captions', 'retrieval', 'SCHEMA',
-           'Result', 'classification', 'join_results', 'label_classes', 'named_labels', 'origin', 'skipped_rows',
-           'finding_labels', 'finding_result', 'validation_split']
+           'prompt_sensitivity', 'few_shot', 'STRENGTHS', 'knn', 'linear_probe', 'rank_captions', 'retrieval',
+           'item_retrieval', 'item_retrieval_result', 'item_zero_shot', 'item_scores', 'text_queries',
+           'evaluate_protocol', 'list_protocols', 'protocol_result', 'SCHEMA', 'Result', 'classification',
+           'join_results', 'label_classes', 'named_labels', 'origin', 'skipped_rows', 'finding_labels',
+           'finding_result', 'validation_split']
 
 # %% ../nbs/46_evaluators.ipynb #641c7968
 from .classifiers import class_sentences, prompt_sensitivity, zero_shot, zero_shot_classifier, zero_shot_findings
 from .differences import OUTCOMES, difference_table, paired_differences, paired_tests
 from .few_shot import few_shot
+from .item_evaluators import item_retrieval, item_retrieval_result, item_zero_shot
+from .item_scores import item_scores, text_queries
 from .probes import STRENGTHS, knn, linear_probe
+from .protocols import evaluate_protocol, list_protocols, protocol_result
 from .rankings import rank_captions, retrieval
 from .results import (SCHEMA, Result, classification, finding_labels, finding_result, join_results, label_classes, named_labels, origin, skipped_rows,
                                 validation_split)
@@ -22,5 +27,6 @@ from .subgroups import small_subgroups, subgroups
 
 _all_ = ["OUTCOMES", "difference_table", "paired_differences", "paired_tests", "corrupted", "robustness", "small_subgroups", "subgroups",
          "class_sentences", "zero_shot", "zero_shot_classifier", "zero_shot_findings", "prompt_sensitivity", "few_shot", "STRENGTHS", "knn", "linear_probe", "rank_captions", "retrieval",
+         "item_retrieval", "item_retrieval_result", "item_zero_shot", "item_scores", "text_queries", "evaluate_protocol", "list_protocols", "protocol_result",
          "SCHEMA", "Result", "classification", "join_results", "label_classes", "named_labels", "origin", "skipped_rows",
          "finding_labels", "finding_result", "validation_split"]
