@@ -400,7 +400,7 @@ def test_manifests_that_cannot_be(table, models, tmp_path):
     with pytest.raises(InputError, match="the items of row 0 are not a list"): go(changed(rows, items=["one; two"] * len(rows)), valid)
     with pytest.raises(InputError, match="no column 'items'"): go(rows, without)
     with pytest.raises(InputError, match="its rows are studies"): go(manifest(table, "train", "series"), manifest(table, "valid", "series"))
-    with pytest.raises(InputError, match="no column 'series'"): train(load_model(models["series"], device="cpu"), rows, valid, tmp_path, **BASE)
+    with pytest.raises(InputError, match=r"png: "): train(load_model(models["series"], device="cpu"), rows, valid, tmp_path, **BASE)
     own = load_model(models["image"], device="cpu")
     with pytest.raises(InputError, match="needs a model with a text-conditioned pooling"):
         train(own, rows, valid, tmp_path, objective=trainers.Contrastive(own, Recipe()), metric="valid_item_mrr")
