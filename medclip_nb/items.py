@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLINGS', 'PLACEHOLDER', 'NORMAL_RULES', 'NORMAL_TEXTS', 'UNREMARKABLE', 'sample_items', 'says_normal',
-           'normal_flags', 'ItemBatch', 'text_id', 'item_batch', 'global_itemized_losses']
+           'normal_flags', 'item_lists', 'ItemBatch', 'text_id', 'item_batch', 'global_itemized_losses']
 
 # %% ../nbs/33_items.ipynb #839af039
 from collections.abc import Iterable, Mapping, Sequence
@@ -80,6 +80,17 @@ def normal_flags(
 def _listed(items: Any) -> list[str]:
     "A cell of items as a list; a missing one is empty"
     return [str(item) for item in items] if isinstance(items, (list, tuple, np.ndarray)) else []
+
+def item_lists(
+    manifest: Manifest, # With a column items
+) -> list[list[str]]: # One list a row, without blank items; empty where a cell is missing
+    "The items of every row; raises `InputError` without a column of lists, or without any item"
+    if "items" not in manifest: raise InputError(f"{manifest.dataset}: no column 'items' to take texts from. {close_matches('items', manifest.columns)}")
+    for row, cell in manifest["items"].items():
+        if isinstance(cell, str) and cell.strip(): raise InputError(f"{manifest.dataset}: the items of row {row} are not a list but the text {cell[:60]!r}.")
+    found = [[item for item in _listed(cell) if item.strip()] for cell in manifest["items"]]
+    if not any(found): raise InputError(f"{manifest.dataset}: no row has an item.")
+    return found
 
 # %% ../nbs/33_items.ipynb #f477bceb
 @dataclass

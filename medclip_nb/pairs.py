@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'TEXTS', 'swap_sides', 'label_ids', 'Pairs', 'epoch_batches', 'share', 'varied', 'image_features',
-           'text_features', 'is_frozen', 'keep_features']
+           'text_features', 'collate', 'is_frozen', 'keep_features']
 
 # %% ../nbs/47_pairs.ipynb #b5018778
 import re
@@ -13,14 +13,17 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .adapters import tower_of
 from .core import InputError, close_matches, progress
 from .datasets import Manifest
 from .evaluators import named_labels
 from .images import Augment, ImageDataset
+from .item_scores import _Studies
 from .models import ClipModel
+from .study_images import Study, StudyBatch, StudyDataset, draw_series, pad_studies
+from .study_models import StudyModel
 from .texts import Parts, cut_share, tokenise
 
 # %% ../nbs/47_pairs.ipynb #e249ae20
@@ -61,20 +64,31 @@ def _pair_texts(rows: Manifest, texts: str) -> list[list[str]]:
     return [[" ".join(t) if isinstance(t, (list, np.ndarray)) else str(t) for t in rows[column]] for column in columns]
 
 # %% ../nbs/47_pairs.ipynb #b4f53fe3
+def _images(clip: ClipModel, rows: Manifest, memory_mb: int) -> Dataset:
+    "What a model reads of a manifest: pictures, or studies"
+    if isinstance(clip, StudyModel):
+        studies = _Studies(rows, clip.preprocess)
+        return StudyDataset(range(len(studies)), studies.__getitem__, memory_mb)
+    if "series" in rows and "image" not in rows: raise InputError(f"{rows.dataset}: its rows are studies, and {clip.spec!r} reads pictures. Take a study model, see `study_model`.")
+    return ImageDataset(rows.paths(), clip.preprocess, memory_mb, **rows.read)
+
 class Pairs(Dataset):
-    "Image tensors with their positions, and the tokens and ids of their texts"
+    "Image tensors or studies with their positions, and the tokens and ids of their texts"
     def __init__(self,
         clip: ClipModel, # Its preprocessing and tokenizer
-        rows: Manifest, # Images with captions, items or both
+        rows: Manifest, # Images or studies with captions, items or both
         texts: str = "caption", # caption, items, both or none
         memory_mb: int = 0, # Megabytes of decoded images to keep
-        mirror: float = 0.0, # Share of the images that `draw` says to mirror; those whose `plane` is sagittal never are
+        mirror: float = 0.0, # Share of the images that `draw` says to mirror; those whose `plane` is sagittal never are. Studies cannot be
         labels: Tensor | None = None, # (rows,) from `label_ids`; None knows no labels
         long_text: str | None = None, # Texts beyond the context: truncate, chunks or interpolate; None does what the model does
+        num_series: int = 0, # Series of a study to draw anew each `epoch`; 0 takes them as they are
+        seed: int = 0, # Of that draw
     ) -> None:
+        if mirror and isinstance(clip, StudyModel): raise InputError(f"mirror={mirror:g}, but studies are not mirrored. Set mirror to 0.")
         words = [w + [swap_sides(t) for t in w] if mirror else w for w in _pair_texts(rows, texts)]
-        self.rows, self.mirror = rows.index, mirror
-        self.images = ImageDataset(rows.paths(), clip.preprocess, memory_mb, **rows.read)
+        self.rows, self.mirror, self.num_series, self.seed, self.epoch = rows.index, mirror, num_series, seed, 1
+        self.images = _images(clip, rows, memory_mb)
         self.tokens = [tokenise(clip, w, long_text or clip.long_text) for w in words]
         self.cut_share = cut_share(clip, sorted({text for w in words for text in w}))
         self.ids = [torch.from_numpy(pd.factorize(np.array(w, dtype=object))[0]) for w in words]
@@ -82,7 +96,9 @@ class Pairs(Dataset):
         self.has_sides = torch.tensor((rows["plane"] != "sagittal").tolist()) if "plane" in rows else torch.ones(len(rows), dtype=torch.bool)
 
     def __len__(self) -> int: return len(self.images)
-    def __getitem__(self, i: int) -> tuple[Tensor, int]: return self.images[i], i
+    def __getitem__(self, i: int) -> tuple[Tensor | Study, int]:
+        image = self.images[i]
+        return (_drawn(image, self.num_series, self.seed, self.epoch, i) if self.num_series and isinstance(image, Study) else image), i
 
     def draw(self, positions: Tensor, generator: torch.Generator) -> tuple[Tensor | Parts | None, Tensor, Tensor]:
         "Tokens and ids of a batch's texts, of a kind drawn for the whole batch, and which images to mirror"
@@ -128,10 +144,10 @@ def varied(
 # %% ../nbs/47_pairs.ipynb #e649cca4
 def image_features(
     clip: ClipModel, # The model
-    images: Tensor, # Pixels, or features (n, d) already
+    images: Tensor | StudyBatch, # Pixels, studies, or features (n, d) already
 ) -> Tensor: # (n, d), not normalised
     "Features of images; features stay as they are"
-    return images.to(clip.device) if images.ndim == 2 else clip.forward_images(images)
+    return images.to(clip.device) if isinstance(images, Tensor) and images.ndim == 2 else clip.forward_images(images)
 
 def text_features(
     clip: ClipModel, # The model
@@ -142,6 +158,20 @@ def text_features(
     return clip.forward_texts(texts)
 
 # %% ../nbs/47_pairs.ipynb #bb77979e
+def _drawn(study: Study, n: int, *key: int) -> Study:
+    "Series of a study in an order that the key decides"
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    rows = draw_series(len(study.names), n, torch.Generator().manual_seed(int(seed)))
+    return Study(study.volumes[rows], [study.names[j] for j in rows])
+
+def collate(
+    found: list[tuple[Tensor | Study, int]], # Images or studies, each with its position
+) -> tuple[Tensor | StudyBatch, Tensor]: # Of all of them
+    "Put what `Pairs` gives side by side"
+    images, positions = zip(*found)
+    return (pad_studies(images), torch.tensor(positions)) if isinstance(images[0], Study) else default_collate(found)
+
+# %% ../nbs/47_pairs.ipynb #e734a229
 def is_frozen(
     clip: ClipModel, # The model
     tower: str, # image or text
@@ -160,7 +190,7 @@ def keep_features(
     "Compute a frozen tower's features once"
     with clip.inference():
         if tower == "image":
-            loader = DataLoader(pairs.images, batch_size, num_workers=num_workers)
+            loader = DataLoader(pairs, batch_size, num_workers=num_workers, collate_fn=collate)
             batches = progress(loader, desc="features of the frozen image tower", unit="batch")
-            pairs.images = torch.cat([image_features(clip, x).float().cpu() for x in batches])
+            pairs.images = torch.cat([image_features(clip, x).float().cpu() for x, _ in batches])
         else: pairs.tokens = [torch.cat([text_features(clip, t).float().cpu() for t in kind.split(batch_size)]) for kind in pairs.tokens]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .core import InputError, atomic_path, content_hash
 from .datasets import Manifest
+from .item_texts import ItemGallery
 from .models import ClipModel
 from .optimisation import SCHEDULES, Average, moving, put
 from .pairs import Pairs, share
@@ -32,6 +33,7 @@ class Progress:
     epoch: int = 1 # Under way, counted from 1
     step: int = 0 # Steps taken
     losses: list[float] = field(default_factory=list) # Of the epoch's batches so far
+    terms: dict[str, list[float]] = field(default_factory=dict) # What they are made of, where an objective tells
     norms: list[float] = field(default_factory=list) # Of their gradients
     history: list[dict] = field(default_factory=list) # One row an epoch
     best: float = -math.inf # Highest value of the metric
@@ -58,6 +60,7 @@ class Run:
     start: dict[str, Tensor] # Weights before the first step, for `wise`
     identity: dict[str, str] # What a state must agree in to be continued
     watched: tuple[Tensor, list[str]] | None = None # Validation labels of the watched column, and its classes
+    gallery: ItemGallery | None = None # Validation items, where they are searched
     progress: Progress = field(default_factory=Progress)
 
     @property
