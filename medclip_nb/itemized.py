@@ -100,8 +100,8 @@ def attend_lists(
     if not key_tokens: return pooling.attend(queries, keys, values, token_mask), None
     scores = pooling.scores(queries, keys)
     weights = masked_softmax(scores, None if token_mask is None else key_mask(token_mask))
-    top = weights.detach().mean(1)[..., :-1].topk(key_tokens).indices
-    kept = key_mask(torch.zeros_like(scores[:, 0, :, :-1], dtype=torch.bool).scatter_(-1, top, True))
+    most, top = weights.detach().mean(1)[..., :-1].topk(key_tokens)
+    kept = key_mask(torch.zeros_like(scores[:, 0, :, :-1], dtype=torch.bool).scatter_(-1, top, most > 0))
     return pooling.join(weights @ values), pooling.join(masked_softmax(scores, kept) @ values)
 
 # %% ../nbs/28_itemized.ipynb #0ada4946

@@ -61,7 +61,8 @@ def loops(pooling, v, tokens, t, s, bias, mask, neg, normal, ids, factor, ratio,
             pooled, attention = by_heads(pooling, t[j, slot], tokens[i], keep)
             found.append(pooled)
             top = attention.topk(max(1, int(ratio * l))).indices
-            focused.append(by_heads(pooling, t[j, slot], tokens[i, top], everything)[0])
+            top = top[attention[top] > 0] # what is masked everywhere is no key token
+            focused.append(by_heads(pooling, t[j, slot], tokens[i], everything & torch.isin(torch.arange(l), top))[0])
         own = [p for p, (_, slot, y) in enumerate(asked) if y == 1 and mask[i, slot]]
         worst = min(own, key=lambda p: cosine(found[p], t[i, asked[p][1]]).item(), default=None)
         for p, (j, slot, y) in enumerate(asked):
