@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SAMPLINGS', 'PLACEHOLDER', 'NORMAL_RULES', 'NORMAL_TEXTS', 'UNREMARKABLE', 'sample_items', 'says_normal',
-           'normal_flags', 'item_lists', 'ItemBatch', 'text_id', 'item_batch', 'global_itemized_losses']
+           'normal_flags', 'item_lists', 'without', 'ItemBatch', 'text_id', 'item_batch', 'global_itemized_losses']
 
 # %% ../nbs/33_items.ipynb #839af039
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,18 @@ def item_lists(
     found = [[item for item in _listed(cell) if item.strip()] for cell in manifest["items"]]
     if not any(found): raise InputError(f"{manifest.dataset}: no row has an item.")
     return found
+
+# %% ../nbs/33_items.ipynb #9264a3b1
+def without(
+    manifest: Manifest, # With a column items
+    pattern: str, # Regular expression; an empty one leaves everything as it is
+) -> Manifest: # The same rows
+    "Leave something out of every item; raises `InputError` for a pattern that is none"
+    if not pattern: return manifest
+    try: found = re.compile(pattern)
+    except re.error as error: raise InputError(f"{pattern!r} is not a regular expression: {error}.") from None
+    cut = lambda items: [text for item in items if (text := found.sub("", item).strip())]
+    return manifest.assign(items=[cut(_listed(items)) for items in manifest["items"]])
 
 # %% ../nbs/33_items.ipynb #f477bceb
 @dataclass
