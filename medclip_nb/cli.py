@@ -57,15 +57,11 @@ for verb in (classify, rank, attend, packs): app.command(cls=ManyValues)(verb)
 # %% ../nbs/80_cli.ipynb #677d76ce
 def parse_parameters(
     pairs: list[str], # 'name=value' each
-    file: Path | None = None, # YAML with more of them
+    file: str | Path | None = None, # YAML with more of them, or the name of a file that comes with the package
 ) -> dict[str, Any]: # Values by name, text unconverted
     "Collect parameters; raises `InputError` for what isn't one"
-    found: dict[str, Any] = {}
-    if file is not None:
-        import yaml
-        try: found = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise InputError(f"{file} cannot be read as YAML: {e}") from None
-        if not isinstance(found, dict): raise InputError(f"{file} must hold names and values, one a line, as in 'limit: 100'.")
+    from medclip_nb.parameters import read_parameters
+    found = {} if file is None else read_parameters(file)
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name.strip(): raise InputError(f"-p {pair!r} is not name=value, as in -p limit=100.")
@@ -77,7 +73,7 @@ def parse_parameters(
 def run(
     template: Annotated[str, typer.Argument(help="Name of a template, or a path to an .ipynb.")],
     param: Annotated[list[str], typer.Option("-p", "--param", metavar="NAME=VALUE", help="A parameter; repeat for more.")] = [],
-    file: Annotated[Optional[Path], typer.Option("-f", "--file", help="YAML file of parameters.")] = None,
+    file: Annotated[Optional[str], typer.Option("-f", "--file", help="YAML file of parameters, or the name of published settings such as itemized-mri.")] = None,
     out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Run folder; by default reports/TEMPLATE.")] = None,
     timeout: Annotated[Optional[float], typer.Option(help="Limit of the run in seconds.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the same run was killed in its training.")] = False,
