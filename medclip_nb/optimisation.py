@@ -20,11 +20,15 @@ from .core import InputError
 def parameter_groups(
     model: nn.Module, # Its parameters that require gradients are grouped
     weight_decay: float, # For matrices and convolutions
+    faster: str = "", # Part of the names of parameters that learn at a rate of their own; none
+    lr_scale: float = 1.0, # What multiplies their learning rate; kept in their groups
 ) -> list[dict]: # For torch's optimisers
     "Matrices decay; biases, norms and scales do not"
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
+    apart = lambda name: bool(faster) and lr_scale != 1 and faster in name
+    trained = [(apart(name), p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for other, p in trained if other == own and (p.ndim >= 2) == wide], "weight_decay": weight_decay if wide else 0.0,
+               **({"lr_scale": lr_scale} if own else {})} for own in (False, True) for wide in (True, False)]
+    return groups[:2] + [group for group in groups[2:] if group["params"]]
 
 # %% ../nbs/49_optimisation.ipynb #b38d7f8e
 def warmup_cosine(

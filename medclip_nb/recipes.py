@@ -41,7 +41,7 @@ class Steps:
     betas: tuple[float, float] = (0.9, 0.98) # Of AdamW: how long the mean of the gradients and that of their squares remember
     eps: float = 1e-6 # Of AdamW
     schedule: str = "cosine" # cosine, linear or constant, after the warm-up
-    warmup: float = 0.1 # Share of the steps spent warming up
+    warmup: float = 0.1 # Share of the steps spent warming up; above 1 a number of steps
     clip_grad: float = 1.0 # Largest norm of the gradient
     mixed_precision: str = "fp32" # fp32, bf16 or fp16 arithmetic over float32 weights
     chunk: int = 0 # Pairs in memory at once, see `in_chunks`; 0 takes the whole batch
@@ -82,6 +82,7 @@ class Reports:
     normal_check: bool = True # Whether normal images do not meet items of other normal images
     normal_rule: str = "only" # When items say that nothing was found, see `says_normal`
     pooling_heads: int = 8 # Of the pooling that a model without one receives
+    pooling_lr: float = 1.0 # What multiplies the learning rate of the pooling; 3 helps one that is new in a model that is not
 
 # %% ../nbs/49a_recipes.ipynb #156e9ba4
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "trackio")
@@ -133,6 +134,7 @@ class Recipe(Keeping, Reports, Lessons, Steps):
             if getattr(self, name) < low: raise InputError(f"{name} must be {low} or more, got {getattr(self, name)}.")
         for name in ("key_token_ratio", "token_keep_prob"):
             if not 0 < getattr(self, name) <= 1: raise InputError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}.")
+        if self.pooling_lr <= 0: raise InputError(f"pooling_lr must be above 0, got {self.pooling_lr}.")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas): raise InputError(f"betas must be two numbers from 0 to below 1, got {self.betas}.")
 
     def _check_reports(self) -> None:

@@ -73,7 +73,7 @@ class Run:
     def checkpoint(self) -> Path: return self.out_dir/"checkpoint"
 
     def rate(self, step: int) -> float: # The learning rate of a step
-        return self.recipe.lr * SCHEDULES[self.recipe.schedule](step, self.steps, round(self.recipe.warmup * self.steps))
+        return self.recipe.lr * SCHEDULES[self.recipe.schedule](step, self.steps, round(self.recipe.warmup * (self.steps if self.recipe.warmup <= 1 else 1)))
 
 # %% ../nbs/49b_states.ipynb #5ecef54b
 MANAGED = "MEDCLIP_NB_STATE" # Environment variable with the folder of an experiment's states, see `runs`

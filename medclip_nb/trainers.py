@@ -107,7 +107,7 @@ def told(run: Run, found: dict[str, Tensor]) -> dict[str, float]:
 # %% ../nbs/50_trainers.ipynb #e26e6893
 def take_step(run: Run, batch: Batch) -> None:
     "One step of the optimiser; raises `FloatingPointError` before a loss or gradient that is not a number can do harm"
-    for group in run.optimizer.param_groups: group["lr"] = run.rate(run.progress.step)
+    for group in run.optimizer.param_groups: group["lr"] = group.get("lr_scale", 1.0) * run.rate(run.progress.step)
     found = told(run, backward(run, batch))
     loss = found.pop("loss")
     if not math.isfinite(loss): stop(run, batch, f"The loss is {loss}")
@@ -230,7 +230,7 @@ def _class_labels(train_rows: Manifest, valid_rows: Manifest, recipe: Recipe) ->
 
 def optimiser_of(module: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
     "AdamW; unless the recipe says otherwise with the betas of CLIP"
-    parts = parameter_groups(module, recipe.weight_decay)
+    parts = parameter_groups(module, recipe.weight_decay, "visual_proj", recipe.pooling_lr)
     return torch.optim.AdamW(parts, lr=recipe.lr, betas=tuple(recipe.betas), eps=recipe.eps, fused=device.type != "mps")
 
 # %% ../nbs/50_trainers.ipynb #5fc27bee

@@ -412,3 +412,15 @@ def test_the_gallery_of_a_locked_tower_is_features(models, table):
     clip = lock(load_model(models["image"], device="cpu"), towers=["text"])
     gallery = item_gallery(clip, manifest(table, "valid"))
     assert gallery.texts.is_floating_point() and gallery.texts.shape[1] == 16
+
+
+def test_a_new_pooling_may_learn_faster(table, models, tmp_path):
+    "Its rate is the multiple of the others' in every step, warm-up in steps included"
+    run, batch = begun(table, models, tmp_path, "image", pooling_lr=3.0, warmup=4, max_steps=12)
+    assert [round(run.rate(step) / run.recipe.lr, 6) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    trainers.take_step(run, batch)
+    own = {id(p) for p in run.clip.pooling.parameters()}
+    for group in run.optimizer.param_groups:
+        assert group["lr"] == (3 if id(group["params"][0]) in own else 1) * run.recipe.lr / 4
+        assert len({id(p) in own for p in group["params"]}) == 1
+    with pytest.raises(InputError, match="pooling_lr must be above 0"): begun(table, models, tmp_path, "image", pooling_lr=0.0)
