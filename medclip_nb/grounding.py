@@ -20,7 +20,7 @@ from PIL import Image
 from .core import InputError, progress
 from .datasets import Manifest
 from .images import FORMATS, read_image
-from .item_maps import choose_method, item_maps, to_image
+from .item_maps import choose_method, item_maps, moved, to_image
 from .localisation import CUTS, enlarge, localise, overlaps, pointing, summarise, within
 from .metrics import bootstrap
 from .models import ClipModel
@@ -92,6 +92,12 @@ def _asked(texts: Sequence[str], labels: np.ndarray | None, every: bool) -> list
     masks = [None if labels is None or not (labels == k + 1).any() else labels == k + 1 for k in range(len(texts))]
     return [(k, mask) for k, mask in enumerate(masks) if every or labels is None or mask is not None]
 
+def _together(maps: list[np.ndarray]) -> np.ndarray:
+    "The mean of maps where they have values, for the pixels of the first"
+    known = np.isfinite(maps)
+    mean = np.nansum(maps, axis=0) / known.sum(0).clip(1)
+    return np.where(known[0], mean, np.nan).astype(np.float32)
+
 def look_at_images(
     clip: ClipModel, # A model of images
     images: Sequence[Image.Image], # As `read_image` gives them
@@ -99,16 +105,22 @@ def look_at_images(
     method: str = "auto", # As in `item_maps`
     labels: Sequence[np.ndarray | None] | None = None, # Masks as from `read_mask`; None where they are not known
     pixel_mm: float = 0.0, # Size of a pixel; 0 where it is not known
-    upsample: str = "bilinear", # As in `to_image`
+    upsample: str = "bilinear", # As in `to_image`, or shifted: the mean of five views that lie half a token apart, each a spline
     every: bool = False, # Whether to ask for items that a mask does not show as well
 ) -> list[list[Attended]]: # The items of each
     "Where a model looks for items in their images, and where they are"
     asked = [(i, k, mask) for i, own in enumerate(texts) for k, mask in _asked(own, None if labels is None else labels[i], every)]
     found = [[] for _ in images]
     if not asked: return found
-    maps = item_maps(clip, list(images), [texts[i][k] for i, k, _ in asked], method, of=[i for i, _, _ in asked])
-    for (i, k, mask), tokens, zero, similarity in zip(asked, maps.maps, maps.zero_mass.tolist(), maps.similarity.tolist()):
-        shown = to_image(tokens[None], images[i].size[::-1], clip, upsample)[0]
+    pixels, of, said = clip.pixels(list(images)), [i for i, _, _ in asked], [texts[i][k] for i, k, _ in asked]
+    maps = item_maps(clip, pixels, said, method, of=of)
+    views = {(0, 0): maps.maps}
+    if upsample == "shifted":
+        half = [max(1, round(side / tokens / 2)) for side, tokens in zip(pixels.shape[-2:], maps.maps.shape[1:])]
+        by = [(half[0], 0), (-half[0], 0), (0, half[1]), (0, -half[1])]
+        views |= {shift: item_maps(clip, moved(pixels, *shift), said, method, of=of).maps for shift in by}
+    for n, ((i, k, mask), zero, similarity) in enumerate(zip(asked, maps.zero_mass.tolist(), maps.similarity.tolist())):
+        shown = _together([to_image(m[n:n + 1], images[i].size[::-1], clip, "spline" if len(views) > 1 else upsample, shift)[0] for shift, m in views.items()])
         found[i].append(Attended(k, texts[i][k], shown, mask, [(pixel_mm,) * 2] if pixel_mm else [], [], zero, similarity))
     return found
 
@@ -137,7 +149,7 @@ def look_at_row(
     row: Any, # Of the manifest
     texts: Sequence[str] | None = None, # What to look for; None for the row's own items
     method: str = "auto", # As in `item_maps`
-    upsample: str = "bilinear", # As in `to_image`
+    upsample: str = "bilinear", # As in `look_at_images`
 ) -> list[Attended]: # One a text, with its mask where the text is an item of the row
     "Where a model looks for each text in an image or study of a manifest"
     one = manifest.loc[[row]]
@@ -186,7 +198,7 @@ def attended(
     manifest: Manifest, # With a column mask; rows without a mask are passed over
     method: str = "auto", # As in `item_maps`
     pixel_mm: float = 0.0, # Size of a pixel of the images; 0 where it is not known
-    upsample: str = "bilinear", # As in `to_image`; studies are trilinear
+    upsample: str = "bilinear", # As in `look_at_images`; studies are trilinear
     batch_size: int = 32, # Images at a time
 ) -> Iterator[Attended]: # Item by item, in the order of the rows
     "Every item that a mask shows, with its map"
@@ -230,7 +242,7 @@ def choose_cut(
     clip: ClipModel, # The model that is measured
     valid: Manifest, # Validation rows with masks
     method: str = "auto", # As in `item_maps`
-    upsample: str = "bilinear", # As in `to_image`
+    upsample: str = "bilinear", # As in `look_at_images`
     batch_size: int = 32, # Images at a time
 ) -> dict: # threshold, as a share of each map's maximum; items it was chosen on; split
     "Where to cut maps, for the best mean overlap on validation rows"
@@ -246,7 +258,7 @@ def ground(
     tolerance: float = 15.0, # Of the tolerant pointing game, pixels or voxels (Zhang et al. 2016)
     tolerance_mm: float = 0.0, # The same in mm, instead; for images it needs pixel_mm
     pixel_mm: float = 0.0, # Size of a pixel of the images; 0 where it is not known. The spacing of volumes is in their files
-    upsample: str = "bilinear", # As in `to_image`: bilinear or bicubic; studies are trilinear
+    upsample: str = "bilinear", # As in `look_at_images`: bilinear, bicubic, spline or shifted; studies are trilinear
     n_boot: int = 1000, # Resamples behind each interval
     seed: int = 0, # Of the resampling
     batch_size: int = 32, # Images at a time
