@@ -25,6 +25,8 @@ def folder(tmp_path_factory):
     rows["image"] = ["images/000.png" if name == "0.png" else f"images/{name}" for name in rows["image"]]
     rows.drop(columns="caption").to_csv(root / "my_data" / "labels.csv", index=False)
     rows.drop(columns="label").to_csv(root / "my_data" / "captions.csv", index=False)
+    items = [f"{caption} | a plain background" for caption in rows["caption"]]
+    rows.drop(columns=["label", "caption"]).assign(items=items).to_csv(root / "my_data" / "items.csv", index=False)
     return root
 
 
@@ -39,7 +41,7 @@ def test_command(command, folder, line):
     instead = line.replace("ViT-B-32/openai", "starter").replace("--to huggingface", "--to open_clip") # Convolutions are no CLIPModel; test_exports has one
     words = [command, *shlex.split(instead)[1:]]
     if "mode=lora" in words: words += ["-p", 'towers=["text"]'] # The starter's image tower has no attention to adapt
-    if "finetune" in words: words += ["-p", "epochs=1", "-p", "batch_size=12"]
+    if {"finetune", "itemized"} & set(words): words += ["-p", "epochs=1", "-p", "batch_size=12"]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in re.findall(r"(?:--out|-o) (\S+)", line): assert (folder / name).exists(), name
