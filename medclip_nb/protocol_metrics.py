@@ -20,9 +20,10 @@ from .classifiers import Question
 from .core import InputError
 from .curves import class_areas
 from .datasets import Manifest
-from .item_evaluators import TEST_TUNED, findings_scored, image_names, item_pairs, item_retrieval_result, judged, right_ranks
+from .item_evaluators import TEST_TUNED, findings_scored, item_pairs, item_retrieval_result, judged, right_ranks
 from .metrics import bootstrap_weights, choose_thresholds
 from .resampling import interval, mean_defined, ratio, resample_blocks, weighted_means
+from .study_images import name_studies
 from .results import Result, classification, finding_labels, join_results, metric_table, units
 
 # %% ../nbs/45k_protocol_metrics.ipynb #04ae77c1
@@ -80,7 +81,7 @@ def _brain_task(scored: Scored, classes: Sequence[str]) -> Result:
     from scipy.special import softmax
     cosines = scored.scores[:, [scored.question.classes.index(c) for c in classes]].astype(float)
     p, two = softmax(scored.scale * cosines, axis=1), len(classes) == 2
-    result = classification("zero_shot", image_names(scored.manifest), "label", list(classes), cosines if two else p, p, classes[-1] if two else None, scored.n_boot, scored.seed, scored.details)
+    result = classification("zero_shot", name_studies(scored.manifest), "label", list(classes), cosines if two else p, p, classes[-1] if two else None, scored.n_boot, scored.seed, scored.details)
     if not two: return only(result, MANY_WAY)
     disease = result.details["per_class"][1]
     more = pd.DataFrame([(m, disease[m], disease[f"{m}_low"], disease[f"{m}_high"], result.metrics["n"].max()) for m in ("recall", "precision")], columns=list(result.metrics))
@@ -202,7 +203,7 @@ def scenes_result(
 ) -> Result: # accuracy, top5_accuracy, mean_rank
     "One of many classes by cosine"
     cosines, p = judged(scored.question, scored.scores, scored.scale)
-    result = classification("zero_shot", image_names(scored.manifest), "label", scored.question.classes, cosines, p, None, scored.n_boot, scored.seed, scored.details)
+    result = classification("zero_shot", name_studies(scored.manifest), "label", scored.question.classes, cosines, p, None, scored.n_boot, scored.seed, scored.details)
     result.details["headline"] = ["accuracy", "mean_rank"]
     return only(result, ("accuracy", "top5_accuracy", "mean_rank"))
 

@@ -239,8 +239,9 @@ def name_studies(
     manifest: Manifest, # Of studies or of images
 ) -> Manifest: # With a column 'image'
     "Give each study the name by which results call it; images stay as they are"
-    if "series" not in manifest or "image" in manifest: return manifest
+    if "image" in manifest: return manifest
     if "study" in manifest and manifest["study"].is_unique: return manifest.assign(image=manifest["study"])
+    if "series" not in manifest: return manifest
     first = manifest["series"].map(lambda series: next(iter(series.values()), ""))
     whole = manifest["series"].map(json.dumps)
     return manifest.assign(image=first.where(whole.groupby(first).transform("nunique") == 1, whole))
