@@ -104,14 +104,14 @@ STARTER = {
     "preprocess_cfg": {"mean": [0.25] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "resize_mode": "shortest"},
 }
 
-STARTER_STUDIES = { # For `view="studies"`: voxels of 4 mm, patches of 32 mm
+STARTER_STUDIES = { # For `view="studies"`: axial slices 8 mm apart, read by the trunk of `STARTER` in its pixels of 2.4 mm
     "model_cfg": {
-        "embed_dim": 64, "custom_text": True,
-        "vision_cfg": {"volume_cfg": {"width": 96, "depth": 4, "heads": 4, "patch_size": [8, 8, 8], "grid": [5, 6, 5],
-                                      "levels": ["slice", "scan", "study", "study"], "max_scans": 8}},
+        "embed_dim": 128, "custom_text": True,
+        "vision_cfg": {"volume_cfg": {"width": 128, "depth": 1, "heads": 4, "patch_size": [1, 8, 8], "grid": [14, 10, 10], "levels": ["slice"],
+                                      "max_scans": 8, "slices": "medclip_starter", "position_scale": 0.05}},
         "text_cfg": STARTER["model_cfg"]["text_cfg"],
     },
-    "preprocess_cfg": {"study": {"spacing": [4, 4, 4], "size": [40, 48, 40]}},
+    "preprocess_cfg": {"study": {"spacing": [8, 2.4, 2.4], "size": [14, 80, 80], "mean": 0.25, "std": 0.25}},
 }
 STARTERS = {"starter": STARTER, "starter-studies": STARTER_STUDIES}
 

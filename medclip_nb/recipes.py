@@ -63,7 +63,7 @@ class Lessons:
     templates: Sequence[str] = ("a medical image showing {}.",) # Sentences with {} where the class goes
     prompts: Mapping[str, str | Sequence[str]] = field(default_factory=dict) # Class -> what is written for it; else the class itself
     class_weight: str = "none" # balanced, or none for classes as frequent as they are (prompts)
-    mirror: float = 0.0 # Share of the images mirrored, with left and right exchanged in their texts; not for studies
+    mirror: float = 0.0 # Share of the images mirrored, with left and right exchanged in their texts
     augment: Augment | None = Augment() # Variation of the training images; None for none. Studies are not varied
     num_series: int = 0 # Series of a study, drawn anew each epoch, repeated where there are fewer; 0 takes all as they are
 

@@ -52,6 +52,11 @@ class StudyPreprocess:
                 object.__setattr__(self, f.name, tuple(tuple(v) if isinstance(v, list) else v for v in value))
         if self.window is not None and self.windows: raise InputError("Give window, or windows for a series each, but not both.")
 
+    @property
+    def left_right(self) -> int | None: # -3, -2 or -1; None where every file keeps its own
+        "The axis that runs across the patient, from one side to the other"
+        return None if self.orientation is None or self.thick_first else next(i for i, way in enumerate(self.orientation, -3) if way in "LR")
+
     def config(self) -> dict: # Values of JSON
         "What is saved with a model: the fields that are not as usual"
         plain = json_values(asdict(self))

@@ -32,7 +32,7 @@ from .item_objective import Itemized
 from .item_texts import ItemGallery, item_gallery
 from .models import ClipModel, save_checkpoint
 from .optimisation import Average, clamp_scale, moving, parameter_groups, set_checkpointing, snapshot
-from .pairs import Pairs, collate, epoch_batches, is_frozen, keep_features, label_ids, varied
+from .pairs import Pairs, collate, epoch_batches, is_frozen, keep_features, label_ids, mirror_images, varied
 from .recipes import ITEM_METRICS, OBJECTIVES, PASSING, TRACKERS, Contrastive, Objective, Prompts, Recipe, balanced, recipe_of
 from .states import Progress, Run, identity, is_managed, load_best, load_state, save_state, state_file, store_best, tidy
 from .study_images import StudyBatch
@@ -74,9 +74,8 @@ def draw_batch(run: Run, rows: list[int], images: Tensor | StudyBatch) -> Batch:
     positions, mine, pairs = torch.tensor(rows), run.mine, run.pairs
     images = images.to(run.clip.device)
     tokens, ids, mirrored = pairs.draw(positions, run.generator)
-    if isinstance(images, Tensor):
-        images[mirrored[mine]] = images[mirrored[mine]].flip(-1)
-        if run.recipe.augment and images.ndim > 2: images = varied(run.recipe.augment, images, len(rows), mine, run.generator)
+    if mirrored.any(): mirror_images(images, mirrored[mine], pairs.axis)
+    if isinstance(images, Tensor) and run.recipe.augment and images.ndim > 2: images = varied(run.recipe.augment, images, len(rows), mine, run.generator)
     here = lambda values: values[mine].to(run.clip.device)
     batch = Batch(positions, positions[mine], images, None if tokens is None else tokens[mine], here(ids), here(pairs.labels[positions]),
                   here(run.groups[positions]), mirrored[mine], run.progress.epoch, run.generator)
@@ -214,7 +213,7 @@ def _gallery(clip: ClipModel, valid_rows: Manifest, recipe: Recipe, objective: O
 # %% ../nbs/50_trainers.ipynb #70d9554e
 def keep_frozen(clip: ClipModel, pairs: Pairs, valid: Pairs, recipe: Recipe) -> None:
     "Look the features of frozen towers up from now on; tokens of images are too large to be kept"
-    varied = recipe.num_series if isinstance(clip, StudyModel) else recipe.augment or recipe.mirror
+    varied = recipe.mirror or (recipe.num_series if isinstance(clip, StudyModel) else recipe.augment)
     if is_frozen(clip, "image") and recipe.objective != "itemized":
         keep_features(clip, valid, "image", recipe.batch_size, recipe.num_workers)
         if not varied: keep_features(clip, pairs, "image", recipe.batch_size, recipe.num_workers)

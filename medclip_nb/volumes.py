@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEVELS', 'CHARACTERS', 'UNKNOWN', 'END', 'SLOTS', 'LAYOUTS', 'merged', 'parted', 'Arrangement', 'token_mask',
            'regroup', 'sincos', 'sincos_grid', 'resampled', 'stretched', 'spelled', 'SeriesNameEncoder',
-           'VolumePatches', 'VolumeEncoder', 'layout', 'inflated', 'inflate']
+           'VolumePatches', 'SlicePatches', 'VolumeEncoder', 'layout', 'inflated', 'inflate']
 
 # %% ../nbs/24_volumes.ipynb #84449c11
 import math
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
@@ -189,6 +190,12 @@ class VolumePatches(nn.Module):
     def forward(self, x: Tensor) -> Tensor: # (s, c, D, H, W) -> (s, d, h, w, width)
         return self.proj(x).movedim(1, -1)
 
+def _started(layers: Sequence[nn.Module]) -> None:
+    "Random weights as vision transformers start from"
+    for layer in layers:
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        nn.init.zeros_(layer.bias)
+
 def _drop_patches(x: Tensor, share: float, by_slab: bool) -> Tensor:
     "A random choice of the patches (s, d, a, c) of each slab or scan, in their order"
     x = x if by_slab else x.flatten(1, 2)[:, None]
@@ -197,6 +204,26 @@ def _drop_patches(x: Tensor, share: float, by_slab: bool) -> Tensor:
     return x.gather(2, kept[..., None].expand(-1, -1, -1, x.shape[-1]))
 
 # %% ../nbs/24_volumes.ipynb #4d32521d
+class SlicePatches(nn.Module):
+    "Volumes read slice by slice; the cells of a network's grid are the patches. Raises `InputError` for a network or a patch that does not fit"
+    def __init__(self, name: str, patch_size: tuple[int, int, int], width: int) -> None:
+        super().__init__()
+        if not timm.is_model(name): raise InputError(f"timm has no model {name!r} to read slices. {close_matches(name, timm.list_models())}")
+        self.net = timm.create_model(name, num_classes=0).to(memory_format=torch.channels_last) # Half as fast again on a CPU
+        self.patch_size = tuple(patch_size)
+        if self.patch_size[0] != 1: raise InputError(f"A network of slices takes patches of one slice, not of {self.patch_size[0]}: patch_size=(1, {patch_size[1]}, {patch_size[2]}).")
+        if self.net.num_features != width: raise InputError(f"{name} gives {self.net.num_features} numbers a cell. Set width to that instead of {width}.")
+
+    def forward(self, x: Tensor) -> Tensor: # (s, c, D, H, W), c of 1 or what the network takes -> (s, D, h, w, width)
+        slices, chans = x.transpose(1, 2).flatten(0, 1), self.net.default_cfg["input_size"][0]
+        if slices.shape[1] == 1: slices = slices.expand(-1, chans, -1, -1)
+        cells = self.net.forward_features(slices.contiguous(memory_format=torch.channels_last))
+        wanted = tuple(n // p for n, p in zip(x.shape[3:], self.patch_size[1:]))
+        if cells.ndim != 4 or tuple(cells.shape[2:]) != wanted:
+            raise InputError(f"The network's grid for slices of {tuple(x.shape[3:])} is {tuple(cells.shape[2:])}, and patch_size {self.patch_size} wants {wanted}.")
+        return cells.unflatten(0, (len(x), -1)).movedim(2, -1)
+
+# %% ../nbs/24_volumes.ipynb #56f40797
 class VolumeEncoder(nn.Module):
     "A vision transformer whose blocks look at slices, scans or studies"
     def __init__(self,
@@ -211,6 +238,8 @@ class VolumeEncoder(nn.Module):
         series_names: bool = False, # Tell scans apart by the names of their series instead of their order
         drop_path: float = 0.0, # Share of skipped residuals in the last block, rising up to there
         patch_drop: float = 0.0, # Share of the patches left out in training
+        position_scale: float = 1.0, # Size that the tables of positions start with; small ones do not drown features of slices
+        slices: str | None = None, # A network of timm that reads every slice; the cells of its grid are the patches, `patch_size` is (1, its stride, its stride)
     ) -> None:
         super().__init__()
         if len(levels) != depth: raise InputError(f"levels has {len(levels)} entries for {depth} blocks; give one of {', '.join(LEVELS)} each.")
@@ -219,22 +248,20 @@ class VolumeEncoder(nn.Module):
         self.num_features, self.patch_size, self.levels, self.max_scans = width, tuple(patch_size), tuple(levels), max_scans
         self.series_names, self.patch_drop, self.grad_checkpointing = series_names, patch_drop, False
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.patch_embed = VolumePatches(patch_size, in_chans, width)
-        self.spatial_posemb = nn.Parameter(sincos_grid(grid, width), requires_grad=False)
+        self.patch_embed = SlicePatches(slices, patch_size, width) if slices else VolumePatches(patch_size, in_chans, width)
+        self.spatial_posemb = nn.Parameter(position_scale * sincos_grid(grid, width), requires_grad=False)
         if series_names: self.serienameencoder, self.sne_proj = SeriesNameEncoder(), nn.Linear(256, width)
-        elif max_scans > 1: self.sequential_posemb = nn.Parameter(sincos(max_scans, width)[None], requires_grad=False)
+        elif max_scans > 1: self.sequential_posemb = nn.Parameter(position_scale * sincos(max_scans, width)[None], requires_grad=False)
         norm, rates = partial(nn.LayerNorm, eps=1e-6), [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList([Block(width, heads, qkv_bias=True, norm_layer=norm, drop_path=rate) for rate in rates])
         self.norm = norm(width)
         self._reset()
 
     def _reset(self) -> None:
-        "Random weights as vision transformers start from"
+        "Random weights, those of a network of slices excepted"
         nn.init.normal_(self.cls_token, std=0.02)
-        layers = [self.patch_embed.proj, *(m for m in self.blocks.modules() if isinstance(m, nn.Linear))]
-        for layer in layers:
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+        if isinstance(self.patch_embed, VolumePatches): _started([self.patch_embed.proj])
+        _started([m for m in self.blocks.modules() if isinstance(m, nn.Linear)])
 
     def forward(self,
         x: Tensor, # (b, n, c, D, H, W), multiples of the patch size
@@ -346,6 +373,7 @@ def inflate(
     weights: str | Path | Mapping[str, Tensor], # File or state dict of a timm or MAE vision transformer
 ) -> list[str]: # Names that have no place in the encoder, such as those of a classifier
     "Start from a 2-D transformer; what tells scans apart stays as it is"
+    if isinstance(encoder.patch_embed, SlicePatches): raise InputError("The encoder reads slices with a network of its own, and takes no patches of a transformer. See `start_from_slices`.")
     state, rest = inflated(weights if isinstance(weights, Mapping) else read_state(weights), encoder)
     own = ("sequential_posemb", "serienameencoder.", "sne_proj.")
     if wrong := misfits(state, {n: t for n, t in encoder.state_dict().items() if not n.startswith(own)}):
