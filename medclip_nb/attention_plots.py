@@ -19,7 +19,7 @@ from matplotlib.image import AxesImage
 from numpy.typing import ArrayLike
 
 from .core import InputError
-from .plots import PALETTE, _cells, wrapped
+from .plots import PALETTE, cell_grid, wrapped
 
 # %% ../nbs/61a_attention_plots.ipynb #33996922
 HUE, OUTLINE = (1.0, 0.42, 0.0), PALETTE[9]
@@ -97,7 +97,7 @@ def item_overlays(
     height, width = maps.shape[1:]
     titles = [_said(text, *(None if v is None else float(v[i]) for v in (similarities, zero_mass)), int(14.5 * size)) for i, text in enumerate(texts)]
     above = 0.17 * max(title.count("\n") + 1 for title in titles) + 0.15
-    figure, axes = _cells(len(texts), columns, size, size * (height / width - 1) + above)
+    figure, axes = cell_grid(len(texts), columns, size, size * (height / width - 1) + above)
     for ax in set(figure.axes) - set(axes): ax.remove()
     for i, ax in enumerate(axes):
         shown = panel(ax, image, maps[i], float(np.nanmax(maps)), None if masks is None else masks[i])
