@@ -36,6 +36,7 @@ def scaled(
     top = np.nanmean(maps) if scale == "common" else np.nanmax(maps.reshape(len(maps), -1), 1).reshape(-1, *[1] * (maps.ndim - 1))
     return maps / np.maximum(top, np.finfo(np.float32).tiny)
 
+# %% ../nbs/61a_attention_plots.ipynb #153c7465
 def _grey(image: Any) -> np.ndarray: # (h, w) in [0, 1]
     "An image as it is drawn"
     pixels = np.asarray(image.convert("L") if hasattr(image, "convert") else image, dtype=np.float32)
@@ -184,6 +185,7 @@ def _shares(ax: Axes, maps: np.ndarray, names: Sequence[str], chosen: int) -> No
     ax.grid(False)
     for spine in ax.spines.values(): spine.set_visible(False)
 
+# %% ../nbs/61a_attention_plots.ipynb #7d732ffe
 def volume_montage(
     volumes: ArrayLike, # (n, d, h, w) or one (d, h, w), as the model was shown them
     maps: ArrayLike, # Of the same shape, not negative, such as `Attended.map`

@@ -114,6 +114,7 @@ def spline_weights(
     basis = torch.where(x < 1, 2 / 3 - x**2 + x**3 / 2, (2 - x)**3 / 6)
     return torch.zeros(len(at), n).scatter_add_(1, near.long().clamp(0, n - 1), basis)
 
+# %% ../nbs/43a_item_maps.ipynb #8e547f60
 def shown_box(
     size: tuple[int, int], # Height and width of an image, pixels
     clip: ClipModel, # Its preprocessing fits the image and cuts out the middle
@@ -129,6 +130,7 @@ def shown_box(
     (top, height), (left, width) = ((start * n / f, side * n / f) for start, side, n, f in zip(starts, sides, size, fitted))
     return top, left, height, width
 
+# %% ../nbs/43a_item_maps.ipynb #7b9b0cf9
 def moved(
     images: Tensor, # (n, c, h, w), preprocessed
     down: int, # Pixels; negative ones go up
@@ -139,6 +141,7 @@ def moved(
     if not most: return images
     return F.pad(images, (most,) * 4, mode="replicate")[..., most - down:most - down + h, most - right:most - right + w]
 
+# %% ../nbs/43a_item_maps.ipynb #fc62585d
 def to_image(
     maps: Tensor, # (n, rows, columns), of tokens
     size: tuple[int, int], # Height and width of the image that was preprocessed, pixels

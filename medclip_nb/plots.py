@@ -310,6 +310,7 @@ def retrieval_grid(
         draw(figure, grid[line, :].subgridspec(1, len(widths), width_ratios=widths), manifest, query)
     return figure
 
+# %% ../nbs/60_plots.ipynb #95cd428e
 def _rank(query: Mapping, way: str) -> str:
     "Where the right answer stands"
     rank = query[f"{way}_rank"]
