@@ -18,7 +18,7 @@ from .core import InputError, close_matches
 from .datasets import Manifest
 from .grounding import Attended, look_at_row
 from .images import read_image
-from .item_maps import methods_of
+from .item_maps import asked_of
 from .models import ClipModel
 from .results import Result
 from .study_images import Study, series_paths
@@ -82,11 +82,10 @@ def compared(
     picks: Sequence[tuple[Any, int]], # Row and item, such as from `picked`
     methods: Sequence[str] = ("attention",), # Side by side
     upsample: str = "bilinear", # As in `to_image`
-    others: Mapping[str, ClipModel] = {}, # Further models by name, each with all methods that it can give
+    others: Mapping[str, ClipModel] = {}, # Further models by name, asked for what `asked_of` says
 ) -> list[Figure]: # One of all picks; of studies one a pick and method
     "Examples by methods, with the share of each map inside the finding"
-    asked = {method: (clip, method) for method in methods} | {f"{name}-{method}": (other, method) for name, other in others.items() for method in methods_of(other) if method != "attention"}
-    found = {name: [next(a for a in look_at_row(model, manifest, row, None, method, upsample) if a.item == item) for row, item in picks] for name, (model, method) in asked.items()}
+    found = {name: [next(a for a in look_at_row(model, manifest, row, None, method, upsample) if a.item == item) for row, item in picks] for name, (model, method) in asked_of(clip, methods, others).items()}
     rows = [manifest.loc[[row]] for row, _ in picks]
     if isinstance(clip, StudyModel):
         studies = [clip.preprocess(series_paths(one)[0], **one.read) for one in rows]

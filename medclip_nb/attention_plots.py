@@ -19,7 +19,7 @@ from matplotlib.image import AxesImage
 from numpy.typing import ArrayLike
 
 from .core import InputError
-from .plots import PALETTE, _cells, wrapped
+from .plots import PALETTE, cell_grid, wrapped
 
 # %% ../nbs/61a_attention_plots.ipynb #33996922
 HUE, OUTLINE = (1.0, 0.42, 0.0), PALETTE[9]
@@ -36,6 +36,7 @@ def scaled(
     top = np.nanmean(maps) if scale == "common" else np.nanmax(maps.reshape(len(maps), -1), 1).reshape(-1, *[1] * (maps.ndim - 1))
     return maps / np.maximum(top, np.finfo(np.float32).tiny)
 
+# %% ../nbs/61a_attention_plots.ipynb #153c7465
 def _grey(image: Any) -> np.ndarray: # (h, w) in [0, 1]
     "An image as it is drawn"
     pixels = np.asarray(image.convert("L") if hasattr(image, "convert") else image, dtype=np.float32)
@@ -97,7 +98,7 @@ def item_overlays(
     height, width = maps.shape[1:]
     titles = [_said(text, *(None if v is None else float(v[i]) for v in (similarities, zero_mass)), int(14.5 * size)) for i, text in enumerate(texts)]
     above = 0.17 * max(title.count("\n") + 1 for title in titles) + 0.15
-    figure, axes = _cells(len(texts), columns, size, size * (height / width - 1) + above)
+    figure, axes = cell_grid(len(texts), columns, size, size * (height / width - 1) + above)
     for ax in set(figure.axes) - set(axes): ax.remove()
     for i, ax in enumerate(axes):
         shown = panel(ax, image, maps[i], float(np.nanmax(maps)), None if masks is None else masks[i])
@@ -184,6 +185,7 @@ def _shares(ax: Axes, maps: np.ndarray, names: Sequence[str], chosen: int) -> No
     ax.grid(False)
     for spine in ax.spines.values(): spine.set_visible(False)
 
+# %% ../nbs/61a_attention_plots.ipynb #7d732ffe
 def volume_montage(
     volumes: ArrayLike, # (n, d, h, w) or one (d, h, w), as the model was shown them
     maps: ArrayLike, # Of the same shape, not negative, such as `Attended.map`

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .core import InputError
-from .plots import CHANCE, PALETTE, _words, wrapped
+from .plots import CHANCE, PALETTE, metric_words, wrapped
 
 # %% ../nbs/61_evaluation_plots.ipynb #204a7d21
 def class_bars(
@@ -35,7 +35,7 @@ def class_bars(
         ax.barh(places, value, color=colour, alpha=0.55, height=0.66)
         ax.hlines(places, low, high, color=colour, linewidth=2)
         if metric == "auroc": ax.axvline(0.5, color=CHANCE, linestyle="--", linewidth=1.2)
-        ax.set(title=_words(metric), xlim=(0, 1.02), xticks=np.linspace(0, 1, 5), xlabel="value, 95 % interval")
+        ax.set(title=metric_words(metric), xlim=(0, 1.02), xticks=np.linspace(0, 1, 5), xlabel="value, 95 % interval")
         ax.grid(False, axis="y")
     names = [f"{wrapped(name, 34, 1)}  ({n:.0f})" for name, n in zip(rows.index, rows["support" if "support" in rows else "positives"])]
     axes[0, 0].set(yticks=places, yticklabels=names, ylim=(len(rows) - 0.4, -0.6))
@@ -60,7 +60,7 @@ def prompt_dots(
             colour = PALETTE[0] if place == 0 else PALETTE[1]
             ax.hlines(place, row["low"], row["high"], color=colour, linewidth=2.2, alpha=0.55)
             ax.plot(row["value"], place, "D" if place == 0 else "o", color=colour, markersize=6)
-        ax.set(title=_words(metric), xlabel="value, 95 % interval")
+        ax.set(title=metric_words(metric), xlabel="value, 95 % interval")
         ax.grid(False, axis="y")
     axes[0, 0].set(yticks=range(len(names)), yticklabels=[wrapped(n, 46, 2) for n in names], ylim=(len(names) - 0.5, -0.5))
     if title: figure.suptitle(wrapped(title, 90), x=0.01, ha="left", fontsize=11)

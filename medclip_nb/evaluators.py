@@ -25,6 +25,7 @@ from .results import (SCHEMA, Result, classification, finding_labels, finding_re
 from .robustness import corrupted, robustness
 from .subgroups import small_subgroups, subgroups
 
+# %% ../nbs/46_evaluators.ipynb #ea80494f
 _all_ = ["OUTCOMES", "difference_table", "paired_differences", "paired_tests", "corrupted", "robustness", "small_subgroups", "subgroups",
          "class_sentences", "zero_shot", "zero_shot_classifier", "zero_shot_findings", "prompt_sensitivity", "few_shot", "STRENGTHS", "knn", "linear_probe", "rank_captions", "retrieval",
          "item_retrieval", "item_retrieval_result", "item_zero_shot", "item_scores", "text_queries", "evaluate_protocol", "list_protocols", "protocol_result",

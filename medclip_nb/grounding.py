@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'read_mask', 'items_of', 'Attended', 'has_masks', 'with_masks', 'look_at_images', 'look_at_study',
-           'look_at_row', 'described', 'attended', 'near', 'diameter', 'choose_cut', 'ground', 'counts',
+           'look_at_row', 'described', 'attended', 'near', 'diameter', 'choose_cut', 'counts', 'ground',
            'method_differences', 'join_methods']
 
 # %% ../nbs/45k_grounding.ipynb #24ca27cc
@@ -98,6 +98,7 @@ def _together(maps: list[np.ndarray]) -> np.ndarray:
     mean = np.nansum(maps, axis=0) / known.sum(0).clip(1)
     return np.where(known[0], mean, np.nan).astype(np.float32)
 
+# %% ../nbs/45k_grounding.ipynb #8c26b8e9
 def look_at_images(
     clip: ClipModel, # A model of images
     images: Sequence[Image.Image], # As `read_image` gives them
@@ -124,6 +125,7 @@ def look_at_images(
         found[i].append(Attended(k, texts[i][k], shown, mask, [(pixel_mm,) * 2] if pixel_mm else [], [], zero, similarity))
     return found
 
+# %% ../nbs/45k_grounding.ipynb #7eefa6a9
 def look_at_study(
     clip: StudyModel, # A model of studies
     series: Mapping[str, str | Path], # Name -> file
@@ -250,6 +252,18 @@ def choose_cut(
     if not len(shares): raise InputError(f"{valid.dataset}: no mask of the validation rows marks a pixel, so no threshold can be chosen.")
     return {"threshold": CUTS[int(shares.mean(0).argmax())], "items": len(shares), "split": sorted(set(valid["split"]))}
 
+# %% ../nbs/45k_grounding.ipynb #c43ee911
+def counts(
+    manifest: Manifest, # The rows that were given
+    rows: pd.DataFrame, # The items that were measured, with mask_share
+) -> dict: # rows and items, with and without a mask
+    "What could be measured and what not"
+    there, masked = sum(map(len, items_of(manifest))), with_masks(manifest)
+    told = sum(map(len, items_of(masked)))
+    return {"items": len(rows), "without_mask": {"rows": len(manifest) - len(masked), "items_of_these": there - told, "items_of_other_rows": told - len(rows)},
+            "never_shown": int((rows["mask_share"] == 0).sum())}
+
+# %% ../nbs/45k_grounding.ipynb #22bbf97c
 def ground(
     clip: ClipModel, # A StudyModel for studies
     manifest: Manifest, # Rows to measure, with a column mask
@@ -278,16 +292,6 @@ def ground(
     how = {"method": method, "tolerance": reach, "unit": "mm" if in_mm else "pixels", "pixel_mm": pixel_mm, "upsample": upsample, "cut": cut}
     details = origin(clip, manifest, n_boot, seed) | how | {"chance": chance, "headline": ["pointing", "pointing_within"], **counts(manifest, rows)}
     return Result("grounding", summarise(rows[measures], groups, n_boot, seed), predictions, details)
-
-def counts(
-    manifest: Manifest, # The rows that were given
-    rows: pd.DataFrame, # The items that were measured, with mask_share
-) -> dict: # rows and items, with and without a mask
-    "What could be measured and what not"
-    there, masked = sum(map(len, items_of(manifest))), with_masks(manifest)
-    told = sum(map(len, items_of(masked)))
-    return {"items": len(rows), "without_mask": {"rows": len(manifest) - len(masked), "items_of_these": there - told, "items_of_other_rows": told - len(rows)},
-            "never_shown": int((rows["mask_share"] == 0).sum())}
 
 # %% ../nbs/45k_grounding.ipynb #c47beeda
 def method_differences(

@@ -55,6 +55,7 @@ def read_image(
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: cannot be read as an image ({type(error).__name__}: {error}). Replace the file or remove its row.") from None
 
+# %% ../nbs/12_images.ipynb #1b774dc3
 def _check_size(path: Any, image: Image.Image) -> None:
     "Refuse what would unpack beyond PIL's limit"
     if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
@@ -68,6 +69,7 @@ def _seek(path: Any, image: Image.Image, frame: int) -> None:
     image.seek(frame)
     _check_size(path, image)
 
+# %% ../nbs/12_images.ipynb #97b7f163
 def _load(image: Image.Image, truncated: bool) -> None:
     "Decode; PIL's switch for files that end early is global, hence the lock"
     if not truncated: return image.load() and None

@@ -25,7 +25,7 @@ from .metrics import bootstrap_weights, choose_thresholds, query_metrics
 from .models import ClipModel
 from .multilabel import multilabel_metrics
 from .rankings import chance_levels
-from .ranks import _query_table
+from .ranks import query_table
 from .resampling import weighted_means
 from .results import Result, classification, finding_labels, finding_result, label_classes, metric_table, origin, units
 from .study_images import name_studies
@@ -84,7 +84,7 @@ def query_ranks(
     "Ranks, query by query"
     query, rank = ranks["query"].to_numpy(), ranks["rank"].to_numpy()
     by_query = ranks.groupby("query")["rank"]
-    return _query_table(query, rank, queries, ks).assign(item_rank=by_query.mean().reindex(range(queries)).to_numpy(), worst_rank=by_query.max().reindex(range(queries)).to_numpy())
+    return query_table(query, rank, queries, ks).assign(item_rank=by_query.mean().reindex(range(queries)).to_numpy(), worst_rank=by_query.max().reindex(range(queries)).to_numpy())
 
 # %% ../nbs/45j_item_evaluators.ipynb #214e3c19
 def _summed(table: pd.DataFrame, complete_ks: Sequence[int] | None, weights: np.ndarray | None) -> dict[str, Any]:

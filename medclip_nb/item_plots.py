@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from .core import InputError
 from .datasets import Manifest
-from .plots import RIGHT, _show_row, use_style, wrapped
+from .plots import RIGHT, show_row, use_style, wrapped
 
 # %% ../nbs/61c_item_plots.ipynb #7b8bf31a
 def _lines(row: dict[str, Any], top: int) -> list[tuple[str, str, float, bool]]: # place, text, score (NaN below the list), whether it is right
@@ -50,6 +50,6 @@ def item_lists(
     figure, axes = plt.subplots(len(chosen), 2, figsize=(9, sum(max(1.6, 0.27 * len(l)) for l in lines)), squeeze=False, width_ratios=[1, 4.2],
                                 height_ratios=[max(1.6, 0.27 * len(l)) for l in lines])
     for (left, right), row, said in zip(axes, chosen, lines):
-        _show_row(left, manifest, manifest.loc[row["row"]])
+        show_row(left, manifest, manifest.loc[row["row"]])
         _write(right, said, 86)
     return figure

@@ -19,6 +19,7 @@ from .curves import Threshold, auroc, average_precision, choose_threshold, choos
 from .ranks import chance_recall, query_metrics, rank_metrics, retrieval_metrics, retrieval_queries, retrieval_ranks
 from .resampling import as_objects, bootstrap, bootstrap_weights, grouping, interval, mean_defined, ratio, resample_blocks, weighted_means, weighted_median
 
+# %% ../nbs/42_metrics.ipynb #e99ebd72
 _all_ = ["Threshold", "auroc", "average_precision", "choose_threshold", "choose_thresholds", "chance_recall", "query_metrics", "rank_metrics",
          "retrieval_metrics", "retrieval_queries", "retrieval_ranks", "bootstrap", "bootstrap_weights", "interval", "weighted_median"]
 

@@ -20,7 +20,7 @@ from .core import InputError, close_matches, progress
 from .datasets import Manifest
 from .evaluators import named_labels
 from .images import Augment, ImageDataset
-from .item_scores import _Studies
+from .item_scores import ManifestStudies
 from .models import ClipModel
 from .study_images import Study, StudyBatch, StudyDataset, draw_series, pad_studies
 from .study_models import StudyModel
@@ -67,7 +67,7 @@ def _pair_texts(rows: Manifest, texts: str) -> list[list[str]]:
 def _images(clip: ClipModel, rows: Manifest, memory_mb: int) -> Dataset:
     "What a model reads of a manifest: pictures, or studies"
     if isinstance(clip, StudyModel):
-        studies = _Studies(rows, clip.preprocess)
+        studies = ManifestStudies(rows, clip.preprocess)
         return StudyDataset(range(len(studies)), studies.__getitem__, memory_mb)
     if "series" in rows and "image" not in rows: raise InputError(f"{rows.dataset}: its rows are studies, and {clip.spec!r} reads pictures. Take a study model, see `study_model`.")
     return ImageDataset(rows.paths(), clip.preprocess, memory_mb, **rows.read)

@@ -139,6 +139,7 @@ def check_protocol(
         raise InputError(f"Protocol {protocol.name!r} needs a column 'study' with the path of each study, which {manifest.dataset} lacks. "
                          f"Read the data with load_manifest({protocol.dataset!r}, ...).")
 
+# %% ../nbs/45l_protocols.ipynb #aed80f9a
 def protocol_result(
     name: str, # Of `list_protocols`
     manifest: Manifest, # n rows that are measured

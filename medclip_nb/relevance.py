@@ -86,6 +86,7 @@ def _last_attention(visual: nn.Module) -> tuple[nn.Module, str] | None:
     parent, _, name = names[-1].rpartition(".")
     return visual.get_submodule(parent), name
 
+# %% ../nbs/26_relevance.ipynb #98061004
 @contextlib.contextmanager
 def shown_attention(
     visual: nn.Module, # An image tower made of open_clip's or timm's blocks
@@ -105,6 +106,7 @@ def shown_attention(
         try: yield seen
         finally: setattr(parent, name, layer); hook.remove()
 
+# %% ../nbs/26_relevance.ipynb #96442731
 def _whole_block(visual: nn.Module) -> nn.Module:
     "The part of a tower to look into: all of it, but of a volume encoder the last block that looks at whole studies"
     if not isinstance(trunk := getattr(visual, "trunk", None), VolumeEncoder): return visual

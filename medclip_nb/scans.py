@@ -20,6 +20,7 @@ import numpy as np
 
 from .core import InputError
 
+# %% ../nbs/06_scans.ipynb #f7f456ab
 if TYPE_CHECKING: import torch
 
 # %% ../nbs/06_scans.ipynb #06cf3eb0
