@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .batches import average_gradients, in_chunks, refuse_batch_norm
-from .core import InputError, atomic_path, is_batch, plain, progress, write_json
+from .core import InputError, atomic_path, is_batch, plain, progress, reuse_memory, write_json
 from .datasets import Manifest
 from .evaluators import label_classes
 from .images import Augment, laterality
@@ -244,6 +244,7 @@ def begin_run(
     "Make everything a training needs; raises `InputError` for what is missing"
     if len(train_rows) < 2: raise InputError(f"Training needs at least 2 pairs, got {len(train_rows)}.")
     accelerator = accelerator_of(clip, recipe, out_dir)
+    if clip.device.type == "cpu": reuse_memory()
     size, world = min(recipe.batch_size, len(train_rows)), accelerator.num_processes
     if size < world: raise InputError(f"A batch of {size} cannot be shared by {world} processes.")
     clip.model.float()
