@@ -19,7 +19,7 @@ from .core import InputError
 from .models import ClipModel, forward_image_tokens
 from .study_images import StudyBatch
 from .study_models import StudyModel
-from .volumes import VolumeEncoder
+from .volumes import SlicePatches, VolumeEncoder
 
 # %% ../nbs/26_relevance.ipynb #0e3434f4
 def token_grid(
@@ -122,6 +122,20 @@ def _attention_relevance(clip: ClipModel, images: Tensor | StudyBatch, texts: Se
     gradient, = torch.autograd.grad(score, weights)
     return (gradient * weights).relu().mean(1)[:, 0, 1:].float()
 
+def _slice_relevance(clip: StudyModel, images: Tensor | StudyBatch, texts: Sequence[str]) -> Tensor:
+    "Gradient times activation in the cells of the network that reads slices (n, l)"
+    seen = []
+    def kept(module: nn.Module, given: tuple, cells: Tensor) -> Tensor:
+        seen.append(cells.detach().requires_grad_())
+        return seen[0]
+    hook = clip.model.visual.trunk.patch_embed.register_forward_hook(kept)
+    try:
+        with torch.enable_grad(): gradient, = torch.autograd.grad(_score(clip, clip.forward_images(images), texts), seen)
+    finally: hook.remove()
+    found, mask = (gradient * seen[0]).sum(-1).flatten(1).relu().float(), getattr(images, "scan_mask", None)
+    if mask is None: return found.view(len(images), -1)
+    return found.new_zeros(*mask.shape, found.shape[1]).masked_scatter(mask[..., None].to(found.device), found).flatten(1)
+
 # %% ../nbs/26_relevance.ipynb #5604aa1b
 def relevance_maps(
     clip: ClipModel, # Any model whose image tower ends in a grid of convolutions, or pools a class token
@@ -133,7 +147,8 @@ def relevance_maps(
     visual, training = clip.model.visual, clip.model.training
     clip.model.eval()
     try:
-        if _last_attention(visual): found = _attention_relevance(clip, images, texts)
+        if isinstance(getattr(getattr(visual, "trunk", None), "patch_embed", None), SlicePatches): found = _slice_relevance(clip, images, texts)
+        elif _last_attention(visual): found = _attention_relevance(clip, images, texts)
         elif hasattr(visual, "trunk"): found = _grid_relevance(clip, images, texts)
         else: raise InputError(f"Model {clip.spec!r}: no relevance for an image tower of type {type(visual).__name__}.")
     finally: clip.model.train(training)
