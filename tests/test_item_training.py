@@ -17,11 +17,11 @@ from medclip_nb.datasets import Manifest
 from medclip_nb.item_objective import Itemized
 from medclip_nb.item_texts import ItemGallery, ItemTexts, item_gallery
 from medclip_nb.items import text_id
-from medclip_nb.models import load_model, save_checkpoint
+from medclip_nb.models import STARTER, load_model, save_checkpoint
 from medclip_nb.pairs import swap_sides
 from medclip_nb.recipes import Recipe
 from medclip_nb.study_images import StudyPreprocess
-from medclip_nb.study_models import study_model
+from medclip_nb.study_models import start_from_slices, study_model
 from medclip_nb.trainers import begin_run, train
 from medclip_nb.validation import best_ranks, item_values
 from PIL import Image
@@ -98,7 +98,7 @@ CASES = {
     "everything": ("image", {"sampling": "diverse", "mirror": 0.5, "token_keep_prob": 0.7, "worst_positive_factor": 1.5, "chunk": 2, "clip_grad": 1e9}),
     "flair": ("image", {"item_weights": {"ila": 0.5, "mps": 0.5}, "divisor": "items", "normal_check": False, "metric": "valid_mrr"}),
     "studies": ("series", {"augment": None, "token_keep_prob": 0.7}),
-    "drawn series": ("series", {"num_series": 2}),
+    "drawn series": ("series", {"num_series": 2, "mirror": 0.5}),
     "studies, clip": ("series", {"objective": "clip", "num_series": 2}),
     "studies, siglip": ("series", {"objective": "siglip"}),
 }
@@ -162,7 +162,7 @@ def test_processes_train_as_one(alone, together, name):
 class Killed(Exception): pass
 
 
-@pytest.mark.parametrize("kind, options", [("image", {"sampling": "diverse", "mirror": 0.5, "token_keep_prob": 0.7, "ema": 0.9}), ("series", {"num_series": 2, "wise": True})])
+@pytest.mark.parametrize("kind, options", [("image", {"sampling": "diverse", "mirror": 0.5, "token_keep_prob": 0.7, "ema": 0.9}), ("series", {"num_series": 2, "mirror": 0.5, "wise": True})])
 def test_killed_and_continued(table, models, tmp_path, monkeypatch, kind, options):
     "Bit for bit, terms of the losses included, also in the middle of an epoch"
     options = {"epochs": 3, "save_every": 1, "lr": 2e-3, **options}
@@ -373,10 +373,49 @@ def test_learning_shows_in_the_metric(table, models, tmp_path):
     assert training.after["valid_item_mrr"] == history["valid_item_mrr"].max()
 
 
+@pytest.mark.parametrize("objective", ["itemized", "clip"])
+def test_mirrored_studies(table, models, tmp_path, objective):
+    "A mirrored study is flipped from left to right in every series, and its texts exchange the sides"
+    run, batch = begun(table, models, tmp_path, "series", batch_size=28, objective=objective, texts="items", mirror=0.5)
+    assert batch.mirrored.any() and not batch.mirrored.all()
+    for row, back, volumes in zip(batch.rows.tolist(), batch.mirrored, batch.images.volumes):
+        read = run.pairs.images[row].volumes
+        assert torch.equal(volumes[:len(read)], read.flip(-1) if back else read)
+    if objective == "itemized": return
+    said = [" ".join(items) for items in manifest(table, "train")["items"]]
+    expected = run.clip.tokenizer([swap_sides(said[row]) if back else said[row] for row, back in zip(batch.rows.tolist(), batch.mirrored)])
+    assert torch.equal(batch.texts, expected)
+
+
+def test_a_study_model_starts_where_pictures_ended(table, models, tmp_path):
+    "After a step of nothing but the blocks, the slices' network, the projection, the text tower and the pooling are those of the model of pictures; its file says the rest"
+    seed_everything(0)
+    pictures = load_model("starter", device="cpu")
+    train(pictures, manifest(table, "train"), manifest(table, "valid"), tmp_path / "pictures", **{**BASE, "epochs": 1, "pooling_heads": 4, "augment": None})
+    sliced = load_model("starter-studies", device="cpu")
+    new = start_from_slices(sliced, pictures)
+    assert sliced.config["model_cfg"]["pooling_cfg"] == {"heads": 4} and not any(n.startswith("visual_proj.") for n in new)
+    for name, tensor in pictures.model.state_dict().items():
+        assert torch.equal(sliced.model.state_dict()[name.replace("visual.trunk.", "visual.trunk.patch_embed.net.")], tensor), name
+    again = load_model(str(save_checkpoint(sliced, tmp_path / "study")), device="cpu")
+    study = torch.randn(1, 2, 1, 14, 80, 80)
+    assert torch.equal(again.encode_image_tokens(study)[1], sliced.encode_image_tokens(study)[1])
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"volume": {"width": 64}}, "gives 128 numbers a cell"), ({"volume": {"patch_size": [2, 8, 8]}}, "takes patches of one slice"), ({"dim": 64}, "does not fit"),
+    ({"preprocess": {"mean": 0.5}}, "saw pictures with mean"), ({"volume": {"slices": None}}, "has no network that reads slices")])
+def test_slices_that_do_not_fit(change, says):
+    volume = {"width": 128, "depth": 1, "heads": 4, "patch_size": [1, 8, 8], "grid": [14, 10, 10], "levels": ["slice"], "slices": "medclip_starter"} | change.get("volume", {})
+    steps = StudyPreprocess(**{"size": (14, 80, 80), "mean": 0.25, "std": 0.25} | change.get("preprocess", {}))
+    with pytest.raises(InputError, match=says):
+        start_from_slices(study_model(volume, STARTER["model_cfg"]["text_cfg"], dim=change.get("dim", 128), preprocess=steps, device="cpu"), load_model("starter", device="cpu"))
+
+
 # What cannot be
 
 @pytest.mark.parametrize("kind, options, says", [
-    ("series", {"mirror": 0.5}, "studies are not mirrored"), ("series", {"augment": trainers.Augment(degrees=3)}, "augment varies pictures"),
+    ("series", {"augment": trainers.Augment(degrees=3)}, "augment varies pictures"),
     ("image", {"checkpointing": True, "model": "starter"}, "cannot recompute its activations"), ("image", {"pooling_heads": 3}, "dim must be a multiple of heads"),
     ("image", {"objective": "clip", "metric": "valid_item_mrr"}, "is measured by the objective 'itemized'")])
 def test_what_cannot_be(table, models, tmp_path, kind, options, says):
