@@ -412,6 +412,34 @@ def test_slices_that_do_not_fit(change, says):
         start_from_slices(study_model(volume, STARTER["model_cfg"]["text_cfg"], dim=change.get("dim", 128), preprocess=steps, device="cpu"), load_model("starter", device="cpu"))
 
 
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    "A small BERT with random weights and a tokenizer, as its hub has them"
+    import transformers
+    folder = tmp_path_factory.mktemp("bert")
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *sorted({w for t in [*ITEMS, NORMAL] for w in t.lower().rstrip(".").split()})]))
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=24, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, max_position_embeddings=64)
+    transformers.BertModel(transformers.BertConfig(**sizes), add_pooling_layer=False).save_pretrained(folder)
+    return f"hf:{folder}"
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_a_bert_reads_the_items(table, bert, tmp_path, locked):
+    "As in the published trainings: a Hugging Face encoder beside a volume encoder that reads names of series, locked or not"
+    seed_everything(0)
+    clip = study_model(VOLUME | {"series_names": True}, bert, dim=16, preprocess=StudyPreprocess(percentiles=None, size=(8, 32, 32)), device="cpu")
+    if locked: lock(clip, ["text"])
+    before = {n: t.clone() for n, t in clip.model.text.state_dict().items()}
+    history = train(clip, manifest(table, "train", "series"), manifest(table, "valid", "series"), tmp_path / "out", **{**BASE, "pooling_heads": 4, "epochs": 4, "lr": 3e-3}).history
+    assert history["train_loss"].iloc[-1] < history["train_loss"].iloc[0]
+    same = [n for n, t in clip.model.text.state_dict().items() if torch.equal(t, before[n])]
+    assert len(same) == len(before) if locked else not any("word_embeddings" in n or "layer.1" in n for n in same)
+    again = load_model(str(tmp_path / "out" / "checkpoint"), device="cpu")
+    assert torch.equal(again.encode_texts(ITEMS), clip.encode_texts(ITEMS))
+
+
 # What cannot be
 
 @pytest.mark.parametrize("kind, options, says", [
