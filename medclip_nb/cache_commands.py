@@ -80,12 +80,13 @@ def embed(
     splits: SplitsOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    "Compute the features of a dataset's images and captions, into a file or a cache."
+    "Compute the features of a dataset's images, or studies, and captions, into a file or a cache."
     _check_out(out, cache, only, overwrite)
     from medclip_nb.embeddings import embed as embed_rows
     from medclip_nb.models import load_model
+    from medclip_nb.study_images import name_studies
     device, first = _join_processes(device)
-    manifest, rows = _rows(_load(dataset, root, option, splits), split, limit)
+    manifest, rows = _rows(name_studies(_load(dataset, root, option, splits)), split, limit)
     kinds = [kind for kind, column in KINDS.items() if only in ("", kind) and column in manifest]
     if not kinds: raise InputError(f"{dataset}: has no column {' or '.join(c for k, c in KINDS.items() if only in ('', k))}. It has {', '.join(map(str, manifest.columns))}.")
     if out and out.suffix == ".npy" and len(kinds) > 1: raise InputError(f"{out}: holds one array, and there are two. Add --only images or --only texts, or write .npz.")

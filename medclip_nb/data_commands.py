@@ -73,13 +73,19 @@ def reader_options(
 ) -> dict[str, Any]: # Keyword arguments of the reader
     "Options for a dataset's reader; raises `InputError` for one that it doesn't have"
     from medclip_nb import datasets
-    known, out = dict(list(inspect.signature(datasets._find_reader(dataset)).parameters.items())[1:]), {}
+    given, out = list(inspect.signature(datasets._find_reader(dataset)).parameters.values())[1:], {}
+    known = {p.name: p.annotation for p in given if p.kind is not p.VAR_KEYWORD}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals: raise InputError(f"-o {pair!r} is not name=value.")
-        if name not in known: raise InputError(f"Reader {dataset!r} has no option {name!r}. {close_matches(name, known)}")
-        out[name] = option_value(value, known[name].annotation, f"-o {name}")
+        if name in known: out[name] = option_value(value, known[name], f"-o {name}")
+        elif len(known) < len(given): out[name] = _json_or_text(value) # The reader takes options that it looks at itself
+        else: raise InputError(f"Reader {dataset!r} has no option {name!r}. {close_matches(name, known)}")
     return out
+
+def _json_or_text(value: str) -> Any:
+    try: return json.loads(value)
+    except ValueError: return value
 
 def _load(dataset: str, root: Path, options: Iterable[str], splits: Path | None = None) -> Any:
     "The manifest that a verb works on"

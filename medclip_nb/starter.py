@@ -11,14 +11,14 @@ __all__ = ['LEVELS', 'RANGES', 'NORMAL_ITEM', 'WORDS', 'NORMAL', 'CONTRASTS', 'P
 import gzip
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from numpy.random import Generator
 
-from .core import InputError, atomic_folder, progress, write_json
+from .core import InputError, atomic_folder, close_matches, progress, write_json
 from .datasets import register
 from .phantom import (CENTRE, GRID, PIXELS, PLANES, SEQUENCES, VENTRICLES, Recipe, Study, View, grey, label_volume,
                                 masks, slice_points, volume_affine, volume_points)
@@ -228,6 +228,7 @@ def make_starter(
     **recipe, # Fields of `Recipe`, such as n_studies and seed
 ) -> Path: # The folder
     "Make the dataset unless it is there; raises `InputError` for a folder that holds something else"
+    for name in sorted(recipe.keys() - {*(known := [f.name for f in fields(Recipe)])}): raise InputError(f"The recipe of the starter dataset has no {name!r}. {close_matches(name, known)}")
     root, recipe = Path(root), Recipe(**recipe)
     stamp = root/"recipe.json"
     if root.exists() and not stamp.exists() and (root.is_file() or any(root.iterdir())):

@@ -127,3 +127,15 @@ def test_templates_run_on_studies(command, folder, studies, tmp_path, template, 
     predictions = pd.read_parquet(tmp_path / "run" / "predictions.parquet")
     assert len(predictions) == 5 and predictions["image"].str.endswith("_FLAIR.nii.gz").all()
     assert "5 studies" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_command_writes_features_of_studies(command, reader, folder, studies, tmp_path):
+    options = [x for name, value in {"view": "studies", **FEW}.items() for x in ("--option", f"{name}={json.dumps(value) if isinstance(value, list) else value}")]
+    done = subprocess.run([command, "embed", "starter", studies.root, "--model", folder, "--device", "cpu", "--split", "test", *options, "--out", tmp_path / "found.npz"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = studies.part("test")
+    with np.load(tmp_path / "found.npz", allow_pickle=False) as data:
+        np.testing.assert_allclose(data["image_features"], reader.encode_images(series_paths(rows)).numpy(), atol=1e-5)
+        assert data["image"].tolist() == name_studies(rows)["image"].tolist()
+    done = subprocess.run([command, "embed", "starter", studies.root, "--model", "starter", *options, "--out", tmp_path / "other.npz"], capture_output=True, text=True)
+    assert done.returncode == 2 and "Take a study model" in done.stderr and not (tmp_path / "other.npz").exists()
