@@ -102,11 +102,12 @@ def attend(
         asked, _ = candidate_texts(texts, texts_file), figure_paths(out, 1)
         if method not in (known := ("auto", "attention", "relevance", "similarity")): raise InputError(f"Unknown method {method!r}. {close_matches(method, known)}")
         clip = _load_model(images, model, checkpoint, device, precision)
+        from medclip_nb.study_models import StudyModel
+        if window and isinstance(clip, StudyModel): raise InputError(f"--window {window}: is for pictures; model {clip.spec!r} reads studies in windows of its own. Leave it out.")
         import matplotlib
         matplotlib.use("Agg")
         from medclip_nb.grounding import choose_method
         from medclip_nb.plots import use_style
-        from medclip_nb.study_models import StudyModel
         use_style()
         method = choose_method(clip, method)
         look = (clip, images, asked, method, mask)
