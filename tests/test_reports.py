@@ -80,7 +80,18 @@ def test_pointing_game(reports, request):
 
 
 def test_model_of_studies_recognises_findings(reports):
-    assert metric(reports, "studies", "findings/auroc_macro")["low"] > 0.5
+    "Every kind of finding is recognised without a classifier, above chance outside its interval"
+    for finding in ("white-matter lesion", "ring-enhancing mass", "haemorrhage", "infarct", "enlarged ventricles"):
+        assert metric(reports, "studies", f"findings/{finding}/auroc")["low"] > 0.5, finding
+
+
+def test_model_of_studies_looks_at_what_a_text_names(reports):
+    "In three dimensions: far above a point drawn at random, strictly and within the tolerance"
+    for run, before in (("studies", "places/"), ("studies-maps", "")):
+        found = {name: metric(reports, run, f"{before}attention_{name}") for name in ("pointing", "pointing_within", "mask_share", "near_share", "pixel_auroc")}
+        assert found["pointing"]["low"] > 20 * found["mask_share"]["high"], run
+        assert found["pointing_within"]["low"] > 20 * found["near_share"]["high"], run
+        assert found["pixel_auroc"]["low"] > 0.85, run
 
 
 def test_second_call_has_nothing_to_do(made):
