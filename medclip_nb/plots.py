@@ -356,7 +356,7 @@ def training_curves(
               ("On validation", "share", shares),
               ("Logit scale", "scale", [c for c in ("logit_scale",) if c in history])]
     panels = [p for p in panels if p[2]]
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.5 * len(panels), 2.9), squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.5 * len(panels), 3.4), squeeze=False)
     for ax, (title, unit, columns) in zip(axes.flat, panels):
         for column in columns: ax.plot(history["epoch"], history[column], marker="o", markersize=3.5, label=_curve(column))
         if title == "Loss" and batch_size:
@@ -366,7 +366,7 @@ def training_curves(
         ax.set(title=title, xlabel="epoch", ylabel=unit)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if unit == "share": ax.set_ylim(-0.02, 1.02)
-        ax.legend()
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     return figure
 
 def _curve(column: str) -> str:

@@ -236,7 +236,7 @@ def make_starter(
     if not stamp.exists() or json.loads(stamp.read_text(encoding="utf-8"))["hash"] != recipe.hash:
         with atomic_folder(root) as folder:
             for name in ("slices", "slice_masks", "masks"): (folder/name).mkdir()
-            rows, studies = zip(*_each_study(write_study, recipe, folder, workers, "making slices"))
+            rows, studies = zip(*_each_study(write_study, recipe, folder, workers, "making slices" if recipe.n_slices else "making masks"))
             write_json(folder/"slices.json", sum(rows, []))
             write_json(folder/"studies.json", studies)
             write_json(folder/"recipe.json", {"hash": recipe.hash, "recipe": asdict(recipe)})
