@@ -7,6 +7,7 @@ __all__ = ['SLICES', 'StudyTower', 'StudyModel', 'build', 'study_model', 'start_
 
 # %% ../nbs/25_study_models.ipynb #2450998d
 import math
+import re
 import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -180,12 +181,13 @@ def start_from_slices(
     _ready_for(clip, pictures)
     whole, before = clip.model.state_dict(), "visual.trunk."
     state = {n.replace(before, SLICES): t for n, t in align_state(pictures.model.state_dict(), whole).items()}
-    new = [n for n in whole if n not in state and (n.startswith(before) and not n.startswith(SLICES) or n.startswith("visual_proj.") and pictures.pooling is None)]
+    own = re.compile(r"visual\.trunk\.(?!patch_embed\.)|visual_proj\.|logit_bias$")
+    new = [n for n in whole if n not in state and own.match(n)]
     if wrong := misfits(state, {n: t for n, t in whole.items() if n not in new}):
         raise InputError(f"{pictures.spec!r} does not fit {clip.spec!r}: {'; '.join(wrong)}")
     clip.model.load_state_dict(state, strict=False)
     for block in encoder.blocks:
-        for layer in (block.attn.proj, block.mlp.fc2): nn.init.zeros_(layer.weight)
+        for layer in (block.attn.proj, block.mlp.fc2): nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
     return new
 
 # %% ../nbs/25_study_models.ipynb #84e5a395
