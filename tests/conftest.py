@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import nbformat
 import pytest
 
 os.environ |= {"MEDCLIP_NB_BATCH": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler) # Ignored in what a shell runs in the background, and in what that starts
 ROOT = Path(__file__).resolve().parent.parent
 
 
