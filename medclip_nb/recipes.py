@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'OBJECTIVES', 'ITEM_METRICS', 'METRICS', 'PASSING', 'Steps', 'Lessons', 'Reports', 'Keeping', 'Recipe',
-           'recipe_of', 'Objective', 'give_bias', 'Contrastive', 'balanced', 'Prompts']
+           'recipe_of', 'Objective', 'Contrastive', 'balanced', 'Prompts']
 
 # %% ../nbs/49a_recipes.ipynb #ff6bd021
 import importlib.util
@@ -27,6 +27,7 @@ from .models import ClipModel
 from .optimisation import SCHEDULES
 from .pairs import image_features, is_frozen, text_features
 from .study_images import StudyBatch
+from .study_models import give_bias
 from .texts import LONG_TEXT, Parts, tokenise
 
 # %% ../nbs/49a_recipes.ipynb #04e6b4c6
@@ -195,15 +196,6 @@ class Objective(nn.Module):
         raise NotImplementedError
 
 # %% ../nbs/49a_recipes.ipynb #dbf7cdaf
-def give_bias(
-    clip: ClipModel, # Receives a logit bias, if it has none
-    start: float = -10.0, # Where it starts
-) -> None:
-    "Make a model ready for sigmoid losses"
-    if clip.model.logit_bias is not None: return
-    clip.model.logit_bias = nn.Parameter(torch.tensor(start, device=clip.device))
-    clip.config["model_cfg"]["init_logit_bias"] = start
-
 class Contrastive(Objective):
     "Each image among the batch's texts, and each text among its images"
     def __init__(self,
