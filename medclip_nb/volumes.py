@@ -190,12 +190,6 @@ class VolumePatches(nn.Module):
     def forward(self, x: Tensor) -> Tensor: # (s, c, D, H, W) -> (s, d, h, w, width)
         return self.proj(x).movedim(1, -1)
 
-def _started(layers: Sequence[nn.Module]) -> None:
-    "Random weights as vision transformers start from"
-    for layer in layers:
-        nn.init.trunc_normal_(layer.weight, std=0.02)
-        nn.init.zeros_(layer.bias)
-
 def _drop_patches(x: Tensor, share: float, by_slab: bool) -> Tensor:
     "A random choice of the patches (s, d, a, c) of each slab or scan, in their order"
     x = x if by_slab else x.flatten(1, 2)[:, None]
@@ -258,10 +252,12 @@ class VolumeEncoder(nn.Module):
         self._reset()
 
     def _reset(self) -> None:
-        "Random weights, those of a network of slices excepted"
+        "Random weights as vision transformers start from; a network of slices has its own"
         nn.init.normal_(self.cls_token, std=0.02)
-        if isinstance(self.patch_embed, VolumePatches): _started([self.patch_embed.proj])
-        _started([m for m in self.blocks.modules() if isinstance(m, nn.Linear)])
+        first = [self.patch_embed.proj] if isinstance(self.patch_embed, VolumePatches) else []
+        for layer in (*first, *(m for m in self.blocks.modules() if isinstance(m, nn.Linear))):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
 
     def forward(self,
         x: Tensor, # (b, n, c, D, H, W), multiples of the patch size
