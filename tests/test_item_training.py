@@ -388,7 +388,7 @@ def test_mirrored_studies(table, models, tmp_path, objective):
 
 
 def test_a_study_model_starts_where_pictures_ended(table, models, tmp_path):
-    "After a step of nothing but the blocks, the slices' network, the projection, the text tower and the pooling are those of the model of pictures; its file says the rest"
+    "The network of slices, the projection, the text tower, the pooling, scale and bias are those of the model of pictures, and a saved model gives the same tokens"
     seed_everything(0)
     pictures = load_model("starter", device="cpu")
     train(pictures, manifest(table, "train"), manifest(table, "valid"), tmp_path / "pictures", **{**BASE, "epochs": 1, "pooling_heads": 4, "augment": None})
