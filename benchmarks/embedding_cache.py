@@ -18,8 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from medclip_nb.datasets import load_manifest
-from medclip_nb.embeddings import embed, identity
-from medclip_nb.feature_store import FeatureCache
+from medclip_nb.embeddings import FeatureCache, embed, identity
 from medclip_nb.models import load_model
 from PIL import Image
 

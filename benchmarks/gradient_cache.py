@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from medclip_nb.batches import cached_step
+from medclip_nb.distributed import cached_step
 from medclip_nb.losses import clip_loss
 from open_clip.model import CLIP
 

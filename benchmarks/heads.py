@@ -17,7 +17,7 @@ from copy import deepcopy
 import numpy as np
 import torch
 import torch.nn.functional as F
-from medclip_nb.heads import PENALTIES, fit_head
+from medclip_nb.trainers import PENALTIES, fit_head
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 from threadpoolctl import threadpool_limits

@@ -12,8 +12,7 @@ import statistics
 import time
 import torch
 import torch.nn.functional as F
-from medclip_nb.pooling import TextConditionedPooling
-from medclip_nb.similarity import item_similarity, top_candidates
+from medclip_nb.models import TextConditionedPooling, item_similarity, top_candidates
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 

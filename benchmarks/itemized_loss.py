@@ -13,8 +13,8 @@ import statistics
 import time
 import torch
 import torch.nn.functional as F
-from medclip_nb.itemized import draw_token_mask, itemized_losses, sample_negatives, text_lists
-from medclip_nb.pooling import TextConditionedPooling
+from medclip_nb.losses import draw_token_mask, itemized_losses, sample_negatives, text_lists
+from medclip_nb.models import TextConditionedPooling
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 

@@ -15,8 +15,7 @@ import torch
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
-from medclip_nb.logistic import Linear, logistic_path
-from medclip_nb.probes import STRENGTHS
+from medclip_nb.evaluators import STRENGTHS, Linear, logistic_path
 
 
 def features(n, dim, classes, seed=0):

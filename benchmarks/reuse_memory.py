@@ -18,9 +18,8 @@ def steps(model, batch, n, threads, keep):
     "Seconds, seconds of the system and peak memory of some steps"
     import torch
     from medclip_nb.core import reuse_memory, seed_everything
-    from medclip_nb.itemized import itemized_losses
-    from medclip_nb.models import forward_image_tokens, load_model
-    from medclip_nb.study_models import give_pooling
+    from medclip_nb.losses import itemized_losses
+    from medclip_nb.models import forward_image_tokens, give_pooling, load_model
     if keep and not reuse_memory(): raise SystemExit("The C library of this machine cannot keep freed memory.")
     torch.set_num_threads(threads)
     seed_everything(0)

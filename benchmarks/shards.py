@@ -16,9 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from medclip_nb.datasets import load_manifest
+from medclip_nb.datasets import ShardLoader, Shards, load_manifest, write_shards
 from medclip_nb.images import read_image
-from medclip_nb.shards import ShardLoader, Shards, write_shards
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 

@@ -21,8 +21,9 @@ import torch
 from medclip_nb.datasets import load_manifest
 from medclip_nb.losses import clip_loss
 from medclip_nb.models import load_model
-from medclip_nb.optimisation import clamp_scale, parameter_groups
-from medclip_nb.trainers import Recipe, backward, batches, begin_run, draw_batch, take_step
+from medclip_nb.trainers import (
+    Recipe, backward, batches, begin_run, clamp_scale, draw_batch, parameter_groups, take_step,
+)
 from PIL import Image
 
 WORDS = ("axial t2 weighted slice of the brain at the level of the lateral ventricles with a small ring enhancing lesion in the left frontal lobe "

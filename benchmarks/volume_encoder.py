@@ -17,7 +17,7 @@ import time
 from copy import deepcopy
 
 import torch
-from medclip_nb.volumes import VolumeEncoder, layout
+from medclip_nb.models import VolumeEncoder, layout
 
 
 def plain(encoder):

@@ -39,8 +39,8 @@ def stale_modules() -> list[str]:
     "Modules that are not what their notebooks export"
     with TemporaryDirectory() as folder:
         copy = _copy(Path(folder))
-        for p in (copy / "medclip_nb").glob("*.py"):
-            if p.name != "__init__.py": p.unlink()
+        for p in (copy / "medclip_nb").rglob("*.py"):
+            if p != copy / "medclip_nb" / "__init__.py": p.unlink()
         _nbdev("nbdev_export", copy)
         return _differences(ROOT / "medclip_nb", copy / "medclip_nb", "*.py")
 

@@ -7,13 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from medclip_nb import cli
+from medclip_nb.cli import main as cli
 from medclip_nb.datasets import load_manifest
-from medclip_nb.grounding import ground
-from medclip_nb.item_maps import item_maps, shown_box, to_image
-from medclip_nb.localisation import choose_map_threshold, localise, overlaps, pointing, within
-from medclip_nb.models import load_model, save_checkpoint
-from medclip_nb.pooling import TextConditionedPooling
+from medclip_nb.evaluators import ground
+from medclip_nb.metrics import choose_map_threshold, localise, overlaps, pointing, within
+from medclip_nb.models import TextConditionedPooling, item_maps, load_model, save_checkpoint, shown_box, to_image
 from PIL import Image
 from scipy.spatial.distance import cdist
 from sklearn.metrics import jaccard_score, roc_auc_score

@@ -16,11 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from medclip_nb import datasets, files
-from medclip_nb.checks import check, file_facts, leak_table, nearest_hashes, summary, usable, validate
+from medclip_nb import datasets
+from medclip_nb.datasets import files
 from medclip_nb.core import InputError
-from medclip_nb.datasets import Manifest, load_manifest
-from medclip_nb.files import inside, phash, probe, safe_members, safe_path, safe_paths
+from medclip_nb.datasets import (
+    Manifest, check, file_facts, inside, leak_table, load_manifest, nearest_hashes, phash, probe, safe_members,
+    safe_path, safe_paths, summary, usable, validate,
+)
 
 
 def picture(seed):

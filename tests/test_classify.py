@@ -6,7 +6,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from medclip_nb import cli
+from medclip_nb.cli import main as cli
 from medclip_nb.models import load_model
 from PIL import Image
 from typer.testing import CliRunner
@@ -128,7 +128,7 @@ def test_packs_are_listed():
 
 def test_start_is_light():
     import sys
-    code = "import medclip_nb.ask_commands, medclip_nb.cli, sys; print(*{'torch', 'pandas', 'numpy', 'open_clip', 'yaml'} & set(sys.modules))"
+    code = "import medclip_nb.cli.ask, medclip_nb.cli.main, sys; print(*{'torch', 'pandas', 'numpy', 'open_clip', 'yaml'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ANSI_FREE).stdout.split() == []
 
 
@@ -155,7 +155,7 @@ def load(spots):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_zero_shot_against_loops(spots, clip, seed):
-    from medclip_nb.classifiers import zero_shot
+    from medclip_nb.evaluators import zero_shot
     from sklearn import metrics as sk
     rng = np.random.default_rng(seed)
     templates = list(rng.choice(["{}", "a {} square", "an image of {}", "something {}, somewhere"], rng.integers(1, 4), replace=False))
@@ -187,7 +187,7 @@ def test_zero_shot_against_loops(spots, clip, seed):
 
 
 def test_order_of_the_average_matters(clip):
-    from medclip_nb.classifiers import zero_shot_classifier
+    from medclip_nb.evaluators import zero_shot_classifier
     texts = ["a knee", "an axial slice of the brain showing a ring-enhancing mass with surrounding oedema in the left frontal lobe"]
     with clip.inference(): raw = clip.forward_texts(clip.tokenizer(texts)).float() * torch.tensor([[1.0], [7.0]])
     stated = torch.nn.functional.normalize(torch.nn.functional.normalize(raw, dim=-1).mean(0), dim=0)
@@ -197,7 +197,7 @@ def test_order_of_the_average_matters(clip):
 
 @pytest.mark.parametrize("negatives", [[], ["no {}", "a square that is not {}"]])
 def test_findings_against_scikit_learn(spots, clip, negatives):
-    from medclip_nb.classifiers import zero_shot_findings
+    from medclip_nb.evaluators import zero_shot_findings
     from sklearn import metrics as sk
     manifest, templates = load(spots), ["{}", "a square that is {}"]
     result = zero_shot_findings(clip, manifest.part("test"), ["bright", "right"], templates, negatives, {"right": ["on the right", "to the right"]}, valid=manifest.part("valid"), n_boot=50)
@@ -218,8 +218,8 @@ def test_findings_against_scikit_learn(spots, clip, negatives):
 
 
 def test_thresholds_and_temperature_do_not_look_at_the_test(spots, clip):
-    from medclip_nb.classifiers import zero_shot, zero_shot_findings
     from medclip_nb.core import InputError
+    from medclip_nb.evaluators import zero_shot, zero_shot_findings
     manifest = load(spots)
     test, valid = manifest.part("test"), manifest.part("valid")
     turned = test.assign(bright=1 - test["bright"].astype(float), right=test["right"].map({"present": "absent", "absent": "present"}), label=test["label"].map({"dark": "bright", "bright": "dark", "grey": "grey"}))

@@ -3,7 +3,7 @@ import json
 import subprocess
 
 import pytest
-from medclip_nb import cli
+from medclip_nb.cli import main as cli
 from typer.testing import CliRunner
 
 PARAMETERS = 'n: int = 5  # How many\nname: str = "a"  # Kept as text\ndata_root: str  # Where the data are\nout_dir: str = "out"'

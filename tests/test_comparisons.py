@@ -5,10 +5,11 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sk
 
-from medclip_nb.comparisons import delong, delong_covariance, delong_test, holm, mcnemar, over_seeds, paired_bootstrap, paired_table, subgroup_table, unit_count
 from medclip_nb.core import InputError
-from medclip_nb.metrics import auroc, classification_metrics
-from medclip_nb.resampling import bootstrap, bootstrap_weights, interval
+from medclip_nb.metrics import (
+    auroc, bootstrap, bootstrap_weights, classification_metrics, delong, delong_covariance, delong_test, holm,
+    interval, mcnemar, over_seeds, paired_bootstrap, paired_table, subgroup_table, unit_count,
+)
 
 
 def structural_components(positive, scores):

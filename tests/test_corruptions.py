@@ -12,14 +12,14 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 
 from medclip_nb.core import InputError, content_hash
-from medclip_nb.corruptions import ANY_IMAGE, CORRUPTIONS, LEVELS, Corrupt, corrupt, corrupted_preprocess, corruption_table, is_grey, stain_matrix
-from medclip_nb.datasets import load_manifest
+from medclip_nb.datasets import bright_squares, load_manifest
 from medclip_nb.embeddings import embed
-from medclip_nb.evaluators import linear_probe, zero_shot
-from medclip_nb.images import ImageDataset
+from medclip_nb.evaluators import corrupted, linear_probe, robustness, robustness_curves, robustness_table, zero_shot
+from medclip_nb.images import (
+    ANY_IMAGE, CORRUPTIONS, LEVELS, Corrupt, ImageDataset, corrupt, corrupted_preprocess, corruption_table, is_grey,
+    stain_matrix,
+)
 from medclip_nb.models import load_model
-from medclip_nb.robustness import corrupted, robustness, robustness_curves, robustness_table
-from medclip_nb.squares import bright_squares
 
 
 def picture(seed, size=(96, 80), grey=False):

@@ -8,12 +8,12 @@ from scipy.optimize import brute
 from scipy.special import log_softmax
 from sklearn import metrics as sk
 
-from medclip_nb.calibration import calibration_metrics, confidence_bins, fit_temperature, reliability_table
 from medclip_nb.core import InputError
-from medclip_nb.curves import RULES, auroc, average_precision, choose_threshold, choose_thresholds, class_areas
-from medclip_nb.metrics import class_ranks, classification_metrics, per_class_metrics
-from medclip_nb.multilabel import multilabel_metrics, multilabel_table
-from medclip_nb.resampling import bootstrap_weights, interval, resample_blocks
+from medclip_nb.metrics import (
+    RULES, auroc, average_precision, bootstrap_weights, calibration_metrics, choose_threshold, choose_thresholds,
+    class_areas, class_ranks, classification_metrics, confidence_bins, fit_temperature, interval, multilabel_metrics,
+    multilabel_table, per_class_metrics, reliability_table, resample_blocks,
+)
 
 
 @pytest.mark.parametrize("levels", [2, 5, 1000])

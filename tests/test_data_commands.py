@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from medclip_nb.cli import app
+from medclip_nb.cli.main import app
 from medclip_nb.datasets import load_manifest
 from PIL import Image
 from typer.testing import CliRunner
@@ -177,7 +177,7 @@ def test_a_full_disk_leaves_nothing_half(tmp_path, monkeypatch, out, before):
     if before: assert data(*command)[0] == 0
     held = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
     def full(*args, **kwargs): raise OSError(28, "No space left on device")
-    for where in ("pandas.DataFrame.to_csv", "pandas.DataFrame.to_parquet", "pathlib.Path.write_text", "medclip_nb.shards._add"): monkeypatch.setattr(where, full)
+    for where in ("pandas.DataFrame.to_csv", "pandas.DataFrame.to_parquet", "pathlib.Path.write_text", "medclip_nb.datasets.shards._add"): monkeypatch.setattr(where, full)
     code, output = data(*command)
     assert code == 2 and "cannot be written (No space left on device)" in output
     assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == held
@@ -196,6 +196,6 @@ def test_tables_elsewhere(tmp_path):
 
 
 def test_help_is_light():
-    code = "import medclip_nb.data_commands, sys; print(*{'torch', 'pandas', 'numpy', 'pyarrow', 'webdataset', 'datasets', 'PIL'} & set(sys.modules))"
+    code = "import medclip_nb.cli.data, sys; print(*{'torch', 'pandas', 'numpy', 'pyarrow', 'webdataset', 'datasets', 'PIL'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []
     assert all(verb in data("--help")[1] for verb in ("list", "info", "validate", "split", "shard", "convert"))

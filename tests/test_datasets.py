@@ -15,10 +15,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from medclip_nb import datasets
+from medclip_nb.datasets import manifest as datasets
 from medclip_nb.core import InputError
-from medclip_nb.datasets import (CARD_KEYS, READERS, Manifest, card, card_folder, card_markdown, card_names, list_datasets, load_manifest,
-                                 load_splits, make_splits, read_table, register, save_splits, split_hash, with_validation)
+from medclip_nb.datasets import (
+    CARD_KEYS, READERS, Manifest, card, card_folder, card_markdown, card_names, list_datasets, load_manifest,
+    load_splits, make_splits, read_table, register, save_splits, split_hash, with_validation,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = sorted((ROOT / "data" / "cards").glob("*.yaml"))
@@ -237,8 +239,8 @@ def test_card_is_whole_and_its_reader_is_there(path):
 
 
 def test_every_reader_has_a_card():
-    for path in (ROOT / "medclip_nb").glob("*.py"):
-        if re.search(r"^@?register\(", path.read_text(encoding="utf-8"), re.M): importlib.import_module(f"medclip_nb.{path.stem}")
+    for path in (ROOT / "medclip_nb").rglob("*.py"):
+        if re.search(r"^@?register\(", path.read_text(encoding="utf-8"), re.M): importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
     ours = {n for n, (reader, _) in READERS.items() if reader.__module__.startswith("medclip_nb.")}
     assert ours == set(card_names()) == {p.stem for p in CARDS}
 
@@ -248,7 +250,7 @@ def test_listing_imports_no_reader():
 before = set(sys.modules)
 from medclip_nb.datasets import list_datasets, card
 names = list_datasets().name.tolist()
-heavy = {"torch", "pyarrow.dataset", "pydicom", "nibabel", "webdataset", "datasets", "PIL", "medclip_nb.starter"}
+heavy = {"torch", "pyarrow.dataset", "pydicom", "nibabel", "webdataset", "datasets", "PIL", "medclip_nb.datasets.starter"}
 print(len(names) >= 3 and "starter" in names, sorted(heavy & set(sys.modules)))"""
     assert python(code) == "True []\n"
     assert list_datasets().columns.tolist() == ["name", "title", "modality", "tasks", "license", "source", "description", "reader"]
@@ -272,7 +274,7 @@ def test_broken_card(tmp_path, monkeypatch):
     text = (tmp_path / "cards" / "csv.yaml").read_text()
     for change, says in (("module: medclip_nb.nowhere", "lost.yaml: there is no module 'medclip_nb.nowhere'"),
                          ("module: medclip_nb.core", "lost.yaml: module 'medclip_nb.core' registers no reader 'lost'")):
-        (tmp_path / "cards" / "lost.yaml").write_text(text.replace("name: csv", "name: lost").replace("module: medclip_nb.datasets", change))
+        (tmp_path / "cards" / "lost.yaml").write_text(text.replace("name: csv", "name: lost").replace("module: medclip_nb.datasets.manifest", change))
         with pytest.raises(InputError, match=says): load_manifest("lost", tmp_path)
     (tmp_path / "cards" / "lost.yaml").write_text("!!python/object/apply:os.system ['touch evil']")
     with pytest.raises(InputError, match="lost.yaml: not YAML"): list_datasets()

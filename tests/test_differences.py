@@ -13,11 +13,11 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from medclip_nb.core import InputError
 from medclip_nb.datasets import Manifest
-from medclip_nb.differences import difference_table, paired_differences, paired_rows, paired_tests
-from medclip_nb.overview import compare, over_runs, seed_groups
-from medclip_nb.rankings import best_answers, caption_pairs, chance_levels, rank_pairs
-from medclip_nb.results import Result, join_results, metric_table
-from medclip_nb.subgroups import small_subgroups, subgroups, with_columns
+from medclip_nb.evaluators import (
+    Result, best_answers, caption_pairs, chance_levels, difference_table, join_results, metric_table,
+    paired_differences, paired_rows, paired_tests, rank_pairs, small_subgroups, subgroups, with_columns,
+)
+from medclip_nb.experiments import compare, over_runs, seed_groups
 
 
 def run(seed, skill, rows=120, patients=40, classes=("no", "yes"), task="zero_shot", split="test"):

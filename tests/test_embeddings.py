@@ -15,12 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from medclip_nb.cache_care import stores, tidy
-from medclip_nb.cli import app
+from medclip_nb.cli.main import app
 from medclip_nb.core import InputError, file_hash
 from medclip_nb.datasets import load_manifest
-from medclip_nb.embeddings import embed
-from medclip_nb.feature_store import FeatureCache, file_hashes, key_numbers, stamp
+from medclip_nb.embeddings import FeatureCache, embed, file_hashes, key_numbers, stamp, stores, tidy
 from medclip_nb.models import load_model, save_checkpoint
 from PIL import Image
 from typer.testing import CliRunner
@@ -308,7 +306,7 @@ def test_embed_says_what_is_wrong(table, tmp_path, monkeypatch, words, says):
 
 
 def test_embed_and_the_care_of_its_cache(table, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr("medclip_nb.feature_store.SETTLED", 0.0)
+    monkeypatch.setattr("medclip_nb.embeddings.store.SETTLED", 0.0)
     words = ["embed", "csv", table, "--model", "starter", "--checkpoint", weights, "--cache", tmp_path / "cache"]
     assert command(*words)[0] == 0
     assert command(*words, "--precision", "bf16", "--only", "images")[0] == 0

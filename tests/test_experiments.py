@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 from medclip_nb.core import InputError
-from medclip_nb.experiments import compare, plan_suite, run, run_suite
-from medclip_nb.runs import RunError
+from medclip_nb.experiments import RunError, compare, plan_suite, run, run_suite
 
 SAVE = '''metrics = {"value": {"value": value, "low": value - 1, "high": value + 1, "n": 7}}
 text = json.dumps({"schema": 1, "task": "stub", "metrics": metrics, "details": {"license": "CC0 <1>", "where": out_dir}})

@@ -13,7 +13,8 @@ import open_clip
 import pytest
 import safetensors.torch
 import torch
-from medclip_nb import cli, exports
+from medclip_nb.cli import main as cli
+from medclip_nb.models import exports
 from medclip_nb.core import InputError
 from medclip_nb.models import load_checkpoint, load_model, save_checkpoint, swap_towers
 from typer.testing import CliRunner

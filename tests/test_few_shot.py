@@ -12,12 +12,13 @@ from PIL import Image
 from scipy import stats
 
 from medclip_nb.core import InputError
-from medclip_nb.evaluators import few_shot, join_results, zero_shot
-from medclip_nb.few_shot import METHODS, Support, blend, draw_order, nearest_mean, plain_probe, tip_adapter
-from medclip_nb.few_shot_plots import curve_table
+from medclip_nb.datasets import bright_squares
+from medclip_nb.evaluators import (
+    METHODS, Result, Support, blend, draw_order, few_shot, join_results, nearest_mean, plain_probe, tip_adapter,
+    zero_shot,
+)
 from medclip_nb.models import load_model
-from medclip_nb.results import Result
-from medclip_nb.squares import bright_squares
+from medclip_nb.plots import curve_table
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,7 @@ import pydicom
 import pytest
 import torch
 from medclip_nb.core import InputError
-from medclip_nb.images import Augment, ImageDataset, laterality, read_image, read_volume
-from medclip_nb.scans import PLANES, orient
+from medclip_nb.images import PLANES, Augment, ImageDataset, laterality, orient, read_image, read_volume
 from PIL import Image, ImageFile
 
 SHIPPED = Path(pydicom.__file__).parent / "data/test_files"

@@ -10,15 +10,15 @@ from PIL import Image
 from scipy.sparse import csr_array
 from sklearn import metrics as sk
 
-from medclip_nb import item_scores as module
+from medclip_nb.evaluators import scores as module
 from medclip_nb.core import InputError
 from medclip_nb.datasets import Manifest
-from medclip_nb.item_evaluators import item_pairs, item_retrieval, item_retrieval_result, item_zero_shot, right_ranks
-from medclip_nb.item_scores import BELOW, encoded_images, item_scores, text_queries
-from medclip_nb.models import STARTER
-from medclip_nb.resampling import bootstrap_weights
-from medclip_nb.results import Result
-from medclip_nb.study_models import build
+from medclip_nb.evaluators import (
+    BELOW, Result, encoded_images, item_pairs, item_retrieval, item_retrieval_result, item_scores, item_zero_shot,
+    right_ranks, text_queries,
+)
+from medclip_nb.metrics import bootstrap_weights
+from medclip_nb.models import STARTER, build
 
 WORDS = ["a nodule on the left", "Effusion", "effusion.", "clear lungs", "a fracture of a rib", "a very long sentence about a mass in the right upper lobe"]
 

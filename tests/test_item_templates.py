@@ -5,10 +5,11 @@ import yaml
 from medclip_nb.core import InputError
 from medclip_nb.datasets import list_datasets
 from medclip_nb.evaluators import Result, list_protocols
-from medclip_nb.parameters import check_parameters, parameter_files, read_parameters, template_folder, template_parameters
-from medclip_nb.published import PUBLISHED
-from medclip_nb.recipes import recipe_of
-from medclip_nb.runs import run
+from medclip_nb.experiments import (
+    check_parameters, parameter_files, read_parameters, run, template_folder, template_parameters,
+)
+from medclip_nb.models import PUBLISHED
+from medclip_nb.trainers import recipe_of
 
 # ItemizedCLIP, arXiv 2512.11141, and its published training scripts: batch, lr, weight decay, warm-up (steps), epochs, eps, K, (ILA, MPS, IIS, KTA), keep, gamma, rho
 PUBLISHED_SETTINGS = {

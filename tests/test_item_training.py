@@ -10,20 +10,14 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
-from medclip_nb import trainers
-from medclip_nb.adapters import add_lora, lock
+from medclip_nb.trainers import loop as trainers
 from medclip_nb.core import InputError, seed_everything
-from medclip_nb.datasets import Manifest
-from medclip_nb.item_objective import Itemized
-from medclip_nb.item_texts import ItemGallery, ItemTexts, item_gallery
-from medclip_nb.items import text_id
-from medclip_nb.models import STARTER, load_model, save_checkpoint
-from medclip_nb.pairs import swap_sides
-from medclip_nb.recipes import Recipe
-from medclip_nb.study_images import StudyPreprocess
-from medclip_nb.study_models import start_from_slices, study_model
-from medclip_nb.trainers import begin_run, train
-from medclip_nb.validation import best_ranks, item_values
+from medclip_nb.datasets import Manifest, text_id
+from medclip_nb.images import StudyPreprocess
+from medclip_nb.models import STARTER, add_lora, load_model, lock, save_checkpoint, start_from_slices, study_model
+from medclip_nb.trainers import (
+    ItemGallery, ItemTexts, Itemized, Recipe, begin_run, best_ranks, item_gallery, item_values, swap_sides, train,
+)
 from PIL import Image
 from torch import nn
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from medclip_nb.batches import average_gradients
 from medclip_nb.core import InputError
-from medclip_nb.itemized import ITEM_WEIGHTS, draw_token_mask, item_weights, sample_negatives
-from medclip_nb.items import global_itemized_losses, item_batch
-from medclip_nb.losses import itemized_losses, siglip_loss
-from medclip_nb.pooling import POOLING_PREFIXES, TextConditionedPooling, pooling_from
+from medclip_nb.datasets import global_itemized_losses, item_batch
+from medclip_nb.distributed import average_gradients
+from medclip_nb.losses import (
+    ITEM_WEIGHTS, draw_token_mask, item_weights, itemized_losses, sample_negatives, siglip_loss,
+)
+from medclip_nb.models import POOLING_PREFIXES, TextConditionedPooling, pooling_from
 from torch import nn
 
 close = lambda a, b, atol=1e-7: torch.testing.assert_close(a, b, atol=atol, rtol=1e-7)

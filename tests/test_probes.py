@@ -9,11 +9,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from medclip_nb.core import InputError
-from medclip_nb.evaluators import knn, linear_probe
-from medclip_nb.logistic import Linear, _Loss, balanced_weights, logistic_path
+from medclip_nb.datasets import bright_squares
+from medclip_nb.evaluators import (
+    IPCLIP, Linear, balanced_weights, choose, knn, linear_probe, logistic_path, neighbour_votes, recall,
+)
+from medclip_nb.evaluators.logistic import _Loss
+from medclip_nb.evaluators.probes import _folds, _standardised
 from medclip_nb.models import load_model
-from medclip_nb.probes import IPCLIP, _folds, _standardised, choose, neighbour_votes, recall
-from medclip_nb.squares import bright_squares
 
 
 def made(classes, n=300, d=20, seed=0, dtype=np.float64):

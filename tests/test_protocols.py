@@ -13,19 +13,16 @@ from PIL import Image
 from scipy.special import softmax
 from sklearn import metrics as sk
 
-from medclip_nb import ct, studies
-from medclip_nb.classifiers import pack_questions
+from medclip_nb.datasets.readers import chest_ct as ct
+from medclip_nb.datasets.readers import neuro as studies
 from medclip_nb.core import InputError
 from medclip_nb.datasets import Manifest, load_manifest
-from medclip_nb.item_evaluators import item_pairs, question_scores
-from medclip_nb.item_scores import item_scores
-from medclip_nb.models import STARTER
-from medclip_nb.prompts import load_pack
-from medclip_nb.protocol_metrics import Scored, threshold_result
-from medclip_nb.protocols import PROTOCOLS, evaluate_protocol, list_protocols, protocol_result
-from medclip_nb.results import Result
-from medclip_nb.study_images import StudyPreprocess
-from medclip_nb.study_models import build, study_model
+from medclip_nb.evaluators import (
+    PROTOCOLS, Result, Scored, evaluate_protocol, item_pairs, item_scores, list_protocols, load_pack, pack_questions,
+    protocol_result, question_scores, threshold_result,
+)
+from medclip_nb.images import StudyPreprocess
+from medclip_nb.models import STARTER, build, study_model
 
 TEXT = dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=1)
 END = "_as_published"

@@ -5,10 +5,12 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
-from medclip_nb import ranks as module
+from medclip_nb.metrics import retrieval as module
 from medclip_nb.core import InputError
-from medclip_nb.ranks import positive_pairs, query_metrics, rank_metrics, retrieval_metrics, retrieval_queries, retrieval_ranks
-from medclip_nb.resampling import bootstrap_weights
+from medclip_nb.metrics import (
+    bootstrap_weights, positive_pairs, query_metrics, rank_metrics, retrieval_metrics, retrieval_queries,
+    retrieval_ranks,
+)
 
 KS = (1, 3, 10)
 WEIGHT_OF_TIES = {"mean": 0.5, "optimistic": 0.0, "pessimistic": 1.0}

@@ -16,10 +16,9 @@ import pandas as pd
 import pytest
 import torch
 from medclip_nb.core import InputError
-from medclip_nb.datasets import Manifest, load_manifest
+from medclip_nb.datasets import Manifest, ShardLoader, Shards, load_manifest, write_shards
+from medclip_nb.datasets.readers.webdataset import tar_samples
 from medclip_nb.images import read_image, read_volume
-from medclip_nb.shards import ShardLoader, Shards, write_shards
-from medclip_nb.tars import tar_samples
 from PIL import Image
 from pydicom.data import get_testdata_file
 
@@ -153,7 +152,7 @@ def test_over_the_web(folder):
 WRITE = """
 import sys, time
 from pathlib import Path
-from medclip_nb import shards
+from medclip_nb.datasets import shards
 from medclip_nb.datasets import load_manifest
 slow = shards._add
 def add(*args):

@@ -11,10 +11,11 @@ from nibabel.affines import apply_affine
 from PIL import Image
 
 from medclip_nb.core import InputError, file_hash
-from medclip_nb.datasets import load_manifest
-from medclip_nb.phantom import (KINDS, PIXELS, VENTRICLES, Recipe, Study, View, grey, label_volume, masks, slice_points,
-                                volume_affine)
-from medclip_nb.starter import NORMAL_ITEM, make_starter
+from medclip_nb.datasets import (
+    NORMAL_ITEM, PIXELS, VENTRICLES, Recipe, Study, View, grey, label_volume, load_manifest, make_starter, masks,
+    slice_points, volume_affine,
+)
+from medclip_nb.datasets.phantom import KINDS
 
 SMALL = dict(n_studies=(5, 1, 1), seed=3)
 
@@ -122,7 +123,7 @@ def test_reused_until_the_recipe_changes(tmp_path):
 
 
 def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("medclip_nb.starter.write_study", lambda *_: 1/0)
+    monkeypatch.setattr("medclip_nb.datasets.starter.write_study", lambda *_: 1/0)
     with pytest.raises(ZeroDivisionError): make_starter(tmp_path/"starter", workers=1, n_studies=(1, 0, 0))
     assert list(tmp_path.iterdir()) == []
 

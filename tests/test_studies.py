@@ -13,9 +13,8 @@ from medclip_nb.core import InputError
 from medclip_nb.datasets import Manifest, load_manifest
 from medclip_nb.embeddings import embed
 from medclip_nb.evaluators import linear_probe, retrieval, zero_shot, zero_shot_classifier
-from medclip_nb.models import load_model, save_checkpoint
-from medclip_nb.study_images import StudyPreprocess, name_studies, series_paths
-from medclip_nb.study_models import study_model
+from medclip_nb.images import StudyPreprocess, name_studies, series_paths
+from medclip_nb.models import load_model, save_checkpoint, study_model
 
 FEW = {"n_studies": [8, 4, 5], "n_slices": 1, "workers": 1}
 TOWER = dict(width=32, depth=2, heads=2, patch_size=(8, 16, 16), grid=(2, 3, 3), levels=("scan", "study"), max_scans=8, series_names=True)

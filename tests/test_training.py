@@ -16,7 +16,7 @@ from PIL import Image
 WORKER = """
 import json, os, sys, time
 import torch
-from medclip_nb import trainers
+from medclip_nb.trainers import loop as trainers
 from medclip_nb.core import seed_everything
 from medclip_nb.datasets import load_manifest
 from medclip_nb.models import load_model
@@ -185,7 +185,7 @@ def remembering():
 
 def test_a_tracker_hears_every_epoch(squares, model, tmp_path):
     "Also those before the training was stopped; and it is closed when a training fails"
-    from medclip_nb import trainers
+    from medclip_nb.trainers import loop as trainers
     from medclip_nb.models import load_model
     rows = [squares.part(s) for s in ("train", "valid")]
     options = {"epochs": 3, "batch_size": 14, "augment": None, "lr": 1e-3}

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from medclip_nb.checkpoints import misfits
 from medclip_nb.core import InputError
-from medclip_nb.models import load_checkpoint, load_model, save_checkpoint
-from medclip_nb.published import PUBLISHED, published_state
-from medclip_nb.study_images import Study, pad_studies, study_preprocess
-from medclip_nb.study_models import build, study_model
-from medclip_nb.volumes import CHARACTERS, LEVELS, SeriesNameEncoder, VolumeEncoder, inflate, sincos
+from medclip_nb.images import Study, pad_studies, study_preprocess
+from medclip_nb.models import (
+    CHARACTERS, LEVELS, PUBLISHED, SeriesNameEncoder, VolumeEncoder, build, inflate, load_checkpoint, load_model,
+    misfits, published_state, save_checkpoint, sincos, study_model,
+)
 
 WB = ("weight", "bias")
 
