@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DEVICES', 'PRECISIONS', 'InputError', 'close_matches', 'seed_everything', 'repository_root', 'begin', 'reuse_memory',
            'pick_device', 'pick_precision', 'content_hash', 'file_hash', 'atomic_path', 'atomic_folder', 'plain',
-           'write_json', 'is_batch', 'progress']
+           'write_json', 'is_batch', 'progress', 'read_json']
 
-# %% ../nbs/00_core.ipynb #81ee39c4
+# %% ../nbs/00_core.ipynb #2a317ea4
 import ctypes
 import difflib
 import hashlib
@@ -205,3 +205,11 @@ def progress(
     "A progress bar for people, silence for logs"
     from tqdm.auto import tqdm
     return tqdm(iterable, total=total, desc=desc, unit=unit, disable=is_batch(), mininterval=0.5, leave=False)
+
+# %% ../nbs/00_core.ipynb #dbae3cf2
+def read_json(
+    path: str | Path, # An existing file
+) -> Any: # What it holds
+    "Read a JSON file; raises `InputError` naming it if it is none"
+    try: return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as e: raise InputError(f"{path} cannot be read: {e}") from None

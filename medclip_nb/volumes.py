@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['Arrangement', 'CHARACTERS', 'END', 'LAYOUTS', 'LEVELS', 'SLOTS', 'SeriesNameEncoder', 'SlicePatches', 'UNKNOWN',
            'VolumeEncoder', 'VolumePatches', 'inflate', 'inflated', 'layout', 'merged', 'parted', 'regroup',
-           'resampled', 'sincos', 'sincos_grid', 'spelled', 'stretched', 'token_mask']
+           'resampled', 'sincos', 'sincos_grid', 'spelled', 'stretched']
 
 # %% ../nbs/03_volumes.ipynb #1547b89d
 from medclip_nb.models.volume_encoder import (
     CHARACTERS, END, LAYOUTS, LEVELS, SLOTS, UNKNOWN, Arrangement, SeriesNameEncoder, SlicePatches, VolumeEncoder,
     VolumePatches, inflate, inflated, layout, merged, parted, regroup, resampled, sincos, sincos_grid, spelled,
-    stretched, token_mask,
+    stretched,
 )
 
 # %% ../nbs/03_volumes.ipynb #aacba1e9
 _all_ = ["Arrangement", "CHARACTERS", "END", "LAYOUTS", "LEVELS", "SLOTS", "SeriesNameEncoder", "SlicePatches",
          "UNKNOWN", "VolumeEncoder", "VolumePatches", "inflate", "inflated", "layout", "merged", "parted",
-         "regroup", "resampled", "sincos", "sincos_grid", "spelled", "stretched", "token_mask"]
+         "regroup", "resampled", "sincos", "sincos_grid", "spelled", "stretched"]

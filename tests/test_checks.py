@@ -17,10 +17,9 @@ import torch
 from PIL import Image
 
 from medclip_nb import datasets
-from medclip_nb.datasets import files
 from medclip_nb.core import InputError
 from medclip_nb.datasets import (
-    Manifest, check, file_facts, inside, leak_table, load_manifest, nearest_hashes, phash, probe, safe_members,
+    Manifest, check, file_facts, files, inside, leak_table, load_manifest, nearest_hashes, phash, probe, safe_members,
     safe_path, safe_paths, summary, usable, validate,
 )
 

@@ -3,6 +3,7 @@ import json
 import subprocess
 
 import pytest
+from medclip_nb.cli import doctor as diagnosis
 from medclip_nb.cli import main as cli
 from typer.testing import CliRunner
 
@@ -85,9 +86,9 @@ def test_suite(stub, tmp_path):
 
 
 def test_doctor(monkeypatch):
-    found = cli.diagnose()
+    found = diagnosis.diagnose()
     assert {"python", "packages", "torch", "torchvision", "devices", "kernel", "free disk"} <= {r[1] for r in found}
     assert [r for r in found if r[0] == "fail" and r[1] not in ("templates",)] == []
     broken = [("fail", "torchvision", "operator torchvision::nms does not exist", "a CPU build next to a CUDA build does this")]
-    monkeypatch.setattr(cli, "diagnose", lambda: broken)
+    monkeypatch.setattr(diagnosis, "diagnose", lambda: broken)
     assert "-> a CPU build next to a CUDA build" in call("doctor", code=1)

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from medclip_nb.datasets import manifest as datasets
 from medclip_nb.core import InputError
+from medclip_nb.datasets import registry as datasets
 from medclip_nb.datasets import (
     CARD_KEYS, READERS, Manifest, card, card_folder, card_markdown, card_names, list_datasets, load_manifest,
     load_splits, make_splits, read_table, register, save_splits, split_hash, with_validation,
@@ -274,7 +274,7 @@ def test_broken_card(tmp_path, monkeypatch):
     text = (tmp_path / "cards" / "csv.yaml").read_text()
     for change, says in (("module: medclip_nb.nowhere", "lost.yaml: there is no module 'medclip_nb.nowhere'"),
                          ("module: medclip_nb.core", "lost.yaml: module 'medclip_nb.core' registers no reader 'lost'")):
-        (tmp_path / "cards" / "lost.yaml").write_text(text.replace("name: csv", "name: lost").replace("module: medclip_nb.datasets.manifest", change))
+        (tmp_path / "cards" / "lost.yaml").write_text(text.replace("name: csv", "name: lost").replace("module: medclip_nb.datasets.readers.basic", change))
         with pytest.raises(InputError, match=says): load_manifest("lost", tmp_path)
     (tmp_path / "cards" / "lost.yaml").write_text("!!python/object/apply:os.system ['touch evil']")
     with pytest.raises(InputError, match="lost.yaml: not YAML"): list_datasets()

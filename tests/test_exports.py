@@ -14,9 +14,8 @@ import pytest
 import safetensors.torch
 import torch
 from medclip_nb.cli import main as cli
-from medclip_nb.models import exports
 from medclip_nb.core import InputError
-from medclip_nb.models import load_checkpoint, load_model, save_checkpoint, swap_towers
+from medclip_nb.models import exports, load_checkpoint, load_model, save_checkpoint, swap_towers
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,13 +10,13 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
-from medclip_nb.trainers import loop as trainers
 from medclip_nb.core import InputError, seed_everything
 from medclip_nb.datasets import Manifest, text_id
 from medclip_nb.images import StudyPreprocess
 from medclip_nb.models import STARTER, add_lora, load_model, lock, save_checkpoint, start_from_slices, study_model
 from medclip_nb.trainers import (
-    ItemGallery, ItemTexts, Itemized, Recipe, begin_run, best_ranks, item_gallery, item_values, swap_sides, train,
+    ItemGallery, ItemTexts, Itemized, Recipe, begin_run, best_ranks, item_gallery, item_values, loop as trainers,
+    swap_sides, train,
 )
 from PIL import Image
 from torch import nn

@@ -7,12 +7,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from medclip_nb.core import InputError
-from medclip_nb.datasets import global_itemized_losses, item_batch
 from medclip_nb.distributed import average_gradients
 from medclip_nb.losses import (
-    ITEM_WEIGHTS, draw_token_mask, item_weights, itemized_losses, sample_negatives, siglip_loss,
+    ITEM_WEIGHTS, draw_token_mask, global_itemized_losses, item_weights, itemized_losses, sample_negatives,
+    siglip_loss,
 )
 from medclip_nb.models import POOLING_PREFIXES, TextConditionedPooling, pooling_from
+from medclip_nb.trainers import item_batch
 from torch import nn
 
 close = lambda a, b, atol=1e-7: torch.testing.assert_close(a, b, atol=atol, rtol=1e-7)

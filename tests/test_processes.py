@@ -5,8 +5,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from medclip_nb.distributed import average_gradients, cached_step, gather, gather_ids, global_loss, in_chunks
+from medclip_nb.distributed import average_gradients, gather, gather_ids, global_loss
 from medclip_nb.losses import clip_loss, positives_of, prompt_loss, siglip_loss, soft_clip_loss
+from medclip_nb.trainers import cached_step, in_chunks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from medclip_nb.core import InputError
-from medclip_nb.datasets import Manifest, load_manifest
+from medclip_nb.datasets import Manifest, load_manifest, name_studies, series_paths
 from medclip_nb.embeddings import embed
 from medclip_nb.evaluators import linear_probe, retrieval, zero_shot, zero_shot_classifier
-from medclip_nb.images import StudyPreprocess, name_studies, series_paths
+from medclip_nb.images import StudyPreprocess
 from medclip_nb.models import load_model, save_checkpoint, study_model
 
 FEW = {"n_studies": [8, 4, 5], "n_slices": 1, "workers": 1}

@@ -185,8 +185,8 @@ def remembering():
 
 def test_a_tracker_hears_every_epoch(squares, model, tmp_path):
     "Also those before the training was stopped; and it is closed when a training fails"
-    from medclip_nb.trainers import loop as trainers
     from medclip_nb.models import load_model
+    from medclip_nb.trainers import loop as trainers
     rows = [squares.part(s) for s in ("train", "valid")]
     options = {"epochs": 3, "batch_size": 14, "augment": None, "lr": 1e-3}
     for stopped in (False, True):

@@ -10,39 +10,46 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "checks": [
-        "COLUMNS", "DEPTHS", "FACTS", "LEAK", "MARKUP", "ORDER", "REMEDIES", "ROW_KINDS", "SIMILAR", "check",
-        "file_facts", "label_table", "leak_table", "nearest_hashes", "skipped_table", "split_table", "summary",
-        "token_lengths", "usable", "validate",
+        "COLUMNS", "MARKUP", "REMEDIES", "ROW_KINDS", "check", "label_table", "skipped_table", "split_table",
+        "summary", "token_lengths", "usable", "validate",
     ],
-    "files": [
-        "ImageFacts", "MAX_PIXELS", "MAX_VOXELS", "PIL_FORMATS", "PLAIN", "SUFFIXES", "inside", "path_fault",
-        "phash", "probe", "safe_member", "safe_members", "safe_path", "safe_paths", "thumbnail",
-    ],
+    "files": ["ImageFacts", "MAX_PIXELS", "MAX_VOXELS", "PIL_FORMATS", "SUFFIXES", "phash", "probe", "thumbnail"],
     "items": [
-        "ItemBatch", "NORMAL_RULES", "NORMAL_TEXTS", "PLACEHOLDER", "SAMPLINGS", "UNREMARKABLE",
-        "global_itemized_losses", "item_batch", "item_lists", "normal_flags", "sample_items", "says_normal",
-        "text_id", "without",
+        "NORMAL_RULES", "NORMAL_TEXTS", "UNREMARKABLE", "item_lists", "normal_flags", "says_normal", "text_id",
+        "without",
     ],
-    "manifest": [
-        "CARD_KEYS", "CELL_KINDS", "FRACTIONS", "IMAGE_SUFFIXES", "LISTED", "Manifest", "READERS",
-        "SPLIT_NAMES", "card", "card_folder", "card_markdown", "card_names", "list_datasets", "load_manifest",
-        "load_splits", "make_splits", "read_card", "read_csv", "read_imagefolder", "read_table", "register",
-        "save_splits", "split_hash", "with_validation",
-    ],
+    "leaks": ["DEPTHS", "FACTS", "LEAK", "ORDER", "SIMILAR", "file_facts", "leak_table", "nearest_hashes"],
+    "loading": ["load_manifest"],
+    "manifest": ["Manifest"],
+    "paths": ["PLAIN", "inside", "path_fault", "safe_member", "safe_members", "safe_path", "safe_paths"],
     "phantom": [
         "CENTRE", "DETAIL", "Finding", "GRID", "Head", "Kind", "Layer", "ORIGIN", "PIXELS", "PLANES", "Recipe",
         "SEQUENCES", "SIGNAL", "Study", "TEMPLATE_T1", "Tissue", "VENTRICLES", "VENTRICLES_WEIGHT", "View",
         "WHITE", "Waves", "grey", "label_volume", "lobe_of", "masks", "mix", "place", "sample", "signal",
         "slice_points", "template", "volume_affine", "volume_points",
     ],
+    "registry": [
+        "CARD_KEYS", "CELL_KINDS", "LISTED", "READERS", "card", "card_folder", "card_markdown", "card_names",
+        "list_datasets", "read_card", "register",
+    ],
+    "reports": [
+        "ABBREVIATIONS", "BREAK", "LOWER_BREAK", "MASKS", "NUMBERED", "NUMBER_AFTER", "SECTION",
+        "SECTION_NAMES", "TITLED", "report_items", "report_sections", "report_text",
+    ],
     "shards": [
         "PICTURES", "Place", "ShardLoader", "Shards", "decode_image", "read_sample", "shuffled",
         "write_shards",
+    ],
+    "splits": [
+        "FRACTIONS", "SPLIT_NAMES", "load_splits", "make_splits", "save_splits", "split_hash",
+        "with_validation",
     ],
     "starter": [
         "CONTRASTS", "LEVELS", "NORMAL", "NORMAL_ITEM", "PATTERNS", "RANGES", "VIEWS", "WORDS", "caption_of",
         "is_faint", "item_of", "least_area", "level_of", "make_starter", "plan_slices", "read_starter",
         "slice_row", "study_labels", "write_nifti", "write_series", "write_study",
     ],
+    "studies": ["name_studies", "series_paths"],
+    "tables": ["read_table"],
     "toy": ["bright_squares"],
 })

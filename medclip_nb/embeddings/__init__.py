@@ -16,4 +16,5 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "key_numbers", "map_array", "read", "read_index", "read_rows", "row_checks", "set_aside", "stamp",
         "write_shard",
     ],
+    "streams": ["ManifestStudies", "encoded_images"],
 })

@@ -31,6 +31,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "item_retrieval", "item_retrieval_result", "item_zero_shot", "judged", "query_ranks",
         "question_scores", "right_ranks",
     ],
+    "labels": ["STATES", "finding_labels", "label_classes", "named_labels", "validation_split"],
     "logistic": ["Linear", "Pairs", "balanced_weights", "logistic_path"],
     "probes": [
         "Fit", "IPCLIP", "NEIGHBOURS", "Predict", "STRENGTHS", "choose", "knn", "labelled_features",
@@ -49,16 +50,16 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "BALANCED", "EMPTY", "HLIP", "ITEMIZED", "LABELS", "LEVEL", "ONCE", "PROTOCOLS", "Protocol", "RAW",
         "TUNED", "check_protocol", "evaluate_protocol", "find_protocol", "list_protocols", "protocol_result",
     ],
-    "questions": ["Wording", "ask", "fitted", "sentence_list", "verdict", "wording"],
+    "questions": ["Question", "Wording", "class_question", "finding_question", "pack_questions", "wording"],
     "results": [
-        "Result", "SCHEMA", "STATES", "classification", "finding_labels", "finding_result", "join_results",
-        "label_classes", "metric_table", "named_labels", "origin", "skipped_rows", "units", "validation_split",
+        "Result", "SCHEMA", "classification", "finding_result", "join_results", "metric_table", "origin",
+        "skipped_rows", "units",
     ],
-    "scores": ["BELOW", "MODES", "ManifestStudies", "check_mode", "encoded_images", "item_scores", "text_queries"],
+    "scores": ["BELOW", "MODES", "check_mode", "item_scores", "text_queries"],
     "subgroup_tables": ["small_subgroups", "subgroups", "with_columns"],
     "zero_shot_classification": [
-        "Question", "TextClassifier", "calibration_record", "class_question", "encode_question",
-        "finding_question", "pack_questions", "prompt_sensitivity", "validation_temperature", "zero_shot",
-        "zero_shot_classifier", "zero_shot_findings",
+        "TextClassifier", "ask", "calibration_record", "encode_question", "fitted", "prompt_sensitivity",
+        "sentence_list", "validation_temperature", "verdict", "zero_shot", "zero_shot_classifier",
+        "zero_shot_findings",
     ],
 })

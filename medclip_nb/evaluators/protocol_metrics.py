@@ -18,7 +18,7 @@ from scipy.sparse import csr_array
 
 from ..core import InputError
 from ..datasets.manifest import Manifest
-from ..images.studies import name_studies
+from ..datasets.studies import name_studies
 from ..metrics.curves import choose_thresholds, class_areas
 from medclip_nb.metrics.resampling import (
     bootstrap_weights, interval, mean_defined, ratio, resample_blocks, weighted_means,
@@ -26,8 +26,9 @@ from medclip_nb.metrics.resampling import (
 from medclip_nb.evaluators.items import (
     TEST_TUNED, findings_scored, item_pairs, item_retrieval_result, judged, right_ranks,
 )
-from .results import Result, classification, finding_labels, join_results, metric_table, units
-from .zero_shot_classification import Question
+from .labels import finding_labels
+from .questions import Question
+from .results import Result, classification, join_results, metric_table, units
 
 # %% ../../nbs/evaluators/13_protocol_metrics.ipynb #04ae77c1
 AS_PUBLISHED = "_as_published" # Ends the name of a number that repeats a published script with its slip

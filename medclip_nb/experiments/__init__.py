@@ -10,8 +10,8 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "overview": [
-        "compare", "find_runs", "first_figure", "headline", "over_runs", "read_json", "read_metrics",
-        "seed_groups", "write_index",
+        "compare", "find_runs", "first_figure", "headline", "over_runs", "read_metrics", "seed_groups",
+        "write_index",
     ],
     "parameters": [
         "Parameter", "check_parameters", "convert", "find_template", "parameter_files", "read_parameters",

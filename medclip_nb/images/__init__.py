@@ -9,15 +9,16 @@ __all__ = []
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
+    "augmentation": ["Augment", "laterality"],
     "corruptions": [
         "ANY_IMAGE", "CORRUPTIONS", "Corrupt", "LEVELS", "STAINS", "Scale", "corrupt", "corrupted_preprocess",
         "corruption_table", "is_grey", "stain_matrix", "stained",
     ],
-    "reading": ["Augment", "FORMATS", "ImageDataset", "laterality", "prefetched", "read_image"],
+    "loading": ["ImageDataset", "prefetched"],
+    "reading": ["FORMATS", "read_image"],
     "studies": [
         "PREPROCESSING", "READ", "Study", "StudyBatch", "StudyDataset", "StudyPreprocess", "draw_series",
-        "json_values", "labels_at", "name_studies", "nearest_slices", "pad_studies", "series_paths",
-        "study_preprocess",
+        "json_values", "labels_at", "nearest_slices", "pad_studies", "study_preprocess", "token_mask",
     ],
     "volumes": [
         "MAX_VOXELS", "PLANES", "TENSORS", "Volume", "WINDOWS", "Window", "apply_window", "dicom_pixels",

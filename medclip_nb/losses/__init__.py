@@ -11,7 +11,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "contrastive": ["clip_loss", "positives_of", "prompt_loss", "siglip_loss", "soft_clip_loss"],
     "itemized": [
-        "DIVISORS", "ITEM_WEIGHTS", "attend_lists", "draw_token_mask", "item_weights", "itemized_losses",
-        "sample_negatives", "sigmoid_sum", "text_lists",
+        "DIVISORS", "ITEM_WEIGHTS", "attend_lists", "draw_token_mask", "global_itemized_losses",
+        "item_weights", "itemized_losses", "sample_negatives", "sigmoid_sum", "text_lists",
     ],
 })

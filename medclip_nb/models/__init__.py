@@ -10,18 +10,17 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "adapters": [
-        "CalledAttentionPool", "SplitAttention", "SplitQKV", "TARGETS", "TOWERS", "adapter_facts",
-        "adapter_state", "add_lora", "has_adapters", "join_attention", "layer_groups", "load_adapter", "lock",
-        "merge_lora", "plain_state", "save_adapter", "split_attention", "tower_of", "trainable",
-        "write_adapter",
+        "CalledAttentionPool", "SplitAttention", "SplitQKV", "TARGETS", "adapter_facts", "adapter_state",
+        "add_lora", "has_adapters", "join_attention", "load_adapter", "merge_lora", "plain_state",
+        "save_adapter", "split_attention", "write_adapter",
     ],
     "clip": [
-        "CLASSIFIERS", "ClipModel", "ConvBlock", "Encoders", "PROJECTIONS", "SCRATCH", "STARTER", "STARTERS",
-        "STARTER_STUDIES", "StarterTrunk", "Towers", "WEIGHTS", "conv", "describe", "encode_image_tokens",
-        "forward_image_tokens", "load_checkpoint", "load_model", "medclip_starter", "quick_gelu",
-        "save_checkpoint", "set_long_text", "swap_towers",
+        "ClipModel", "Encoders", "Towers", "describe", "encode_image_tokens", "forward_image_tokens",
+        "set_long_text",
     ],
     "exports": ["CARD", "LOADING", "SENT", "export", "model_card", "push", "read_run", "save_huggingface"],
+    "freezing": ["TOWERS", "layer_groups", "lock", "tower_of", "trainable"],
+    "loading": ["WEIGHTS", "load_checkpoint", "load_model", "quick_gelu", "save_checkpoint"],
     "long_text": [
         "LONG_TEXT", "Parts", "can_trim", "check_long_text", "cut_share", "split_text", "token_counts",
         "tokenise", "trimmed_features",
@@ -34,14 +33,16 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "published": ["PUBLISHED", "published_state", "text_files"],
     "relevance": ["on_grid", "relevance_maps", "shown_attention", "similarity_maps", "token_grid"],
     "similarity": ["PER", "item_similarity", "pair_maps", "top_candidates"],
+    "starter": ["ConvBlock", "STARTER", "STARTERS", "STARTER_STUDIES", "StarterTrunk", "conv", "medclip_starter"],
     "study_clip": [
         "StudyModel", "StudyTower", "build", "encode_studies", "give_bias", "give_pooling",
         "start_from_slices", "study_model",
     ],
+    "towers": ["CLASSIFIERS", "PROJECTIONS", "SCRATCH", "swap_towers"],
     "volume_encoder": [
         "Arrangement", "CHARACTERS", "END", "LEVELS", "SLOTS", "SeriesNameEncoder", "SlicePatches", "UNKNOWN",
         "VolumeEncoder", "VolumePatches", "inflate", "inflated", "layout", "merged", "parted", "regroup",
-        "resampled", "sincos", "sincos_grid", "spelled", "token_mask",
+        "resampled", "sincos", "sincos_grid", "spelled",
     ],
     "weights": [
         "NAMES", "OPENAI_MEAN", "OPENAI_STD", "POSITIONS", "RESAMPLE", "SUFFIXES", "WRAPPERS", "align_state",

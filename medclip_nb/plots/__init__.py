@@ -14,15 +14,19 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "volume_montage",
     ],
     "attention_examples": ["compared", "image_figure", "picked", "row_figures", "study_figure"],
-    "comparisons": ["accuracy_curves", "corruption_grid", "difference_intervals", "subgroup_intervals"],
-    "evaluation": ["class_bars", "finding_counts", "prompt_dots", "reliability_diagram"],
-    "few_shot_plots": ["TITLES", "curve_table", "few_shot_curves"],
-    "item_plots": ["item_lists"],
-    "results": [
-        "CHANCE", "PALETTE", "RIGHT", "SPELLED", "TERMS", "WRONG", "caption_lengths", "cell_grid",
-        "comparison", "confusion_matrices", "confusion_matrix", "example_grid", "file_overview", "group_sizes",
-        "image_grid", "item_counts", "label_counts", "leak_pairs", "metric_intervals", "metric_words",
-        "prediction_grid", "retrieval_grid", "show_row", "study_grid", "training_curves", "use_style",
-        "wrapped",
+    "audit": [
+        "caption_lengths", "example_grid", "file_overview", "group_sizes", "item_counts", "label_counts",
+        "leak_pairs",
     ],
+    "comparisons": ["accuracy_curves", "corruption_grid", "difference_intervals", "subgroup_intervals"],
+    "evaluation": [
+        "TITLES", "class_bars", "curve_table", "few_shot_curves", "finding_counts", "prompt_dots",
+        "reliability_diagram",
+    ],
+    "grids": [
+        "cell_grid", "image_grid", "item_lists", "prediction_grid", "retrieval_grid", "show_row", "study_grid",
+    ],
+    "results": ["comparison", "confusion_matrices", "confusion_matrix", "metric_intervals"],
+    "style": ["CHANCE", "PALETTE", "RIGHT", "SPELLED", "WRONG", "metric_words", "use_style", "wrapped"],
+    "training": ["TERMS", "training_curves"],
 })

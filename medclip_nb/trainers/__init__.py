@@ -9,19 +9,21 @@ __all__ = []
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
+    "gradient_cache": ["cached_step", "in_chunks", "refuse_batch_norm"],
     "heads": [
         "Classify", "Head", "LOOKS", "PATH_ROWS", "PATIENCE", "PENALTIES", "class_names", "classify",
         "fit_head", "fit_temperature", "load_head", "save_head", "train_head",
     ],
-    "item_objective": ["Itemized"],
     "item_texts": [
-        "DrawnItems", "ItemGallery", "ItemTexts", "KEPT", "KeptTokens", "frozen_features", "item_gallery",
+        "DrawnItems", "ItemBatch", "ItemGallery", "ItemTexts", "KEPT", "KeptTokens", "PLACEHOLDER",
+        "SAMPLINGS", "frozen_features", "item_batch", "item_gallery", "sample_items",
     ],
     "loop": [
         "Batch", "SHORT", "Training", "backward", "batches", "begin_run", "close_epoch", "draw_batch",
         "finish", "is_over", "judged", "keep", "keep_frozen", "objective_of", "optimiser_of", "stop",
         "take_step", "tell", "told", "train", "training_mode", "write_history",
     ],
+    "objectives": ["Contrastive", "Itemized", "Objective", "Prompts", "balanced"],
     "optimization": [
         "Average", "SCHEDULES", "clamp_scale", "interpolate", "moving", "parameter_groups", "put",
         "set_checkpointing", "snapshot", "warmup_constant", "warmup_cosine", "warmup_linear",
@@ -31,8 +33,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "label_ids", "mirror_images", "share", "swap_sides", "text_features", "varied",
     ],
     "recipe": [
-        "Contrastive", "ITEM_METRICS", "Keeping", "Lessons", "METRICS", "OBJECTIVES", "Objective", "PASSING",
-        "Prompts", "Recipe", "Reports", "Steps", "TRACKERS", "balanced", "recipe_of",
+        "ITEM_METRICS", "Keeping", "Lessons", "METRICS", "OBJECTIVES", "PASSING", "Recipe", "Reports", "Steps",
+        "TRACKERS", "recipe_of",
     ],
     "state": [
         "MANAGED", "Progress", "Run", "identity", "is_managed", "load_best", "load_state", "restore",

@@ -16,11 +16,10 @@ import numpy as np
 import pandas as pd
 
 from ...core import InputError, progress
-from ..files import safe_paths
-from ..manifest import register
-from medclip_nb.datasets.readers.radiology import (
-    first_of, keep_texts, passed_over, report_sections, report_text, table_with,
-)
+from ..paths import safe_paths
+from ..registry import register
+from ..reports import report_sections, report_text
+from .common import first_of, keep_texts, passed_over, table_with
 
 # %% ../../../nbs/datasets/readers/06_chest_xray.ipynb #4974da5c
 CHEXPERT_FINDINGS = (
