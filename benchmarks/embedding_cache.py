@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from medclip_nb.datasets import load_manifest
-from medclip_nb.embeddings import FeatureCache, embed, identity
+from medclip_nb.embeddings import FeatureCache, embed, feature_identity
 from medclip_nb.models import load_model
 from PIL import Image
 
@@ -50,7 +50,7 @@ def against_computing(args, folder):
     clip, manifest, cache = load_model(args.model, device="cpu", precision="fp32"), make_manifest(folder, args.n), f"{folder}/cache"
     time.sleep(2.5) # files that were just written are not trusted yet
     computed = embed(clip, manifest, cache)
-    ways = {"compute": lambda: embed(clip, manifest), "warm": lambda: embed(clip, manifest, cache), "identity": lambda: [identity(clip, kind) for kind in ("images", "texts")]}
+    ways = {"compute": lambda: embed(clip, manifest), "warm": lambda: embed(clip, manifest, cache), "identity": lambda: [feature_identity(clip, kind) for kind in ("images", "texts")]}
     warm = ways["warm"]()
     assert warm.counts["images"]["found"] == warm.counts["texts"]["found"] == args.n and np.array_equal(warm.images, computed.images)
     times = {name: [] for name in ways}

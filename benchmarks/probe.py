@@ -15,7 +15,7 @@ import torch
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
-from medclip_nb.evaluators import STRENGTHS, Linear, logistic_path
+from medclip_nb.evaluators import C_GRID, Linear, logistic_path
 
 
 def features(n, dim, classes, seed=0):
@@ -30,16 +30,16 @@ def features(n, dim, classes, seed=0):
     return x[:n], y[:n], x[n:], y[n:]
 
 
-def ours(x, y, classes): return logistic_path(torch.from_numpy(x), torch.from_numpy(y), classes, STRENGTHS)
+def ours(x, y, classes): return logistic_path(torch.from_numpy(x), torch.from_numpy(y), classes, C_GRID)
 
 
 def from_scratch(x, y, classes):
-    return {C: Linear(*map(torch.from_numpy, (m.coef_, m.intercept_))) for C in STRENGTHS for m in [LogisticRegression(C=C, max_iter=1000).fit(x, y)]}
+    return {C: Linear(*map(torch.from_numpy, (m.coef_, m.intercept_))) for C in C_GRID for m in [LogisticRegression(C=C, max_iter=1000).fit(x, y)]}
 
 
 def warm(x, y, classes):
     model, path = LogisticRegression(max_iter=1000, warm_start=True), {}
-    for C in STRENGTHS:
+    for C in C_GRID:
         model.set_params(C=C).fit(x, y)
         path[C] = Linear(torch.from_numpy(model.coef_.copy()), torch.from_numpy(model.intercept_.copy()))
     return path
@@ -69,14 +69,14 @@ def main():
                 found[name] = way(x, y, args.classes)
                 times[name].append(time.perf_counter() - start)
                 print(f"  {name:12s} {times[name][-1]:8.2f} s", flush=True)
-    print(f"n={args.n} dim={args.dim} classes={args.classes} values of C={len(STRENGTHS)} threads={args.threads} rounds={args.rounds}")
-    for C in STRENGTHS:
+    print(f"n={args.n} dim={args.dim} classes={args.classes} values of C={len(C_GRID)} threads={args.threads} rounds={args.rounds}")
+    for C in C_GRID:
         values = {name: (accuracy(path[C], held_x, held_y), objective(x, y, C, path[C])) for name, path in found.items()}
         print(f"C={C:<8g}" + "".join(f"  {name}: accuracy {a:.4f} objective {o:.5f}" for name, (a, o) in values.items()))
     best = {name: max(accuracy(model, held_x, held_y) for model in path.values()) for name, path in found.items()}
     print("accuracy of the best C: " + ", ".join(f"{name} {value:.4f}" for name, value in best.items()))
     assert abs(best["medclip_nb"] - best["from scratch"]) <= 0.002, "accuracies differ by more than 0.2 points"
-    for C in STRENGTHS: assert objective(x, y, C, found["medclip_nb"][C]) <= 1.001 * objective(x, y, C, found["from scratch"][C]), C
+    for C in C_GRID: assert objective(x, y, C, found["medclip_nb"][C]) <= 1.001 * objective(x, y, C, found["from scratch"][C]), C
     for name, t in times.items():
         print(f"{name:12s} min {min(t):7.2f} s  median {statistics.median(t):7.2f} s  ratio to medclip_nb: min {min(t) / min(times['medclip_nb']):5.2f}"
               f"  median {statistics.median(t) / statistics.median(times['medclip_nb']):5.2f}")

@@ -22,7 +22,7 @@ from medclip_nb.datasets import load_manifest
 from medclip_nb.losses import clip_loss
 from medclip_nb.models import load_model
 from medclip_nb.trainers import (
-    Recipe, backward, batches, begin_run, clamp_scale, draw_batch, parameter_groups, take_step,
+    TrainConfig, backward, batches, begin_run, clamp_scale, draw_batch, parameter_groups, take_step,
 )
 from PIL import Image
 
@@ -74,7 +74,7 @@ def bare_way(clip, images, tokens, ids):
 
 def our_way(clip, manifest, folder, batch, **options):
     "A step of the loop, its images decoded already"
-    run = begin_run(clip, manifest, manifest, folder, Recipe(batch_size=batch, lr=1e-6, augment=None, clip_grad=1.0, epochs=10**6, **options))
+    run = begin_run(clip, manifest, manifest, folder, TrainConfig(batch_size=batch, lr=1e-6, augment=None, clip_grad=1.0, epochs=10**6, **options))
     run.module.train()
     list(run.pairs[i] for i in range(len(run.pairs)))
 
@@ -97,7 +97,7 @@ def gradient_gap(clip, manifest, folder, batch, images, tokens):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, value in dict(model="ViT-B-32", batch=32, rounds=5, words=20, threads=2, device="cpu", compiled=0).items(): parser.add_argument(f"--{name}", type=type(value), default=value)
+    for name, value in dict(model="ViT-B-32", batch=32, rounds=5, words=20, threads=2, device="cpu", compile=0).items(): parser.add_argument(f"--{name}", type=type(value), default=value)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -115,7 +115,7 @@ def main():
         autocast = {p: (lambda p=p: torch.autocast(clip.device.type, torch.bfloat16, enabled=p == "bf16")) for p in ("fp32", "bf16")}
         ways = {"open_clip": plain_way(fresh(), images, tokens, autocast["fp32"]), "bare": bare_way(fresh(), images, tokens, ids)}
         for precision in ("fp32", "bf16"):
-            ways[f"ours {precision}"] = our_way(fresh(), manifest, folder, args.batch, mixed_precision=precision, compiled=bool(args.compiled))[1]
+            ways[f"ours {precision}"] = our_way(fresh(), manifest, folder, args.batch, mixed_precision=precision, compile=bool(args.compile))[1]
         times, wait = {name: [] for name in ways}, torch.cuda.synchronize if args.device.startswith("cuda") else lambda: None
         for round in range(args.rounds + 1):
             for name, way in ways.items():

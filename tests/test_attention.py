@@ -9,9 +9,9 @@ import pytest
 import torch
 from medclip_nb.cli import main as cli
 from medclip_nb.datasets import load_manifest
-from medclip_nb.evaluators import ground
-from medclip_nb.metrics import choose_map_threshold, localise, overlaps, pointing, within
-from medclip_nb.models import TextConditionedPooling, item_maps, load_model, save_checkpoint, shown_box, to_image
+from medclip_nb.evaluators import evaluate_grounding
+from medclip_nb.metrics import choose_map_threshold, localize, overlaps, pointing, within
+from medclip_nb.models import TextConditionedPooling, item_maps, load_model, save_checkpoint, shown_box, upsample_to_image
 from PIL import Image
 from scipy.spatial.distance import cdist
 from sklearn.metrics import jaccard_score, roc_auc_score
@@ -77,7 +77,7 @@ def test_item_maps_against_the_layer(clip):
     found = item_maps(clip, images, texts, "attention", of=[2, 0, 0, 1])
     _, tokens = clip.encode_image_tokens(images)
     for pair, (image, text) in enumerate(zip((2, 0, 0, 1), texts)):
-        with torch.no_grad(): raw = clip.forward_texts(clip.tokenise([text]))
+        with torch.no_grad(): raw = clip.forward_texts(clip.tokenize([text]))
         p = clip.pooling
         out, weights = p.attn(p.ln_q(raw)[None], p.ln_k(tokens[image])[None], p.ln_v(tokens[image])[None], average_attn_weights=True)
         torch.testing.assert_close(found.maps[pair].flatten(), weights[0, 0, :-1], atol=1e-6, rtol=1e-4)
@@ -92,7 +92,7 @@ def test_measures_against_brute_force(seed):
     maps, masks = rng.integers(0, 7, (5, *shape)).astype(float), rng.random((5, *shape)) < 0.25
     maps[rng.random(maps.shape) < [0, 0.2][seed % 2]] = np.nan
     masks[4] = False
-    rows, tolerance = localise(maps, masks, threshold=0.55), 1.5
+    rows, tolerance = localize(maps, masks, threshold=0.55), 1.5
     for i, (m, k) in enumerate(zip(maps[:4], masks[:4])):
         seen = ~np.isnan(m)
         top = np.argwhere(m == np.nanmax(m))
@@ -116,13 +116,13 @@ def test_tolerance_knows_the_spacing():
 @pytest.mark.parametrize("method", ["attention", "relevance", "similarity"])
 def test_ground_against_a_loop(clip, folder, method):
     rows = load_manifest("csv", folder / "table.csv").part("test")
-    result = ground(clip, rows, method, tolerance=5, n_boot=20, batch_size=4)
+    result = evaluate_grounding(clip, rows, method, tolerance=5, n_boot=20, batch_size=4)
     told = result.predictions.set_index(["row", "item"])
     expected = [(row, k) for row, mask in rows["mask"].items() if isinstance(mask, str) and mask for k in range(2) if (np.asarray(Image.open(folder / mask)) == k + 1).any()]
     assert list(told.index) == expected and len(expected) > 10
     for (row, k), found in told.iterrows():
         image, mask = Image.open(folder / rows.loc[row, "image"]).convert("RGB"), np.asarray(Image.open(folder / rows.loc[row, "mask"])) == k + 1
-        shown = to_image(item_maps(clip, [image], [found["text"]], method).maps, image.size[::-1], clip)[0]
+        shown = upsample_to_image(item_maps(clip, [image], [found["text"]], method).maps, image.size[::-1], clip)[0]
         assert found["text"] == rows.loc[row, "items"][k]
         assert found["mass"] == pytest.approx(np.nansum(shown * mask) / np.nansum(shown), rel=1e-3, abs=1e-6)
         assert found["mask_share"] == pytest.approx(mask[np.isfinite(shown)].mean())

@@ -20,7 +20,7 @@ from medclip_nb import datasets
 from medclip_nb.core import InputError
 from medclip_nb.datasets import (
     Manifest, check, file_facts, files, inside, leak_table, load_manifest, nearest_hashes, phash, probe, safe_members,
-    safe_path, safe_paths, summary, usable, validate,
+    safe_path, safe_paths, summarize_issues, drop_unusable, validate,
 )
 
 
@@ -239,8 +239,8 @@ def test_findings_name_file_row_and_remedy(good, data):
     assert found.columns[:5].tolist() == ["severity", "kind", "row", "message", "remedy"]
     assert found[["severity", "kind", "row"]].values.tolist() == [["error", "missing image", 7], ["error", "unreadable image", 4]]
     assert f"{data}/none.png: no such file" in found.message[0] and "remove the row" in found.remedy[0]
-    for kind in ("missing", "unreadable"): assert (summary(found).kind == f"{kind} image").sum() == 1
-    assert datasets.validate is validate and datasets.check is check and datasets.usable is usable
+    for kind in ("missing", "unreadable"): assert (summarize_issues(found).kind == f"{kind} image").sum() == 1
+    assert datasets.validate is validate and datasets.check is check and datasets.drop_unusable is drop_unusable
     with pytest.raises(InputError, match=r"toy in .*: row 7 \(counted from 0\): .*none.png: no such file \(1 more errors; .*\). Check the path"): check(good)
     with pytest.raises(InputError, match="images='some': use"): validate(good, "some")
 
@@ -257,7 +257,7 @@ def test_every_series_of_a_study(data):
     found = validate(studies, "decode")
     assert found[["kind", "row"]].values.tolist() == [["empty items", 2], ["missing image", 1]]
     assert "series 't1'" in found.message[1]
-    kept, _ = usable(studies, max_bad=0.5)
+    kept, _ = drop_unusable(studies, max_bad=0.5)
     assert kept.index.tolist() == [0, 2]
     facts = file_facts(studies)
     assert facts[facts.path == "slices"].frames.tolist() == [3]
@@ -360,7 +360,7 @@ def test_banded_search_is_exact(most):
 def test_a_few_bad_rows_are_skipped_and_recorded(good, data):
     (data / "4.png").write_bytes((data / "4.png").read_bytes()[:300])
     good.skipped = [{"row": 3, "kind": "excluded", "message": "by the reader"}]
-    kept, found = usable(good)
+    kept, found = drop_unusable(good)
     assert len(kept) == 99 and 4 not in kept.index and kept.root == good.root
     assert [(s["row"], s["kind"]) for s in kept.skipped] == [(3, "excluded"), (4, "truncated image")]
     assert "4.png" in kept.skipped[1]["message"] and len(found) == 1
@@ -369,20 +369,20 @@ def test_a_few_bad_rows_are_skipped_and_recorded(good, data):
 
 def test_above_the_share_the_list_is_shown(good, data):
     for i in range(0, 60, 2): (data / f"{i}.png").write_bytes(b"")
-    with pytest.raises(InputError) as error: usable(good)
+    with pytest.raises(InputError) as error: drop_unusable(good)
     said = str(error.value)
     assert "30 of 100 rows cannot be used (30.0%, at most 1.0% may be left out)" in said and "raise max_bad" in said
     assert said.count("0.png: no bytes in it") + said.count("2.png: no bytes in it") >= 6 and said.count("no bytes in it") == 20 and "and 10 more" in said
-    kept, _ = usable(good, max_bad=0.3)
+    kept, _ = drop_unusable(good, max_bad=0.3)
     assert len(kept) == 70
 
 
 def test_what_concerns_all_rows_raises(good):
-    with pytest.raises(InputError, match="no column 'captio'. Did you mean 'caption'"): usable(good, ["image", "captio"])
-    with pytest.raises(InputError, match="group 'p0' is in train and test"): usable(good.assign(group=["p0"] * 2 + ["p1"] * 97 + ["p0"]), max_bad=1)
-    with pytest.raises(InputError, match="one class only"): usable(good.assign(label="a"), labels=["label"])
+    with pytest.raises(InputError, match="no column 'captio'. Did you mean 'caption'"): drop_unusable(good, ["image", "captio"])
+    with pytest.raises(InputError, match="group 'p0' is in train and test"): drop_unusable(good.assign(group=["p0"] * 2 + ["p1"] * 97 + ["p0"]), max_bad=1)
+    with pytest.raises(InputError, match="one class only"): drop_unusable(good.assign(label="a"), labels=["label"])
     good.loc[5, "caption"] = ""
-    assert len(usable(good)[0]) == 100 and len(usable(good, ["image", "caption"])[0]) == 99
+    assert len(drop_unusable(good)[0]) == 100 and len(drop_unusable(good, ["image", "caption"])[0]) == 99
 
 
 # -- the audit

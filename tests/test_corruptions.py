@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 
 from medclip_nb.core import InputError, content_hash
-from medclip_nb.datasets import bright_squares, load_manifest
+from medclip_nb.datasets import make_squares, load_manifest
 from medclip_nb.embeddings import embed
 from medclip_nb.evaluators import corrupted, linear_probe, robustness, robustness_curves, robustness_table, zero_shot
 from medclip_nb.images import (
-    ANY_IMAGE, CORRUPTIONS, LEVELS, Corrupt, ImageDataset, corrupt, corrupted_preprocess, corruption_table, is_grey,
+    ANY_IMAGE, CORRUPTIONS, SEVERITIES, Corrupt, ImageDataset, corrupt, corrupted_preprocess, corruption_table, is_gray,
     stain_matrix,
 )
 from medclip_nb.models import load_model
@@ -38,7 +38,7 @@ def psnr(a, b): return -10 * np.log10(1e-9 + np.mean((np.asarray(a, float) - np.
 @pytest.mark.parametrize("seed", range(4))
 def test_each_level_is_worse(name, seed):
     image = picture(seed, grey=name != "stain_shift" and seed % 2 == 1)
-    found = [psnr(image, corrupt(image, name, level, seed)) for level in LEVELS]
+    found = [psnr(image, corrupt(image, name, level, seed)) for level in SEVERITIES]
     assert all(np.diff(found) < 0), found
     assert 15 < found[0] < 60
 
@@ -56,7 +56,7 @@ def test_any_size_and_extreme_pixels(name, size):
 @pytest.mark.parametrize("name", ANY_IMAGE)
 def test_grey_stays_grey(name):
     image = picture(0, grey=True)
-    for level in LEVELS: assert is_grey(corrupt(image, name, level), spread=1), level
+    for level in SEVERITIES: assert is_gray(corrupt(image, name, level), spread=1), level
     assert corrupt(image.convert("L"), name).mode == "L"
     assert psnr(corrupt(image.convert("L"), name).convert("RGB"), corrupt(image, name)) > 40
 
@@ -131,7 +131,7 @@ def test_the_picture_on_the_display_is_corrupted(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def squares(tmp_path_factory): return bright_squares(tmp_path_factory.mktemp("squares"), patients=12)
+def squares(tmp_path_factory): return make_squares(tmp_path_factory.mktemp("squares"), patients=12)
 
 
 @pytest.fixture(scope="module")

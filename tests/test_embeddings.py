@@ -18,7 +18,7 @@ import torch.multiprocessing
 from medclip_nb.cli.main import app
 from medclip_nb.core import InputError, file_hash
 from medclip_nb.datasets import load_manifest
-from medclip_nb.embeddings import FeatureCache, embed, file_hashes, key_numbers, stamp, stores, tidy
+from medclip_nb.embeddings import FeatureCache, embed, file_hashes, key_numbers, stamp, stores, prune
 from medclip_nb.models import load_model, save_checkpoint
 from PIL import Image
 from typer.testing import CliRunner
@@ -94,10 +94,10 @@ def test_what_a_kill_leaves_behind_is_cleaned_up_later(tmp_path):
     left = [store.folder / f".{'a' * 16}.npy.12345678.npy", store.folder / f"{'b' * 16}.npy"]
     for path in left: path.write_bytes(b"half")
     np.testing.assert_array_equal(store.fill(["a"], None), np.ones((1, 4)))
-    assert len(tidy(tmp_path)) == 0, "they may belong to somebody who is still writing"
+    assert len(prune(tmp_path)) == 0, "they may belong to somebody who is still writing"
     for path in left: os.utime(path, (0, 0))
-    assert len(tidy(tmp_path, dry_run=True)) == 2 and all(p.exists() for p in left)
-    assert sorted(tidy(tmp_path)["why"]) == ["left by a process that was killed", "rows without an index"]
+    assert len(prune(tmp_path, dry_run=True)) == 2 and all(p.exists() for p in left)
+    assert sorted(prune(tmp_path)["why"]) == ["left by a process that was killed", "rows without an index"]
     assert not any(p.exists() for p in left) and stores(tmp_path)["entries"].tolist() == [1]
 
 

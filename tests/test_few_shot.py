@@ -12,9 +12,9 @@ from PIL import Image
 from scipy import stats
 
 from medclip_nb.core import InputError
-from medclip_nb.datasets import bright_squares
+from medclip_nb.datasets import make_squares
 from medclip_nb.evaluators import (
-    METHODS, Result, Support, blend, draw_order, few_shot, join_results, nearest_mean, plain_probe, tip_adapter,
+    FEW_SHOT_METHODS, Result, Support, blend, draw_order, few_shot, join_results, nearest_mean, plain_probe, tip_adapter,
     zero_shot,
 )
 from medclip_nb.models import load_model
@@ -23,7 +23,7 @@ from medclip_nb.plots import curve_table
 
 @pytest.fixture(scope="module")
 def squares(tmp_path_factory):
-    manifest = bright_squares(tmp_path_factory.mktemp("squares"))
+    manifest = make_squares(tmp_path_factory.mktemp("squares"))
     return load_model("starter"), *(manifest.part(s) for s in ("train", "valid", "test"))
 
 
@@ -76,7 +76,7 @@ def test_blended_probe_keeps_good_texts_and_survives_useless_ones():
     x = F.normalize(centres[y] + 0.35 * torch.randn(500, 64), dim=1)
     def accuracy(texts, shots):
         support = Support(x[:5 * shots], y[:5 * shots], texts, 50.0, shots, False)
-        return {name: float((next(iter(METHODS[name](support)(x[250:]).values())).argmax(1) == y[250:]).float().mean()) for name in METHODS}
+        return {name: float((next(iter(FEW_SHOT_METHODS[name](support)(x[250:]).values())).argmax(1) == y[250:]).float().mean()) for name in FEW_SHOT_METHODS}
     named = float(((x[250:] @ centres.T).argmax(1) == y[250:]).float().mean())
     good, useless = accuracy(centres, 1), accuracy(F.normalize(torch.randn(5, 64), dim=1), 16)
     assert good["blended_probe"] > good["linear_probe"] and good["blended_probe"] > 0.9 * named
@@ -85,7 +85,7 @@ def test_blended_probe_keeps_good_texts_and_survives_useless_ones():
 
 def test_without_temperature_the_cache_is_the_sum_over_keys():
     support = made()
-    found = tip_adapter(support, ratio=2.0, sharpness=3.0)(support.features)[2.0, 3.0]
+    found = tip_adapter(support, alpha=2.0, beta=3.0)(support.features)[2.0, 3.0]
     by_hand = np.array([[20 * float(t @ f) + 2 * sum(np.exp(-3 * (1 - float(k @ f))) for k, c in zip(support.features, support.codes) if c == j)
                          for j, t in enumerate(support.texts)] for f in support.features])
     np.testing.assert_allclose(found, by_hand, atol=1e-3)
@@ -96,7 +96,7 @@ def test_one_shot_nearest_mean_is_the_nearest_neighbour():
     rows = F.normalize(torch.randn(50, 16), dim=1)
     said = nearest_mean(support)(rows)[0].argmax(1)
     assert torch.equal(said, (rows @ support.features.T).argmax(1))
-    assert torch.equal(said, METHODS["knn"](support)(rows)[1].argmax(1))
+    assert torch.equal(said, FEW_SHOT_METHODS["knn"](support)(rows)[1].argmax(1))
 
 
 def test_every_method_answers_with_finite_scores_for_every_class():
@@ -104,7 +104,7 @@ def test_every_method_answers_with_finite_scores_for_every_class():
         support = made(classes, shots)
         for tune in (False, True):
             support.tune = tune
-            for name, method in METHODS.items():
+            for name, method in FEW_SHOT_METHODS.items():
                 for scores in method(support)(support.features).values(): assert scores.shape == (classes * shots, classes) and torch.isfinite(scores).all(), name
 
 

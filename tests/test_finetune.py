@@ -48,7 +48,7 @@ def table(tmp_path_factory):
 
 
 @pytest.mark.parametrize("params, metric, files", [
-    ({"objective": "labels", "label": "shade", "wise": True, "ema": 0.5, "patience": 1}, "image_to_text_R@10", {"history.jsonl", "checkpoint"}),
+    ({"objective": "labels", "label": "shade", "wise_ft": True, "ema": 0.5, "patience": 1}, "image_to_text_R@10", {"history.jsonl", "checkpoint"}),
     ({"mode": "lora", "towers": "[text]", "rank": 4, "alpha": 2}, "text_to_image_R@10", {"history.jsonl", "checkpoint"}),
     ({"mode": "locked-image", "objective": "siglip", "augment": False, "schedule": "linear"}, "image_to_text_R@1", {"history.jsonl", "checkpoint"}),
     ({"mode": "locked-text", "objective": "prompts", "label": "shade", "templates": "['a {} square']"}, "balanced_accuracy", {"history.jsonl", "checkpoint"}),
@@ -63,7 +63,7 @@ def test_modes(command, table, tmp_path, params, metric, files):
     if params.get("mode") == "lora":
         assert found["details"]["adapters"]["scale"] == 0.5 and "0.5" in page
         assert (tmp_path / "out" / "checkpoint" / "adapter_config.json").is_file()
-    if params.get("wise"): assert 0 <= found["details"]["wise_alpha"] <= 1 and "best on validation" in page
+    if params.get("wise_ft"): assert 0 <= found["details"]["wise_alpha"] <= 1 and "best on validation" in page
     if params.get("mode") == "head": assert found["metrics"]["balanced_accuracy"]["value"] > 0.9
 
 
@@ -108,7 +108,7 @@ def test_scratch_beside_the_image_tower_of_the_model(command, table, tmp_path):
 
 
 RESULTS = ("report.ipynb", "report.html", "metrics.json", "predictions.parquet", "history.jsonl", "checkpoint/open_clip_model.safetensors", "checkpoint/training.json")
-LONG = {"epochs": 4, "batch_size": 8, "save_every": 1, "mirror": 0.5, "ema": 0.9, "lr": 3e-3}
+LONG = {"epochs": 4, "batch_size": 8, "save_every": 1, "flip": 0.5, "ema": 0.9, "lr": 3e-3}
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from medclip_nb.experiments import (
     check_parameters, parameter_files, read_parameters, run, template_folder, template_parameters,
 )
 from medclip_nb.models import PUBLISHED
-from medclip_nb.trainers import recipe_of
+from medclip_nb.trainers import make_config
 
 # ItemizedCLIP, arXiv 2512.11141, and its published training scripts: batch, lr, weight decay, warm-up (steps), epochs, eps, K, (ILA, MPS, IIS, KTA), keep, gamma, rho
 PUBLISHED_SETTINGS = {
@@ -46,7 +46,7 @@ def test_files_of_parameters_are_found_by_name():
     assert read_parameters(template_folder()/"params"/"itemized-mri.yaml") == read_parameters("itemized-mri")
 
 
-TINY = dict(data_root="data/starter", limit=48, epochs=1, batch_size=16, lr=1e-3, labels=["finding"], tolerance_mm=4.8, pixel_mm=1.0, n_boot=50, leave_out=r", \d+ mm")
+TINY = dict(data_root="data/starter", limit=48, epochs=1, batch_size=16, lr=1e-3, labels=["finding"], tolerance_mm=4.8, pixel_mm=1.0, n_boot=50, strip_pattern=r", \d+ mm")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_itemized_template(trained):
 
 
 def test_maps_of_one_model_against_another(trained, tmp_path):
-    params = dict(data_root="data/starter", limit=24, model=str(trained/"itemized"/"checkpoint"), against=str(trained/"plain"/"checkpoint"), methods=["attention"], leave_out=r", \d+ mm",
+    params = dict(data_root="data/starter", limit=24, model=str(trained/"itemized"/"checkpoint"), against=str(trained/"plain"/"checkpoint"), methods=["attention"], strip_pattern=r", \d+ mm",
                   tolerance_mm=4.8, pixel_mm=1.0, n_boot=50, n_examples=1)
     run("attention_maps", params, tmp_path/"maps")
     names = set(Result.load(tmp_path/"maps").metrics["name"])

@@ -15,7 +15,7 @@ from medclip_nb.datasets import Manifest, text_id
 from medclip_nb.images import StudyPreprocess
 from medclip_nb.models import STARTER, add_lora, load_model, lock, save_checkpoint, start_from_slices, study_model
 from medclip_nb.trainers import (
-    ItemGallery, ItemTexts, Itemized, Recipe, begin_run, best_ranks, item_gallery, item_values, loop as trainers,
+    ItemGallery, ItemTexts, Itemized, TrainConfig, begin_run, best_ranks, item_gallery, item_values, loop as trainers,
     swap_sides, train,
 )
 from PIL import Image
@@ -71,7 +71,7 @@ def begun(table, models, out, kind="image", change=lambda clip: None, **options)
     seed_everything(0)
     clip = load_model(models[kind], device="cpu")
     change(clip)
-    recipe = Recipe(**{**BASE, "pooling_heads": 4, **options})
+    recipe = TrainConfig(**{**BASE, "pooling_heads": 4, **options})
     run = begin_run(clip, manifest(table, "train", kind), manifest(table, "valid", kind), out, recipe)
     trainers.training_mode(run)
     rows, images = next(iter(trainers.batches(run)))
@@ -89,10 +89,10 @@ def trained(table, models, out, kind="image", change=lambda clip: None, **option
 
 CASES = {
     "plain": ("image", {}),
-    "everything": ("image", {"sampling": "diverse", "mirror": 0.5, "token_keep_prob": 0.7, "worst_positive_factor": 1.5, "chunk": 2, "clip_grad": 1e9}),
+    "everything": ("image", {"sampling": "diverse", "flip": 0.5, "token_keep_prob": 0.7, "worst_positive_factor": 1.5, "chunk": 2, "clip_grad": 1e9}),
     "flair": ("image", {"item_weights": {"ila": 0.5, "mps": 0.5}, "divisor": "items", "normal_check": False, "metric": "valid_mrr"}),
     "studies": ("series", {"augment": None, "token_keep_prob": 0.7}),
-    "drawn series": ("series", {"num_series": 2, "mirror": 0.5}),
+    "drawn series": ("series", {"num_series": 2, "flip": 0.5}),
     "studies, clip": ("series", {"objective": "clip", "num_series": 2}),
     "studies, siglip": ("series", {"objective": "siglip"}),
 }
@@ -112,7 +112,7 @@ torch.save(found, out / f"{PartialState().process_index}.pt")
 def case(table, models, out, kind, options):
     "What the first batch costs, its gradients, and the history of a training"
     run, batch = begun(table, models, out, kind, **options)
-    losses = trainers.told(run, trainers.backward(run, batch))
+    losses = trainers.reduce_means(run, trainers.backward(run, batch))
     trainers.average_gradients(run.module.parameters())
     gradients = {name: p.grad.clone() for name, p in run.clip.model.named_parameters() if p.grad is not None}
     clip, training = trained(table, models, out, kind, **options)
@@ -156,7 +156,7 @@ def test_processes_train_as_one(alone, together, name):
 class Killed(Exception): pass
 
 
-@pytest.mark.parametrize("kind, options", [("image", {"sampling": "diverse", "mirror": 0.5, "token_keep_prob": 0.7, "ema": 0.9}), ("series", {"num_series": 2, "mirror": 0.5, "wise": True})])
+@pytest.mark.parametrize("kind, options", [("image", {"sampling": "diverse", "flip": 0.5, "token_keep_prob": 0.7, "ema": 0.9}), ("series", {"num_series": 2, "flip": 0.5, "wise_ft": True})])
 def test_killed_and_continued(table, models, tmp_path, monkeypatch, kind, options):
     "Bit for bit, terms of the losses included, also in the middle of an epoch"
     options = {"epochs": 3, "save_every": 1, "lr": 2e-3, **options}
@@ -200,7 +200,7 @@ def test_a_new_pooling_depends_on_the_seed_alone(table, models, tmp_path):
         torch.manual_seed(n)
         clip = load_model(models["image"], device="cpu")
         before = torch.get_rng_state()
-        runs.append(Itemized(clip, Recipe(**{**BASE, "pooling_heads": 4, "seed": seed}), manifest(table, "train")).parts[0])
+        runs.append(Itemized(clip, TrainConfig(**{**BASE, "pooling_heads": 4, "seed": seed}), manifest(table, "train")).parts[0])
         assert torch.equal(before, torch.get_rng_state())
     assert runs[0].weights_hash() == runs[1].weights_hash() != runs[2].weights_hash()
 
@@ -232,7 +232,7 @@ def test_the_text_tower_reads_each_different_text_once(table, models, tmp_path, 
 @pytest.mark.parametrize("sampling", ["first", "random", "diverse"])
 def test_a_batch_is_what_its_rows_say(table, models, tmp_path, sampling):
     "Every slot has a text of its own image, mirrored where the image is; ids and padding agree with it"
-    run, batch = begun(table, models, tmp_path, batch_size=28, sampling=sampling, merge=2, mirror=0.5, augment=None)
+    run, batch = begun(table, models, tmp_path, batch_size=28, sampling=sampling, merge=2, flip=0.5, augment=None)
     drawn, clip, reports = batch.drawn, run.clip, manifest(table, "train")["items"]
     assert batch.mirrored.any() and not batch.mirrored.all()
     for row, back, index, mask, ids in zip(batch.rows.tolist(), batch.mirrored, drawn.index, drawn.text_mask, drawn.text_ids):
@@ -273,7 +273,7 @@ def test_less_memory_the_same_step(table, models, tmp_path, kind, option):
     steps = {}
     for name, options in (("whole", {}), ("less", option)):
         run, batch = begun(table, models, tmp_path / name, kind, **given, **options)
-        losses = trainers.told(run, trainers.backward(run, batch))
+        losses = trainers.reduce_means(run, trainers.backward(run, batch))
         steps[name] = losses, {n: p.grad for n, p in run.clip.model.named_parameters() if p.grad is not None}
     near = dict(rtol=0.1, atol=0.3) if "mixed_precision" in option else dict(rtol=1e-3, atol=1e-4)
     for term, value in steps["whole"][0].items(): assert steps["less"][0][term] == pytest.approx(value, rel=near["rtol"])
@@ -325,7 +325,7 @@ def test_studies_in_other_ways(table, models, tmp_path):
 def test_validation_is_brute_force(table, models, tmp_path):
     for kind in ("image", "series"):
         run, _ = begun(table, models, tmp_path, kind)
-        rows, clip, found = manifest(table, "valid", kind), run.clip, trainers.validate(run)
+        rows, clip, found = manifest(table, "valid", kind), run.clip, trainers.validate_model(run)
         words = sorted({text for items in rows["items"] for text in items})
         texts = torch.stack([clip.encode_texts([text])[0] for text in words])
         scores = np.full((len(rows), len(words)), np.nan)
@@ -370,7 +370,7 @@ def test_learning_shows_in_the_metric(table, models, tmp_path):
 @pytest.mark.parametrize("objective", ["itemized", "clip"])
 def test_mirrored_studies(table, models, tmp_path, objective):
     "A mirrored study is flipped from left to right in every series, and its texts exchange the sides"
-    run, batch = begun(table, models, tmp_path, "series", batch_size=28, objective=objective, texts="items", mirror=0.5)
+    run, batch = begun(table, models, tmp_path, "series", batch_size=28, objective=objective, texts="items", flip=0.5)
     assert batch.mirrored.any() and not batch.mirrored.all()
     for row, back, volumes in zip(batch.rows.tolist(), batch.mirrored, batch.images.volumes):
         read = run.pairs.images[row].volumes
@@ -464,7 +464,7 @@ def test_manifests_that_cannot_be(table, models, tmp_path):
     with pytest.raises(InputError, match=r"png: "): train(load_model(models["series"], device="cpu"), rows, valid, tmp_path, **BASE)
     own = load_model(models["image"], device="cpu")
     with pytest.raises(InputError, match="needs a model with a text-conditioned pooling"):
-        train(own, rows, valid, tmp_path, objective=trainers.Contrastive(own, Recipe()), metric="valid_item_mrr")
+        train(own, rows, valid, tmp_path, objective=trainers.Contrastive(own, TrainConfig()), metric="valid_item_mrr")
     found = train(clip, rows, without, tmp_path / "captions", **{**BASE, "pooling_heads": 4, "metric": "valid_mrr", "epochs": 1})
     assert not [c for c in found.history if c.startswith("valid_item")]
 

@@ -9,9 +9,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from medclip_nb.core import InputError
-from medclip_nb.datasets import bright_squares
+from medclip_nb.datasets import make_squares
 from medclip_nb.evaluators import (
-    IPCLIP, Linear, balanced_weights, choose, knn, linear_probe, logistic_path, neighbour_votes, recall,
+    IPCLIP, Linear, balanced_weights, choose, knn, linear_probe, logistic_path, neighbor_votes, balanced_accuracy_of,
 )
 from medclip_nb.evaluators.logistic import _Loss
 from medclip_nb.evaluators.probes import _folds, _standardised
@@ -115,7 +115,7 @@ def test_bad_problems_are_named(classes, Cs, message):
 def test_votes_are_those_of_scikit_learn(k, chunk):
     rng = np.random.default_rng(k)
     x, y = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(60, 5))), dim=1), torch.from_numpy(rng.integers(0, 4, 60))
-    votes = neighbour_votes(x[:20], x[20:], y[20:], 4, [k], 0.1, chunk)[k].numpy()
+    votes = neighbor_votes(x[:20], x[20:], y[20:], 4, [k], 0.1, chunk)[k].numpy()
     weight = lambda distance: np.exp(-(distance - distance.min(1, keepdims=True)) / 0.1)
     trusted = KNeighborsClassifier(min(k, 40), metric="cosine", weights=weight).fit(x[20:], y[20:]).predict_proba(x[:20])
     np.testing.assert_allclose(votes[:, np.unique(y[20:])], trusted, atol=1e-6)
@@ -123,7 +123,7 @@ def test_votes_are_those_of_scikit_learn(k, chunk):
 
 def test_equal_votes_go_to_the_nearer_class():
     support = torch.nn.functional.normalize(torch.tensor([[1, .1], [1, .2], [1, 0.]]), dim=1)
-    votes = neighbour_votes(torch.tensor([[1, 0.]]), support, torch.tensor([0, 0, 1]), 2, [2], temperature=100.0)
+    votes = neighbor_votes(torch.tensor([[1, 0.]]), support, torch.tensor([0, 0, 1]), 2, [2], temperature=100.0)
     assert votes[2].argmax() == 1 and abs(float(votes[2][0, 1]) - 0.5) < 1e-3
 
 
@@ -135,7 +135,7 @@ def test_a_class_missing_from_a_fold_is_never_said():
     seen = []
     best, found, _ = choose(fit, {"train": x}, {"train": y}, np.array(["a", "b", "c", "d"] * 2 + ["a", "b", "c", "d"]), 0)
     assert best == 1.0 and seen[0] == 3 and set(seen) <= {2, 3} and "folds of train" in found["chosen_on"]
-    assert recall(torch.tensor([0, 0]), torch.tensor([0, 2])) == 0.5
+    assert balanced_accuracy_of(torch.tensor([0, 0]), torch.tensor([0, 2])) == 0.5
 
 
 def test_folds_keep_groups_whole():
@@ -147,7 +147,7 @@ def test_folds_keep_groups_whole():
 
 @pytest.fixture(scope="module")
 def squares(tmp_path_factory):
-    manifest = bright_squares(tmp_path_factory.mktemp("squares"))
+    manifest = make_squares(tmp_path_factory.mktemp("squares"))
     return load_model("starter"), *(manifest.part(s) for s in ("train", "valid", "test"))
 
 

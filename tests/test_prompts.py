@@ -22,7 +22,7 @@ PACKS = sorted((ROOT / "data" / "prompts").glob("*.yaml"))
 LABELS = {"kather": {"label": microscopy.TISSUES.values()}, "ham10000": {"label": photographs.LESIONS.values()}, "rsicd": {"label": photographs.SCENES.values()},
           "pub-brain-5": {"label": [c.lower() for c in studies.BRAIN_CLASSES]}, "medpix": {"label": radiographs.MEDPIX_NAMES.values()}, "openi": {"label": ["normal", "abnormal"]},
           "mri-study": {"normal": ["present", "absent"]}, "headct-study": {"normal": ["present", "absent"]},
-          "starter": {"side": ["left", "right"], "lesion": ["absent", "present"], "finding": ["normal", *phantom.KINDS, phantom.VENTRICLES]}}
+          "starter": {"side": ["left", "right"], "lesion": ["absent", "present"], "finding": ["normal", *phantom.FINDING_KINDS, phantom.VENTRICLES]}}
 FINDINGS = {"chexpert": chest.CHEXPERT_FINDINGS, "mimic-cxr-jpg": chest.CHEXPERT_FINDINGS, "nih-cxr14": chest.NIH_FINDINGS, "ct-rate": ct.PROTOCOL_CLASSES, "rad-chestct": ct.RAD_CLASSES,
             "rsna-ich": studies.SUBTYPES, "cq500": studies.CQ500_FINDINGS}
 LEFT_OUT = {"rsna-ich-itemized": {"epidural"}, "cq500-itemized": {"ChronicBleed", "Fracture", "CalvarialFracture", "OtherFracture"}}

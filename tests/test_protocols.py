@@ -152,7 +152,7 @@ def rsna(root):
         kinds = [int(rng.random() < .5) for _ in range(5)]
         lines.append(f"ID_{i:010x},{max(kinds) if i % 3 else 0}," + ",".join(str(k) if i % 3 else "0" for k in kinds))
         for scan in range(1 + i % 2):
-            for window in studies.WINDOWS: tensor(Path(root, f"RSNA_ID_{i:010x}", f"ID_{scan}", f"{window}.pt"), rng)
+            for window in studies.WINDOW_FOLDERS: tensor(Path(root, f"RSNA_ID_{i:010x}", f"ID_{scan}", f"{window}.pt"), rng)
     Path(root, "rsna.csv").write_text("\n".join(lines) + "\n")
 
 
@@ -178,7 +178,7 @@ def cq500(root):
         truth = rng.random(len(studies.CQ500_FINDINGS)) < .5
         votes = [(truth ^ (rng.random(len(truth)) < .1)).astype(int) for _ in range(3)]
         lines.append(f"CQ500-CT-{number},B1," + ",".join(str(v) for vote in votes for v in vote))
-        for window in studies.WINDOWS: tensor(Path(root, f"CQ500CT{number} CQ500CT{number}", "Unknown Study", "CT PLAIN THIN", f"{window}.pt"), rng)
+        for window in studies.WINDOW_FOLDERS: tensor(Path(root, f"CQ500CT{number} CQ500CT{number}", "Unknown Study", "CT PLAIN THIN", f"{window}.pt"), rng)
     Path(root, "reads.csv").write_text("\n".join(lines) + "\n")
 
 

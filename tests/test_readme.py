@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from medclip_nb.datasets import bright_squares
+from medclip_nb.datasets import make_squares
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 LINES = [line.split("   #")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
     "A folder with the data that the README speaks of"
     root = tmp_path_factory.mktemp("reader")
     (data := root / "my_data" / "images").mkdir(parents=True)
-    rows = pd.DataFrame(bright_squares(data)).drop(columns="split")
+    rows = pd.DataFrame(make_squares(data)).drop(columns="split")
     (data / "table.csv").unlink()
     (data / "0.png").rename(data / "000.png")
     rows["image"] = ["images/000.png" if name == "0.png" else f"images/{name}" for name in rows["image"]]

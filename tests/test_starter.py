@@ -12,10 +12,10 @@ from PIL import Image
 
 from medclip_nb.core import InputError, file_hash
 from medclip_nb.datasets import (
-    NORMAL_ITEM, PIXELS, VENTRICLES, Recipe, Study, View, grey, label_volume, load_manifest, make_starter, masks,
+    NORMAL_ITEM, PIXELS, VENTRICLES, PhantomConfig, PhantomStudy, View, gray_image, label_volume, load_manifest, make_starter, masks,
     slice_points, volume_affine,
 )
-from medclip_nb.datasets.phantom import KINDS
+from medclip_nb.datasets.phantom import FINDING_KINDS
 
 SMALL = dict(n_studies=(5, 1, 1), seed=3)
 
@@ -74,7 +74,7 @@ def test_left_is_displayed_on_the_right(root, slices):
 def test_display_agrees_with_the_affine(root, studies):
     "The same finding, cut from the volume by its affine and seen in the plane, lies in the same half of the same rows"
     row = next(r for _, r in studies.iterrows() if r["findings"] and r["findings"][0]["side"])
-    study = Study(Recipe(**SMALL), int(row["group"].split("-")[1]))
+    study = PhantomStudy(PhantomConfig(**SMALL), int(row["group"].split("-")[1]))
     image = nib.load(root/row["mask"])
     world = apply_affine(image.affine, np.argwhere(np.asarray(image.dataobj) == 1))
     position = np.unique(world[:, 2])[len(np.unique(world[:, 2]))//2]
@@ -97,7 +97,7 @@ def test_splits_never_share_a_study(slices, studies):
 
 
 def test_default_size():
-    recipe = Recipe()
+    recipe = PhantomConfig()
     counts = {s: recipe.splits.count(s)*recipe.n_slices for s in ("train", "valid", "test")}
     assert counts["train"] == 2400 and 380 <= counts["valid"] <= 420 and 380 <= counts["test"] <= 420
 
@@ -137,8 +137,8 @@ def test_other_folders_are_left_alone(tmp_path):
 
 
 def test_slice_and_volume_masks_agree():
-    recipe, affine, compared = Recipe(seed=1), volume_affine(), 0
-    for study in (Study(recipe, i) for i in range(8)):
+    recipe, affine, compared = PhantomConfig(seed=1), volume_affine(), 0
+    for study in (PhantomStudy(recipe, i) for i in range(8)):
         if not study.kinds: continue
         labels, _ = label_volume(study)
         for k, kind in enumerate(study.kinds):
@@ -152,17 +152,17 @@ def test_slice_and_volume_masks_agree():
 
 
 def test_findings_have_their_size():
-    for study in (Study(Recipe(seed=2), i) for i in range(10)):
+    for study in (PhantomStudy(PhantomConfig(seed=2), i) for i in range(10)):
         labels, _ = label_volume(study)
         for k, finding in enumerate(study.findings, 1):
             diameter = 2*((labels == k).sum()*8*3/(4*np.pi))**(1/3)
             assert .45 < diameter/finding.size_mm < 1.35, (study.name, finding.kind)
-            low, high = KINDS[finding.kind].size_mm
+            low, high = FINDING_KINDS[finding.kind].size_mm
             assert low <= finding.size_mm <= high
 
 
 def test_items_captions_and_labels_match_the_mask(root, slices):
-    limit = Recipe().visible_mm2
+    limit = PhantomConfig().visible_mm2
     for _, row in slices.iterrows():
         image = pixels(root, row["image"])
         assert image.shape == (PIXELS, PIXELS) and image.dtype == np.uint8 and image.max() > 100
@@ -185,11 +185,11 @@ def test_columns(root, slices, studies):
                            "size_mm", "position_mm", "group", "split"}
     assert slices["size_mm"].dtype == slices["position_mm"].dtype == float
     assert set(slices["lesion"]) <= {"present", "absent"} and set(slices["side"].dropna()) <= {"left", "right"}
-    assert set(slices["finding"]) <= {"normal", *KINDS, VENTRICLES}
+    assert set(slices["finding"]) <= {"normal", *FINDING_KINDS, VENTRICLES}
     assert slices["items"].map(type).eq(list).all() and all(path.is_file() for path in slices.paths())
     assert slices.loc[slices["lesion"] == "absent", ["side", "lobe", "size_mm"]].isna().to_numpy().all()
-    assert {"series", "mask", "items", "findings", "caption", "group", "split", "finding", *KINDS, VENTRICLES} == set(studies)
-    assert studies.labels == ["finding", *KINDS, VENTRICLES]
+    assert {"series", "mask", "items", "findings", "caption", "group", "split", "finding", *FINDING_KINDS, VENTRICLES} == set(studies)
+    assert studies.labels == ["finding", *FINDING_KINDS, VENTRICLES]
     for _, row in studies.iterrows():
         assert {kind for kind in studies.labels[1:] if row[kind] == "present"} == {found["kind"] for found in row["findings"]}
         assert row["finding"] == ("normal" if not row["findings"] else max(row["findings"], key=lambda found: found["size_mm"] or 0)["kind"])
@@ -201,9 +201,9 @@ def test_columns(root, slices, studies):
 
 
 def test_no_two_healthy_brains_are_alike():
-    healthy = [s for s in (Study(Recipe(), i) for i in range(20)) if not s.kinds]
+    healthy = [s for s in (PhantomStudy(PhantomConfig(), i) for i in range(20)) if not s.kinds]
     assert len(healthy) >= 3
-    images = [grey(View(s, slice_points("axial", 20)), "T1", s.rng(5)).astype(int) for s in healthy[:3]]
+    images = [gray_image(View(s, slice_points("axial", 20)), "T1", s.rng(5)).astype(int) for s in healthy[:3]]
     for n, a in enumerate(images):
         for b in images[:n]: assert np.abs(a - b)[(a > 0) & (b > 0)].mean() > 8
 
@@ -211,13 +211,13 @@ def test_no_two_healthy_brains_are_alike():
 def test_contrasts_differ_as_in_life():
     "Haemorrhage: bright on T1, dark on T2; infarct: dark on T1, bright on T2 and FLAIR, against the same place on the other side"
     found = set()
-    for study in (Study(Recipe(), i) for i in range(30)):
+    for study in (PhantomStudy(PhantomConfig(), i) for i in range(30)):
         for k, finding in enumerate(study.findings):
             if finding.kind not in ("haemorrhage", "infarct") or len(study.kinds) > 1: continue
             view = View(study, slice_points("axial", finding.centre[2]))
             inside = masks(view)[0][k].reshape(PIXELS, PIXELS)
             for sequence, brighter in (("T1", finding.kind == "haemorrhage"), ("T2", finding.kind == "infarct")):
-                image = grey(view, sequence, study.rng(5)).reshape(PIXELS, PIXELS).astype(float)
+                image = gray_image(view, sequence, study.rng(5)).reshape(PIXELS, PIXELS).astype(float)
                 mirrored = image[:, ::-1]
                 assert (np.median(image[inside]) > np.median(mirrored[inside & (mirrored > 0)])) == brighter, (study.name, sequence)
             found.add(finding.kind)

@@ -113,7 +113,7 @@ def test_models_of_images_and_of_studies_are_not_confused(reader, studies, tmp_p
 
 @pytest.mark.parametrize("template, extra, metric", [
     ("zero_shot", {"labels": ["infarct", "haemorrhage"], "multilabel": True, "negatives": ["no {}.", "without {}."]}, "auroc_macro"),
-    ("linear_probe", {"labels": ["infarct"], "strengths": [1.0]}, "balanced_accuracy"),
+    ("linear_probe", {"labels": ["infarct"], "Cs": [1.0]}, "balanced_accuracy"),
     ("retrieval", {}, "image_to_text_R@5")])
 def test_templates_run_on_studies(command, folder, studies, tmp_path, template, extra, metric):
     params = {"dataset": "starter", "data_root": studies.root, "data_options": {"view": "studies", **FEW}, "model": folder, "device": "cpu",

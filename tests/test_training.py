@@ -38,7 +38,7 @@ training = trainers.train(clip, manifest.part("train"), manifest.part("valid"), 
 os.write(1, f"hash {clip.weights_hash()} {training.best_epoch}\\n".encode())  # In one piece, whoever else writes
 """
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MEDCLIP_NB_BATCH": "1", "CUDA_VISIBLE_DEVICES": ""}
-OPTIONS = {"epochs": 3, "batch_size": 6, "lr": 2e-3, "mirror": 0.5, "ema": 0.9, "wise": True}
+OPTIONS = {"epochs": 3, "batch_size": 6, "lr": 2e-3, "flip": 0.5, "ema": 0.9, "wise_ft": True}
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_killed_and_continued(table, model, whole, tmp_path, moment):
 def test_processes_share_a_batch(table, steady, tmp_path, processes, objective, launcher):
     "However they are started: the same rows, texts, mirrors and variations, the same losses and gradients, whatever the number of processes"
     from medclip_nb.models import load_model
-    options = {"epochs": 2, "batch_size": 7, "lr": 1e-3, "mirror": 0.5, "objective": objective, "label": "label", "clip_grad": 1e9}
+    options = {"epochs": 2, "batch_size": 7, "lr": 1e-3, "flip": 0.5, "objective": objective, "label": "label", "clip_grad": 1e9}
     found = {}
     for n in (1, processes):
         said = ended(start(table, steady, tmp_path / str(n), options, processes=n, launcher=launcher))
@@ -192,7 +192,7 @@ def test_a_tracker_hears_every_epoch(squares, model, tmp_path):
     for stopped in (False, True):
         tracker, clip = remembering(), load_model(str(model), device="cpu")
         if stopped:  # after the second epoch
-            run = trainers.begin_run(clip, *rows, tmp_path / "out", trainers.Recipe(**options))
+            run = trainers.begin_run(clip, *rows, tmp_path / "out", trainers.TrainConfig(**options))
             trainers._start(run)
             for _ in range(2): trainers._epoch(run)
             clip = load_model(str(model), device="cpu")

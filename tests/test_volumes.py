@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from medclip_nb.core import InputError
 from medclip_nb.images import Study, pad_studies, study_preprocess
 from medclip_nb.models import (
-    CHARACTERS, LEVELS, PUBLISHED, SeriesNameEncoder, VolumeEncoder, build, inflate, load_checkpoint, load_model,
+    CHARACTERS, ATTENTION_LEVELS, PUBLISHED, SeriesNameEncoder, VolumeEncoder, build, inflate, load_checkpoint, load_model,
     misfits, published_state, save_checkpoint, sincos, study_model,
 )
 
@@ -44,7 +44,7 @@ def test_encoder_is_its_blocks_group_by_group(seed):
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     grid, depth, b, n = tuple(int(x) for x in rng.integers(1, 5, 3)), int(rng.integers(1, 6)), int(rng.integers(1, 4)), int(rng.integers(1, 5))
-    levels = [str(level) for level in rng.choice(LEVELS, depth)]
+    levels = [str(level) for level in rng.choice(ATTENTION_LEVELS, depth)]
     encoder = VolumeEncoder(24, depth, 2, (2, 4, 4), grid, levels, max_scans=6).double().eval()
     x = torch.randn(b, n, 1, *(k * p for k, p in zip(grid, (2, 4, 4))), dtype=torch.float64)
     mask = torch.from_numpy(rng.random((b, n)) < 0.6)
@@ -61,7 +61,7 @@ def test_encoder_is_its_blocks_group_by_group(seed):
 
 def test_gradients_do_not_see_padding():
     torch.manual_seed(0)
-    encoder = VolumeEncoder(24, 3, 2, (2, 4, 4), (2, 3, 3), LEVELS, max_scans=6).double().eval()
+    encoder = VolumeEncoder(24, 3, 2, (2, 4, 4), (2, 3, 3), ATTENTION_LEVELS, max_scans=6).double().eval()
     x, mask = torch.randn(2, 3, 1, 4, 12, 12, dtype=torch.float64), torch.tensor([[True, True, True], [True, True, False]])
     def gradients(*calls):
         encoder.zero_grad()
@@ -247,7 +247,7 @@ def test_full_size_file_loads(name, tmp_path):
 
 # A small model in the same layout
 
-SMALL = {"width": 48, "depth": 3, "heads": 4, "grid": [3, 4, 4], "patch_size": [4, 8, 8], "levels": list(LEVELS)}
+SMALL = {"width": 48, "depth": 3, "heads": 4, "grid": [3, 4, 4], "patch_size": [4, 8, 8], "levels": list(ATTENTION_LEVELS)}
 
 
 def small(name, folder):

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Optional
 import typer
 from typer.core import TyperCommand
 
-from ..core import InputError, plain
+from ..core import InputError, to_jsonable
 from .data import text_table
 
 # %% ../../nbs/cli/04_ask.ipynb #ca643e54
@@ -88,7 +88,7 @@ def _report(found: Mapping[str, Any], rows: Iterable[Sequence], header: Sequence
     total = len(found["images"]) + len(found["skipped"])
     if found["skipped"]: _note(f"{len(found['skipped'])} of {total} images could not be read")
     _note("research only, not for clinical use")
-    typer.echo(json.dumps(plain(found), indent=1, ensure_ascii=False) if as_json else text_table(rows, header, 120))
+    typer.echo(json.dumps(to_jsonable(found), indent=1, ensure_ascii=False) if as_json else text_table(rows, header, 120))
 
 # %% ../../nbs/cli/04_ask.ipynb #0fa1ae7c
 def _questions(classes: list[str], templates: list[str], pack: str, labels: list[str]) -> tuple[dict[str, Any], Any]:

@@ -166,14 +166,14 @@ def validate(
 ) -> None:
     "Check files, texts, labels and splits; the exit code is 1 if there are errors."
     from medclip_nb.core import atomic_path
-    from medclip_nb.datasets.checks import skipped_table, summary, validate as validate_manifest
+    from medclip_nb.datasets.checks import skipped_table, summarize_issues, validate as validate_manifest
     if csv and csv.exists() and not overwrite: raise InputError(f"{csv}: is there already. Give another name, or --overwrite.")
     manifest = _load(dataset, root, option, splits)
     findings = validate_manifest(manifest, images=images, labels=manifest.labels)
     if csv:
         with _writing(csv, overwrite), atomic_path(csv) as p: findings.to_csv(p, index=False)
     if len(findings):
-        kinds = summary(findings)
+        kinds = summarize_issues(findings)
         _echo(kinds.drop(columns="remedy"))
         _echo(kinds[["kind", "remedy"]])
     _echo(skipped_table(manifest.skipped), "passed over by the reader")

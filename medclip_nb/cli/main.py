@@ -103,7 +103,7 @@ def suite(
         for r in experiments.plan_suite(file, out, only): typer.echo(f"{r.name:<24}  {'to run' if force else r.status}")
         return
     records = experiments.run_suite(file, out, only, force, timeout)
-    typer.echo(experiments.summary(records))
+    typer.echo(experiments.summarize_runs(records))
     typer.echo(f"reports: {Path(out, records[0].path.parent.name, 'index.html')}")
     failed = [r for r in records if r.status == "failed"]
     for r in failed: typer.echo(f"\nerror: {r.name}: {r.message}", err=True)

@@ -10,23 +10,27 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "checks": [
-        "COLUMNS", "MARKUP", "REMEDIES", "ROW_KINDS", "check", "label_table", "skipped_table", "split_table",
-        "summary", "token_lengths", "usable", "validate",
+        "ISSUE_COLUMNS", "MARKUP", "REMEDIES", "ROW_KINDS", "check", "describe_labels", "drop_unusable",
+        "skipped_table", "split_table", "summarize_issues", "token_lengths", "validate",
     ],
-    "files": ["ImageFacts", "MAX_PIXELS", "MAX_VOXELS", "PIL_FORMATS", "SUFFIXES", "phash", "probe", "thumbnail"],
+    "files": [
+        "FILE_ISSUES", "IMAGE_FORMATS", "ImageFacts", "MAX_FILE_VOXELS", "MAX_PIXELS", "PIL_FORMATS", "phash",
+        "probe", "thumbnail",
+    ],
     "items": [
-        "NORMAL_RULES", "NORMAL_TEXTS", "UNREMARKABLE", "item_lists", "normal_flags", "says_normal", "text_id",
-        "without",
+        "NORMAL_RULES", "NORMAL_TEXTS", "UNREMARKABLE", "item_lists", "normal_flags", "says_normal",
+        "strip_pattern", "text_id",
     ],
     "leaks": ["DEPTHS", "FACTS", "LEAK", "ORDER", "SIMILAR", "file_facts", "leak_table", "nearest_hashes"],
     "loading": ["load_manifest"],
     "manifest": ["Manifest"],
     "paths": ["PLAIN", "inside", "path_fault", "safe_member", "safe_members", "safe_path", "safe_paths"],
     "phantom": [
-        "CENTRE", "DETAIL", "Finding", "GRID", "Head", "Kind", "Layer", "ORIGIN", "PIXELS", "PLANES", "Recipe",
-        "SEQUENCES", "SIGNAL", "Study", "TEMPLATE_T1", "Tissue", "VENTRICLES", "VENTRICLES_WEIGHT", "View",
-        "WHITE", "Waves", "grey", "label_volume", "lobe_of", "masks", "mix", "place", "sample", "signal",
-        "slice_points", "template", "volume_affine", "volume_points",
+        "CENTER", "DETAIL", "FINDING_KINDS", "Finding", "GRID", "Kind", "Layer", "ORIGIN", "PIXELS",
+        "PhantomConfig", "PhantomHead", "PhantomStudy", "SEQUENCES", "SIGNAL", "SLICE_AXES", "TEMPLATE_T1",
+        "Tissue", "VENTRICLES", "VENTRICLES_WEIGHT", "View", "WHITE", "Waves", "gray_image", "label_volume",
+        "lobe_of", "masks", "mix", "place", "sample", "signal", "slice_points", "template", "volume_affine",
+        "volume_points",
     ],
     "registry": [
         "CARD_KEYS", "CELL_KINDS", "LISTED", "READERS", "card", "card_folder", "card_markdown", "card_names",
@@ -45,11 +49,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "with_validation",
     ],
     "starter": [
-        "CONTRASTS", "LEVELS", "NORMAL", "NORMAL_ITEM", "PATTERNS", "RANGES", "VIEWS", "WORDS", "caption_of",
-        "is_faint", "item_of", "least_area", "level_of", "make_starter", "plan_slices", "read_starter",
-        "slice_row", "study_labels", "write_nifti", "write_series", "write_study",
+        "ANATOMICAL_LEVELS", "CONTRASTS", "CONTRAST_TERMS", "NORMAL", "NORMAL_ITEM", "PATTERNS", "RANGES",
+        "VIEWS", "caption_of", "is_faint", "item_of", "least_area", "level_of", "make_starter", "plan_slices",
+        "read_starter", "slice_row", "study_labels", "write_nifti", "write_series", "write_study",
     ],
     "studies": ["name_studies", "series_paths"],
     "tables": ["read_table"],
-    "toy": ["bright_squares"],
+    "toy": ["make_squares"],
 })

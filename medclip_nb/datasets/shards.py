@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 from ..core import InputError, atomic_folder, content_hash, progress
 from .manifest import Manifest
 from .readers.common import split_of
-from .readers.webdataset import find_shards, read_index, sample_row, tar_samples
+from .readers.webdataset import find_shards, read_shard_index, sample_row, tar_samples
 
 # %% ../../nbs/datasets/13_shards.ipynb #a7910c6b
 def _extension(path: str) -> str:
@@ -151,7 +151,7 @@ def _may_write(folder: Path, overwrite: bool) -> None:
     if folder.is_file(): raise InputError(f"{folder}: is a file; give a folder.")
     if not folder.is_dir() or not any(folder.iterdir()): return
     if not overwrite: raise InputError(f"{folder}: is there already. Give another folder, or overwrite it (overwrite=True, or --overwrite).")
-    if not read_index(folder):
+    if not read_shard_index(folder):
         raise InputError(f"{folder}: is not a folder of shards with an index, so it is not replaced. Give another folder.")
 
 def _index(manifest: Manifest, seed: int | None, shards: list[dict], skipped: list[dict]) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def decode_image(
 def _choose(source: Any, split: str | None) -> tuple[list[str], int | None]:
     "The shards of a split, and the number of their samples where an index tells"
     if isinstance(source, (list, tuple)): return [s for each in source for s in _choose(each, split)[0]], None
-    index = read_index(source) if not re.match(r"https?://", str(source)) and Path(source).is_dir() else {}
+    index = read_shard_index(source) if not re.match(r"https?://", str(source)) and Path(source).is_dir() else {}
     found = [str(Path(source, s["name"])) for s in index["shards"]] if index else find_shards(source)
     told = [s.get("split") for s in index["shards"]] if index else [split_of(Path(s).name) for s in found]
     chosen = [s for s, t in zip(found, told) if split is None or t == split]

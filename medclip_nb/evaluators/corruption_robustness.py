@@ -16,7 +16,7 @@ import pandas as pd
 from ..core import InputError, close_matches
 from ..datasets.manifest import Manifest
 from ..embeddings.features import embed
-from ..images.corruptions import ANY_IMAGE, LEVELS, Corrupt, corrupted_preprocess, stained
+from ..images.corruptions import ANY_IMAGE, SEVERITIES, Corrupt, corrupted_preprocess, stained
 from ..images.reading import read_image
 from ..metrics.classification import classification_metrics
 from ..metrics.resampling import bootstrap_weights
@@ -24,7 +24,7 @@ from ..models.clip import ClipModel
 from .labels import label_classes, named_labels
 from .probes import linear_probe
 from .prompts import class_sentences
-from .results import Result, metric_table, origin, units
+from .results import Result, metric_table, provenance, bootstrap_groups
 from .zero_shot_classification import zero_shot_classifier
 
 # %% ../../nbs/evaluators/17_corruption_robustness.ipynb #83d55b07
@@ -89,7 +89,7 @@ def _measured(rows: Manifest, label: str, scores: np.ndarray, classes: list[str]
 def _answers(rows: Manifest, label: str, scores: np.ndarray, classes: list[str]) -> pd.DataFrame:
     "What was said of every image"
     true, predicted = named_labels(rows[label]), np.array(classes)[scores.argmax(1)]
-    return pd.DataFrame({"row": rows.index, "image": rows["image"].to_numpy(), "group": units(rows).astype(str), "label": true, "predicted": predicted, "correct": predicted == true})
+    return pd.DataFrame({"row": rows.index, "image": rows["image"].to_numpy(), "group": bootstrap_groups(rows).astype(str), "label": true, "predicted": predicted, "correct": predicted == true})
 
 # %% ../../nbs/evaluators/17_corruption_robustness.ipynb #5186e4f0
 def robustness(
@@ -97,7 +97,7 @@ def robustness(
     manifest: Manifest, # Rows to measure on, with a label column; rows without a label are left out
     label: str = "label", # The column
     corruptions: Sequence[str] = ANY_IMAGE, # Keys of `corruptions.CORRUPTIONS`; stain_shift only for stained histology
-    levels: Sequence[int] = LEVELS, # 1 to 5
+    levels: Sequence[int] = SEVERITIES, # 1 to 5
     train: Manifest | None = None, # Rows to fit a linear probe on, clean; None asks zero-shot
     valid: Manifest | None = None, # Rows to choose its strength on, clean; None takes folds of the training groups
     metric: str = "accuracy", # Any of `metrics.classification_metrics`
@@ -116,7 +116,7 @@ def robustness(
     if train is None: scores_of, how = _zero_shot_scores(clip, classes, templates, prompts)
     else: scores_of, how = _probe_scores(clip, train, valid, rows, label, classes, cache, batch_size, seed)
     values, samples, tables = {}, {}, []
-    weights = bootstrap_weights(units(rows), n_boot, seed)
+    weights = bootstrap_weights(bootstrap_groups(rows), n_boot, seed)
     for condition in (None, *conditions):
         key = (condition.name, condition.level) if condition else ("clean", 0)
         scores = scores_of(embed(corrupted(clip, condition) if condition else clip, rows, cache, batch_size, texts=False).images)
@@ -124,7 +124,7 @@ def robustness(
         tables.append(_answers(rows, label, scores, classes).assign(corruption=key[0], level=key[1]))
     value, sample = (_summaries(v.pop(("clean", 0)), v) for v in (values, samples))
     metrics = metric_table({f"{k}/{metric}": float(v[0]) for k, v in value.items()}, {f"{k}/{metric}": v for k, v in sample.items()}, len(rows))
-    details = origin(clip, rows, n_boot, seed) | how | {"label": label, "classes": classes, "metric": metric, "levels": sorted(levels), "corruptions": {
+    details = provenance(clip, rows, n_boot, seed) | how | {"label": label, "classes": classes, "metric": metric, "levels": sorted(levels), "corruptions": {
         name: {c.level: c.strength for c in conditions if c.name == name} for name in corruptions}, "headline": [f"{k}/{metric}" for k in ("clean", "corrupted", "relative")]}
     return Result("robustness", metrics, pd.concat(tables, ignore_index=True), details)
 

@@ -22,7 +22,7 @@ from ..embeddings.features import embed
 from ..metrics.resampling import bootstrap_weights
 from ..metrics.retrieval import chance_recall, query_metrics, retrieval_queries
 from ..models.clip import ClipModel
-from .results import Result, metric_table, origin, units
+from .results import Result, metric_table, provenance, bootstrap_groups
 
 # %% ../../nbs/evaluators/09_image_text_retrieval.ipynb #aed45e4d
 def caption_pairs(
@@ -158,11 +158,11 @@ def retrieval(
     queries = rank_pairs(*features, right, ks, ties)
     pair = pd.DataFrame({"image": image, "text": text})
     asks = {"image_to_text": ~pair["image"].duplicated().to_numpy(), "text_to_image": ~pair.duplicated().to_numpy()}
-    weights = bootstrap_weights(units(manifest), n_boot, seed)
+    weights = bootstrap_weights(bootstrap_groups(manifest), n_boot, seed)
     ways = [_direction(way, table, codes[way], asks[way], right.shape[way == "image_to_text"], ks, weights) for way, table in queries.items()]
-    predictions = pd.DataFrame({"row": manifest.index, "image": manifest["image"].to_numpy(), "group": units(manifest).astype(str), "caption": manifest["caption"].to_numpy(),
+    predictions = pd.DataFrame({"row": manifest.index, "image": manifest["image"].to_numpy(), "group": bootstrap_groups(manifest).astype(str), "caption": manifest["caption"].to_numpy(),
                                 **{f"{way}_rank": table["rank"].to_numpy()[codes[way]] for way, table in queries.items()}, **_answers(manifest, features, codes, first, right, top)})
-    details = origin(clip, manifest, n_boot, seed) | {"merge_duplicates": merge_duplicates, "pair_column": pair_column, "ties": ties, "images": right.shape[0], "captions": right.shape[1],
+    details = provenance(clip, manifest, n_boot, seed) | {"merge_duplicates": merge_duplicates, "pair_column": pair_column, "ties": ties, "images": right.shape[0], "captions": right.shape[1],
                                                       "pairs": int(right.nnz), "chance": ways[0][1] | ways[1][1]}
     return Result("retrieval", pd.concat([table for table, _ in ways], ignore_index=True), predictions, details)
 

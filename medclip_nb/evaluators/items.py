@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEST_TUNED', 'item_pairs', 'right_ranks', 'complete_chance', 'query_ranks', 'item_retrieval_result', 'item_retrieval',
-           'question_scores', 'judged', 'check_apart', 'class_rows', 'findings_scored', 'item_zero_shot']
+           'question_scores', 'score_predictions', 'check_apart', 'class_rows', 'findings_scored', 'item_zero_shot']
 
 # %% ../../nbs/evaluators/11_items.ipynb #c0b503cb
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ from ..models.clip import ClipModel
 from .image_text_retrieval import chance_levels
 from .labels import finding_labels, label_classes
 from .questions import Question, class_question, finding_question
-from .results import Result, classification, finding_result, metric_table, origin, units
+from .results import Result, classification, finding_result, metric_table, provenance, bootstrap_groups
 from .scores import check_mode, item_scores
 
 # %% ../../nbs/evaluators/11_items.ipynb #1e25b2d8
@@ -118,14 +118,14 @@ def item_retrieval_result(
     if scores.shape != right.shape: raise InputError(f"Scores are {scores.shape}; {right.shape[0]} images and {right.shape[1]} texts need {right.shape}.")
     ranks = [right_ranks(scores, right), right_ranks(scores.T, right.T.tocsr())]
     tables = [query_ranks(found, size, ks) for found, size in zip(ranks, scores.shape)]
-    weights, pairs = bootstrap_weights(units(manifest), n_boot, seed), right.tocoo()
+    weights, pairs = bootstrap_weights(bootstrap_groups(manifest), n_boot, seed), right.tocoo()
     asks = tables[0]["positives"].to_numpy() > 0
     ways = [_way("image_to_text", tables[0][asks], complete_ks, scores.shape[1], ks, weights[:, asks]),
             _way("text_to_image", tables[1].iloc[pairs.col], None, scores.shape[0], ks, weights[:, pairs.row])]
     best = torch.from_numpy(scores).topk(min(top, scores.shape[1]), dim=1)
     mine = ranks[0].groupby("query").agg(list).reindex(range(len(scores)))
     lists = {"items": [[texts[a] for a in v] if isinstance(v, list) else [] for v in mine["answer"]], "item_ranks": [v if isinstance(v, list) else [] for v in mine["rank"]]}
-    predictions = pd.DataFrame({"row": manifest.index, "image": name_studies(manifest)["image"].to_numpy(), "group": units(manifest).astype(str), **lists,
+    predictions = pd.DataFrame({"row": manifest.index, "image": name_studies(manifest)["image"].to_numpy(), "group": bootstrap_groups(manifest).astype(str), **lists,
                                 "image_to_text_rank": tables[0]["rank"], "worst_rank": tables[0]["worst_rank"],
                                 "best_texts": [[texts[a] for a in line] for line in best.indices.tolist()], "best_scores": best.values.tolist()})
     facts = {"images": len(scores), "images_without_items": int((~asks).sum()), "items": len(texts), "pairs": int(right.nnz), "ties": "mean", "chance": ways[0][1] | ways[1][1],
@@ -150,7 +150,7 @@ def item_retrieval(
     "Rank all distinct items for each image and all images for each item; raises `InputError` for a mode that the model does not have"
     (texts, right), mode = item_pairs(manifest, column), check_mode(clip, mode)
     scores = item_scores(clip, manifest, texts, mode, top_k, batch_size=batch_size, num_workers=num_workers)
-    details = origin(clip, manifest, n_boot, seed) | {"mode": mode, "column": column} | ({"top_k": top_k} if mode == "top-k" else {})
+    details = provenance(clip, manifest, n_boot, seed) | {"mode": mode, "column": column} | ({"top_k": top_k} if mode == "top-k" else {})
     return item_retrieval_result(scores, manifest, texts, right, ks, complete_ks, top, n_boot, seed, details)
 
 # %% ../../nbs/evaluators/11_items.ipynb #61ee1178
@@ -164,7 +164,7 @@ def question_scores(
     "The cosine of every image with everything that a question says, several sentences for one thing as one"
     return item_scores(clip, manifest, [*question.present, *question.absent], mode, **how)
 
-def judged(
+def score_predictions(
     question: Question, # With c classes or findings
     cosines: np.ndarray, # (n, c) or (n, 2c) from `question_scores`
     scale: float = 1.0, # What cosines are multiplied by in a softmax
@@ -223,7 +223,7 @@ def findings_scored(
     result = finding_result("zero_shot", name_studies(manifest), labels, scores, kind, thresholds, n_boot, seed, {**details, "score": kind, "thresholds": chosen})
     more = [class_rows(result, ["auroc"])]
     if test_tuned:
-        tuned, weights = choose_thresholds(labels, scores, names, rule, "the measured rows"), bootstrap_weights(units(manifest), n_boot, seed)
+        tuned, weights = choose_thresholds(labels, scores, names, rule, "the measured rows"), bootstrap_weights(bootstrap_groups(manifest), n_boot, seed)
         values, samples = (multilabel_metrics(labels, scores, names, tuned, w) for w in (None, weights))
         wanted = [m for m in values if m.endswith("_macro") and m not in ("auroc_macro", "average_precision_macro")]
         more.append(metric_table({m + TEST_TUNED: values[m] for m in wanted}, {m + TEST_TUNED: samples[m] for m in wanted}, values["n"]))
@@ -254,8 +254,8 @@ def item_zero_shot(
     mode, how = check_mode(clip, mode), dict(top_k=top_k, batch_size=batch_size, num_workers=num_workers)
     one = isinstance(labels, str)
     question = class_question(label_classes(manifest, labels, class_names), templates, prompts) if one else finding_question(labels, templates, negatives, prompts)
-    details = origin(clip, manifest, n_boot, seed) | {"prompts": question.prompts, "mode": mode}
-    answers = lambda rows: judged(question, question_scores(clip, rows, question, mode, **how), clip.logit_scale)
+    details = provenance(clip, manifest, n_boot, seed) | {"prompts": question.prompts, "mode": mode}
+    answers = lambda rows: score_predictions(question, question_scores(clip, rows, question, mode, **how), clip.logit_scale)
     if question.exclusive: return classification("zero_shot", name_studies(manifest), labels, question.classes, *answers(manifest), positive, n_boot, seed, details)
     known, of_valid = finding_labels(manifest, labels), (None, None, None)
     if valid is not None:

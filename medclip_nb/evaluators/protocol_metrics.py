@@ -24,11 +24,11 @@ from medclip_nb.metrics.resampling import (
     bootstrap_weights, interval, mean_defined, ratio, resample_blocks, weighted_means,
 )
 from medclip_nb.evaluators.items import (
-    TEST_TUNED, findings_scored, item_pairs, item_retrieval_result, judged, right_ranks,
+    TEST_TUNED, findings_scored, item_pairs, item_retrieval_result, score_predictions, right_ranks,
 )
 from .labels import finding_labels
 from .questions import Question
-from .results import Result, classification, join_results, metric_table, units
+from .results import Result, classification, join_results, metric_table, bootstrap_groups
 
 # %% ../../nbs/evaluators/13_protocol_metrics.ipynb #04ae77c1
 AS_PUBLISHED = "_as_published" # Ends the name of a number that repeats a published script with its slip
@@ -48,7 +48,7 @@ class Scored:
     details: Mapping[str, Any] = field(default_factory=dict) # What produced the scores
 
     @property
-    def weights(self) -> np.ndarray: return bootstrap_weights(units(self.manifest), self.n_boot, self.seed) # (n_boot, n)
+    def weights(self) -> np.ndarray: return bootstrap_weights(bootstrap_groups(self.manifest), self.n_boot, self.seed) # (n_boot, n)
 
     def part(self, keep: np.ndarray, label: pd.Series | None = None) -> "Scored": # Some rows, with another column label if given
         rows = self.manifest[keep]
@@ -131,7 +131,7 @@ def areas_result(
 ) -> Result: # Metrics auroc_macro, average_precision_macro and finding/auroc
     "An area under the ROC curve for each finding, and their mean"
     names = scored.question.classes
-    labels, answers = finding_labels(scored.manifest, names), judged(scored.question, scored.scores, scored.scale)[0]
+    labels, answers = finding_labels(scored.manifest, names), score_predictions(scored.question, scored.scores, scored.scale)[0]
     how = dict(n_boot=scored.n_boot, seed=scored.seed, details=scored.details)
     result = findings_scored(scored.manifest, labels, answers, "p" if scored.question.absent else "cosine", **how)
     result.details["headline"], taken = ["auroc_macro"], np.ones(len(labels), bool)
@@ -186,7 +186,7 @@ def threshold_result(
 ) -> Result: # Areas; with validation rows the means of `CALLED`; where absence has sentences, these means with _argmax as well
     "Findings by area and at the threshold nearest to the corner of the ROC curve"
     names, valid = scored.question.classes, scored.valid
-    answer = lambda cosines: judged(scored.question, cosines, scored.scale)[0]
+    answer = lambda cosines: score_predictions(scored.question, cosines, scored.scale)[0]
     labels, scores, weights = finding_labels(scored.manifest, names), answer(scored.scores), scored.weights
     of_valid = (valid, finding_labels(valid, names), answer(scored.valid_scores)) if valid is not None else (None, None, None)
     result = findings_scored(scored.manifest, labels, scores, "p" if scored.question.absent else "cosine", *of_valid, "corner", False, scored.n_boot, scored.seed, scored.details)
@@ -206,7 +206,7 @@ def scenes_result(
     scored: Scored, # Rows with a column label
 ) -> Result: # accuracy, top5_accuracy, mean_rank
     "One of many classes by cosine"
-    cosines, p = judged(scored.question, scored.scores, scored.scale)
+    cosines, p = score_predictions(scored.question, scored.scores, scored.scale)
     result = classification("zero_shot", name_studies(scored.manifest), "label", scored.question.classes, cosines, p, None, scored.n_boot, scored.seed, scored.details)
     result.details["headline"] = ["accuracy", "mean_rank"]
     return only(result, ("accuracy", "top5_accuracy", "mean_rank"))

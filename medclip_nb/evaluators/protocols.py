@@ -25,7 +25,7 @@ from medclip_nb.evaluators.protocol_metrics import (
     AS_PUBLISHED, Scored, areas_result, brain_result, retrieval_result, scenes_result, threshold_result,
 )
 from .questions import Question, pack_questions
-from .results import Result, origin
+from .results import Result, provenance
 from .scores import check_mode, item_scores
 
 # %% ../../nbs/evaluators/14_protocols.ipynb #08f4182f
@@ -184,5 +184,5 @@ def evaluate_protocol(
     mode, how = check_mode(clip, mode or protocol.mode), dict(top_k=top_k, batch_size=batch_size, num_workers=num_workers)
     check_protocol(protocol, manifest, valid)
     ask = lambda rows: question_scores(clip, rows, protocol.question, mode, **how) if protocol.pack else item_scores(clip, rows, item_pairs(rows, protocol.column)[0], mode, **how)
-    details = origin(clip, manifest, n_boot, seed) | {"mode": mode} | ({"top_k": top_k} if mode == "top-k" else {})
+    details = provenance(clip, manifest, n_boot, seed) | {"mode": mode} | ({"top_k": top_k} if mode == "top-k" else {})
     return protocol_result(name, manifest, ask(manifest), clip.logit_scale, valid, None if valid is None else ask(valid), as_published, n_boot, seed, details)

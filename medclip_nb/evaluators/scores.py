@@ -25,7 +25,7 @@ def _sentence_features(clip: ClipModel, sentences: Sequence[str], batch_size: in
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
     parts = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     with clip.inference():
-        found = [clip.forward_texts(clip.tokenise([sentences[i] for i in part], clip.long_text)).float().cpu() for part in progress(parts, desc="encoding texts", unit="batch")]
+        found = [clip.forward_texts(clip.tokenize([sentences[i] for i in part], clip.long_text)).float().cpu() for part in progress(parts, desc="encoding texts", unit="batch")]
     return torch.cat(found)[torch.tensor(order).argsort()]
 
 def text_queries(

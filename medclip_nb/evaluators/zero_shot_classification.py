@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TextClassifier', 'encode_question', 'zero_shot_classifier', 'calibration_record', 'validation_temperature',
-           'zero_shot', 'prompt_sensitivity', 'zero_shot_findings', 'ask', 'sentence_list', 'verdict', 'fitted']
+           'zero_shot', 'prompt_sensitivity', 'zero_shot_findings', 'run_zero_shot', 'sentence_list', 'chance_sentence',
+           'calibration_sentence']
 
 # %% ../../nbs/evaluators/05_zero_shot_classification.ipynb #ac276c9a
 import html
@@ -29,8 +30,8 @@ from ..metrics.resampling import bootstrap_weights, interval
 from ..models.clip import ClipModel
 from .labels import finding_labels, label_classes, named_labels
 from .prompts import class_sentences
-from .questions import Question, Wording, class_question, finding_question
-from .results import Result, classification, finding_result, origin, units
+from .questions import Question, PromptSpec, class_question, finding_question
+from .results import Result, classification, finding_result, provenance, bootstrap_groups
 
 # %% ../../nbs/evaluators/05_zero_shot_classification.ipynb #122ddfd0
 @dataclass(frozen=True)
@@ -129,9 +130,9 @@ def zero_shot(
     question = class_question(label_classes(manifest, label, class_names), templates, prompts)
     asked, images = encode_question(clip, question), embed(clip, manifest, cache, batch_size, texts=False).images
     scores, probabilities = asked.scores(images)
-    details = origin(clip, manifest, n_boot, seed) | {"prompts": question.prompts}
+    details = provenance(clip, manifest, n_boot, seed) | {"prompts": question.prompts}
     result = classification("zero_shot", manifest, label, question.classes, scores, probabilities, positive, n_boot, seed, details)
-    true, weights = named_labels(manifest[label]), bootstrap_weights(units(manifest), n_boot, seed)
+    true, weights = named_labels(manifest[label]), bootstrap_weights(bootstrap_groups(manifest), n_boot, seed)
     measure = lambda scores: [classification_metrics(true, scores, question.classes, w, positive) for w in (None, weights)]
     if sensitivity: result.details["sensitivity"] = prompt_sensitivity(asked, images, measure, ("balanced_accuracy", "auroc_macro"))
     temperature = None if valid is None else validation_temperature(asked, embed(clip, valid, cache, batch_size, texts=False).images, valid, label)
@@ -186,18 +187,18 @@ def zero_shot_findings(
         chosen = {"rule": rule, "chosen_on": " and ".join(sorted(set(valid["split"]))), "rows": len(valid), "manifest": valid.fingerprint()}
         thresholds = choose_thresholds(finding_labels(valid, columns, list(labels)), asked.ranking(features(valid)), list(labels), rule, chosen["chosen_on"])
     kind = "cosine" if asked.absent is None else "p"
-    details = origin(clip, manifest, n_boot, seed) | {"prompts": asked.question.prompts, "score": kind, "thresholds": chosen}
+    details = provenance(clip, manifest, n_boot, seed) | {"prompts": asked.question.prompts, "score": kind, "thresholds": chosen}
     result = finding_result("zero_shot", manifest, labels, asked.ranking(images), kind, thresholds, n_boot, seed, details)
-    weights = bootstrap_weights(units(manifest), n_boot, seed)
+    weights = bootstrap_weights(bootstrap_groups(manifest), n_boot, seed)
     measure = lambda scores: [multilabel_metrics(labels, scores, list(labels), None, w) for w in (None, weights)]
     if sensitivity: result.details["sensitivity"] = prompt_sensitivity(asked, images, measure, ("auroc_macro", "average_precision_macro"))
     return result
 
 # %% ../../nbs/evaluators/05_zero_shot_classification.ipynb #1ca6c2c4
-def ask(
+def run_zero_shot(
     clip: ClipModel, # The model to ask
     rows: Manifest, # The images to ask about
-    words: Wording, # What to ask
+    words: PromptSpec, # What to ask
     valid: Manifest | None = None, # Rows of a validation split, for temperature and thresholds
     cache: str | Path | None = None, # Folder that keeps features
     n_boot: int = 1000, # Resamples behind each interval
@@ -214,7 +215,7 @@ def ask(
 
 # %% ../../nbs/evaluators/05_zero_shot_classification.ipynb #cea6b0d7
 def sentence_list(
-    results: Mapping[str, Result], # From `ask`
+    results: Mapping[str, Result], # From `run_zero_shot`
 ) -> str: # HTML that folds
     "Every sentence of every question, by class"
     def items(said):
@@ -226,9 +227,9 @@ def sentence_list(
                    for name, prompts in ((name, r.details["prompts"]) for name, r in results.items()))
 
 # %% ../../nbs/evaluators/05_zero_shot_classification.ipynb #702e09fd
-def verdict(
+def chance_sentence(
     name: str, # Label column, or findings
-    result: Result, # From `ask`
+    result: Result, # From `run_zero_shot`
 ) -> str: # Markdown
     "The main number of a result, its interval, and how it stands to chance"
     several = result.details.get("multilabel", False)
@@ -238,8 +239,8 @@ def verdict(
     what = "mean AUROC" if several else "balanced accuracy"
     return f"**{name}**: {what} {result.say(metric)} over {len(result.details['classes'])} {'findings' if several else 'classes'} (chance {chance:.3f}) is {said}."
 
-def fitted(
-    result: Result, # From `ask`
+def calibration_sentence(
+    result: Result, # From `run_zero_shot`
 ) -> str: # One sentence
     "What was fitted, and on what; or that nothing was"
     if result.details.get("multilabel"):

@@ -14,8 +14,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "write_index",
     ],
     "parameters": [
-        "Parameter", "check_parameters", "convert", "find_template", "parameter_files", "read_parameters",
-        "template_cells", "template_folder", "template_parameters", "templates",
+        "BOOLEANS", "Parameter", "check_parameters", "convert", "find_template", "parameter_files",
+        "read_parameters", "template_cells", "template_folder", "template_parameters", "templates",
     ],
     "reports": [
         "ANSI", "ATTRIBUTES", "NOISE", "STYLE", "TAGS", "clean_report", "html_page", "markdown_html",
@@ -28,7 +28,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "run_record",
     ],
     "suites": [
-        "NAME", "REFERENCE", "RUN_KEYS", "SUITE_KEYS", "Suite", "SuiteRun", "find_suite", "load_suite",
-        "plan_suite", "run_suite", "summary", "up_to_date",
+        "NAME", "REFERENCE", "RUN_KEYS", "SUITE_KEYS", "Suite", "SuiteRun", "YAML_TYPES", "find_suite",
+        "load_suite", "plan_suite", "run_suite", "summarize_runs", "up_to_date",
     ],
 })

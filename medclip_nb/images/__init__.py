@@ -11,8 +11,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "augmentation": ["Augment", "laterality"],
     "corruptions": [
-        "ANY_IMAGE", "CORRUPTIONS", "Corrupt", "LEVELS", "STAINS", "Scale", "corrupt", "corrupted_preprocess",
-        "corruption_table", "is_grey", "stain_matrix", "stained",
+        "ANY_IMAGE", "CORRUPTIONS", "Corrupt", "SEVERITIES", "STAINS", "Scale", "corrupt",
+        "corrupted_preprocess", "corruption_table", "is_gray", "stain_matrix", "stained",
     ],
     "loading": ["ImageDataset", "prefetched"],
     "reading": ["FORMATS", "read_image"],

@@ -14,7 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "reliability_table",
     ],
     "classification": [
-        "class_counts", "class_ranks", "classification_metrics", "label_codes", "label_name", "labelled",
+        "class_counts", "class_ranks", "classification_metrics", "label_codes", "label_name", "labeled",
         "per_class_metrics",
     ],
     "curves": [
@@ -22,9 +22,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "choose_thresholds", "class_areas", "split_rows",
     ],
     "localization": [
-        "CUTS", "choose_map_threshold", "enlarge", "localise", "overlaps", "pointing", "summarise", "within",
+        "CUTS", "choose_map_threshold", "enlarge", "localize", "overlaps", "pointing", "summarize_maps",
+        "within",
     ],
-    "multilabel": ["label_table", "multilabel_metrics", "multilabel_table", "threshold_values"],
+    "multilabel": ["known_labels", "multilabel_metrics", "multilabel_table", "threshold_values"],
     "resampling": [
         "SUMMARIES", "as_objects", "bootstrap", "bootstrap_weights", "grouping", "interval", "mean_defined",
         "ratio", "resample_blocks", "summary_of", "weighted_means", "weighted_median",

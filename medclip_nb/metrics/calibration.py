@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from ..core import InputError
-from .classification import labelled
+from .classification import labeled
 from .resampling import grouping, interval, ratio, resample_blocks, weighted_means
 
 # %% ../../nbs/metrics/05_calibration.ipynb #a4f83cff
@@ -22,7 +22,7 @@ def probability_rows(
     class_names: Sequence, # Classes in the order of the columns
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # Which rows have a label (rows,), their codes (k,), their probabilities (k, classes)
     "The rows that can be judged; raises `InputError` for numbers that are no probabilities"
-    keep, true, p = labelled(y_true, probabilities, class_names)
+    keep, true, p = labeled(y_true, probabilities, class_names)
     bad = np.flatnonzero((p < 0).any(1) | (p > 1).any(1) | (np.abs(p.sum(1) - 1) > 1e-3))
     if len(bad):
         raise InputError(f"Row {np.flatnonzero(keep)[bad[0]]} is {p[bad[0]].round(3).tolist()}, no probabilities ({len(bad)} such rows). "
@@ -119,7 +119,7 @@ def fit_temperature(
     from scipy.optimize import minimize_scalar
     from scipy.special import logsumexp
     if str(chosen_on).lower() == "test": raise InputError("A temperature fitted on the test split flatters the test: fit it on validation rows.")
-    _, true, z = labelled(y_true, logits, class_names)
+    _, true, z = labeled(y_true, logits, class_names)
     own = z[np.arange(len(true)), true]
     nll = lambda inverse: float((logsumexp(inverse * z, axis=1) - inverse * own).mean())
     best = minimize_scalar(lambda x: nll(np.exp(-x)), bounds=np.log(bounds), method="bounded", options={"xatol": 1e-6})

@@ -10,24 +10,27 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "adapters": [
-        "CalledAttentionPool", "SplitAttention", "SplitQKV", "TARGETS", "adapter_facts", "adapter_state",
-        "add_lora", "has_adapters", "join_attention", "load_adapter", "merge_lora", "plain_state",
-        "save_adapter", "split_attention", "write_adapter",
+        "CalledAttentionPool", "PEFT_PREFIX", "SplitAttention", "SplitQKV", "TARGETS", "adapter_facts",
+        "adapter_state", "add_lora", "has_adapters", "join_attention", "load_adapter", "merge_lora",
+        "plain_state", "save_adapter", "split_attention", "write_adapter",
     ],
     "clip": [
         "ClipModel", "Encoders", "Towers", "describe", "encode_image_tokens", "forward_image_tokens",
         "set_long_text",
     ],
-    "exports": ["CARD", "LOADING", "SENT", "export", "model_card", "push", "read_run", "save_huggingface"],
+    "exports": [
+        "CARD", "EXPORT_LAYOUTS", "LOADING", "SENT", "export", "model_card", "push", "read_run",
+        "save_huggingface",
+    ],
     "freezing": ["TOWERS", "layer_groups", "lock", "tower_of", "trainable"],
     "loading": ["WEIGHTS", "load_checkpoint", "load_model", "quick_gelu", "save_checkpoint"],
     "long_text": [
-        "LONG_TEXT", "Parts", "can_trim", "check_long_text", "cut_share", "split_text", "token_counts",
-        "tokenise", "trimmed_features",
+        "LONG_TEXT", "Parts", "can_trim", "check_long_text", "cut_share", "split_text", "stretch_context",
+        "token_counts", "tokenize", "trimmed_features",
     ],
     "maps": [
-        "ItemMaps", "METHODS", "UPSAMPLE", "asked_of", "choose_method", "item_maps", "methods_of", "moved",
-        "shown_box", "spline_weights", "to_image",
+        "ItemMaps", "MAP_METHODS", "UPSAMPLE", "available_methods", "choose_method", "item_maps",
+        "map_requests", "moved", "shown_box", "spline_weights", "upsample_to_image",
     ],
     "pooling": ["POOLING_PREFIXES", "TextConditionedPooling", "key_mask", "masked_softmax", "pooling_from"],
     "published": ["PUBLISHED", "published_state", "text_files"],
@@ -40,13 +43,13 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "towers": ["CLASSIFIERS", "PROJECTIONS", "SCRATCH", "swap_towers"],
     "volume_encoder": [
-        "Arrangement", "CHARACTERS", "END", "LEVELS", "SLOTS", "SeriesNameEncoder", "SlicePatches", "UNKNOWN",
-        "VolumeEncoder", "VolumePatches", "inflate", "inflated", "layout", "merged", "parted", "regroup",
-        "resampled", "sincos", "sincos_grid", "spelled",
+        "ATTENTION_LEVELS", "Arrangement", "CHARACTERS", "END", "SLOTS", "SeriesNameEncoder", "SlicePatches",
+        "UNKNOWN", "VOLUME_LAYOUTS", "VolumeEncoder", "VolumePatches", "inflate", "inflated", "layout",
+        "merged", "parted", "regroup", "resampled", "sincos", "sincos_grid", "spelled", "stretch_positions",
     ],
     "weights": [
-        "NAMES", "OPENAI_MEAN", "OPENAI_STD", "POSITIONS", "RESAMPLE", "SUFFIXES", "WRAPPERS", "align_state",
-        "find_weights", "has_weights", "hf_configuration", "hf_files", "hf_to_open_clip", "is_hf_clip",
-        "misfits", "open_clip_to_hf", "read_state", "write_config",
+        "NAMES", "OPENAI_MEAN", "OPENAI_STD", "POSITIONS", "RESAMPLE", "WEIGHT_SUFFIXES", "WRAPPERS",
+        "WRAPPER_PREFIX", "align_state", "find_weights", "has_weights", "hf_configuration", "hf_files",
+        "hf_to_open_clip", "is_hf_clip", "misfits", "open_clip_to_hf", "read_state", "write_config",
     ],
 })

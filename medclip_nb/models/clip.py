@@ -20,7 +20,7 @@ from ..images.reading import read_image
 from .adapters import adapter_facts, has_adapters
 from .freezing import trainable
 from medclip_nb.models.long_text import (
-    Parts, can_trim, check_long_text, cut_share, token_counts, tokenise, trimmed_features,
+    Parts, can_trim, check_long_text, cut_share, token_counts, tokenize, trimmed_features,
 )
 from .tokens import _token_reader
 
@@ -67,7 +67,7 @@ class Encoders(Towers):
         long_text: str | None = None, # What to do beyond the context: truncate, chunks or interpolate; None does what the model does
     ) -> Tensor: # (n, d) unit-norm float32, on the CPU
         "Encode texts of any length"
-        tokens = tokenise(self, texts, long_text or self.long_text)
+        tokens = tokenize(self, texts, long_text or self.long_text)
         by_length = self.causal_text and self.device.type == "cpu" and isinstance(tokens, Tensor)
         order = tokens.argmax(-1).argsort(stable=True) if by_length else torch.arange(len(tokens))
         parts = order.split(32) if by_length else [order]
@@ -132,7 +132,7 @@ def describe(
             "embedding": clip.dim, "image size (px)": size[0] if isinstance(size, tuple) else size, "context (tokens)": clip.context_length,
             "precision": clip.precision, "logit scale": round(clip.logit_scale, 3), "weights": clip.weights_hash(), **more}
 
-ClipModel.token_counts, ClipModel.cut_share, ClipModel.tokenise = token_counts, cut_share, tokenise
+ClipModel.token_counts, ClipModel.cut_share, ClipModel.tokenize = token_counts, cut_share, tokenize
 ClipModel.set_long_text, ClipModel.describe = set_long_text, describe
 
 # %% ../../nbs/models/01_clip.ipynb #56c76b1c

@@ -13,7 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "HUE", "OUTLINE", "OVERLAY", "SCALES", "item_overlays", "overlay_grid", "panel", "scaled", "strongest",
         "volume_montage",
     ],
-    "attention_examples": ["compared", "image_figure", "picked", "row_figures", "study_figure"],
+    "attention_examples": ["comparison_figures", "image_figure", "row_figures", "select_examples", "study_figure"],
     "audit": [
         "caption_lengths", "example_grid", "file_overview", "group_sizes", "item_counts", "label_counts",
         "leak_pairs",
@@ -24,7 +24,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "reliability_diagram",
     ],
     "grids": [
-        "cell_grid", "image_grid", "item_lists", "prediction_grid", "retrieval_grid", "show_row", "study_grid",
+        "cell_grid", "image_grid", "item_list_figure", "prediction_grid", "retrieval_grid", "show_row",
+        "study_grid",
     ],
     "results": ["comparison", "confusion_matrices", "confusion_matrix", "metric_intervals"],
     "style": ["CHANCE", "PALETTE", "RIGHT", "SPELLED", "WRONG", "metric_words", "use_style", "wrapped"],

@@ -189,7 +189,7 @@ def _shares(ax: Axes, maps: np.ndarray, names: Sequence[str], chosen: int) -> No
 # %% ../../nbs/plots/07_attention.ipynb #7d732ffe
 def volume_montage(
     volumes: ArrayLike, # (n, d, h, w) or one (d, h, w), as the model was shown them
-    maps: ArrayLike, # Of the same shape, not negative, such as `Attended.map`
+    maps: ArrayLike, # Of the same shape, not negative, such as `ItemMap.map`
     masks: ArrayLike | None = None, # Of the same shape, true inside the finding
     spacing: Sequence[float] = (1.0, 1.0, 1.0), # mm along d, h, w
     names: Sequence[str] = (), # Of the series

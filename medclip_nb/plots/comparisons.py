@@ -18,14 +18,14 @@ from PIL import Image
 from ..core import InputError
 from ..evaluators.corruption_robustness import robustness_curves
 from ..evaluators.results import Result
-from ..images.corruptions import ANY_IMAGE, LEVELS, corrupt
+from ..images.corruptions import ANY_IMAGE, SEVERITIES, corrupt
 from .style import CHANCE, PALETTE, RIGHT, WRONG, wrapped
 
 # %% ../../nbs/plots/09_comparisons.ipynb #44ffcf61
 def corruption_grid(
     image: Image.Image, # RGB or grey, 8 bits
     corruptions: Sequence[str] = ANY_IMAGE, # Keys of `corruptions.CORRUPTIONS`
-    levels: Sequence[int] = LEVELS, # 1 to 5
+    levels: Sequence[int] = SEVERITIES, # 1 to 5
     seed: int = 0, # Of noise and of the direction of a stain shift
     size: float = 1.0, # Width of an image, inches
 ) -> Figure:

@@ -11,17 +11,17 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "gradient_cache": ["cached_step", "in_chunks", "refuse_batch_norm"],
     "heads": [
-        "Classify", "Head", "LOOKS", "PATH_ROWS", "PATIENCE", "PENALTIES", "class_names", "classify",
-        "fit_head", "fit_temperature", "load_head", "save_head", "train_head",
+        "ClassificationHead", "Classify", "LOOKS", "PATH_ROWS", "PATIENCE", "PENALTIES", "class_names",
+        "classify", "fit_head", "fit_head_temperature", "load_head", "save_head", "train_head",
     ],
     "item_texts": [
         "DrawnItems", "ItemBatch", "ItemGallery", "ItemTexts", "KEPT", "KeptTokens", "PLACEHOLDER",
         "SAMPLINGS", "frozen_features", "item_batch", "item_gallery", "sample_items",
     ],
     "loop": [
-        "Batch", "SHORT", "Training", "backward", "batches", "begin_run", "close_epoch", "draw_batch",
-        "finish", "is_over", "judged", "keep", "keep_frozen", "objective_of", "optimiser_of", "stop",
-        "take_step", "tell", "told", "train", "training_mode", "write_history",
+        "Batch", "SHORT", "Training", "averaged_weights", "backward", "batches", "begin_run", "close_epoch",
+        "draw_batch", "finalize", "is_over", "keep_best", "keep_frozen", "log_epoch", "objective_of",
+        "optimizer_of", "reduce_means", "stop", "take_step", "train", "training_mode", "write_history",
     ],
     "objectives": ["Contrastive", "Itemized", "Objective", "Prompts", "balanced"],
     "optimization": [
@@ -29,23 +29,23 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "set_checkpointing", "snapshot", "warmup_constant", "warmup_cosine", "warmup_linear",
     ],
     "pairs": [
-        "Pairs", "SIDE", "TEXTS", "collate", "epoch_batches", "image_features", "is_frozen", "keep_features",
-        "label_ids", "mirror_images", "share", "swap_sides", "text_features", "varied",
+        "Pairs", "SIDE", "TEXTS", "collate", "epoch_batches", "flip_images", "image_features", "is_frozen",
+        "keep_features", "label_ids", "share", "swap_sides", "text_features", "varied",
     ],
     "recipe": [
-        "ITEM_METRICS", "Keeping", "Lessons", "METRICS", "OBJECTIVES", "PASSING", "Recipe", "Reports", "Steps",
-        "TRACKERS", "recipe_of",
+        "CheckpointConfig", "DataConfig", "ITEM_METRICS", "ItemConfig", "METRICS", "OBJECTIVES", "OptimConfig",
+        "PASSING", "TRACKERS", "TrainConfig", "make_config",
     ],
     "state": [
-        "MANAGED", "Progress", "Run", "identity", "is_managed", "load_best", "load_state", "restore",
-        "save_state", "state_file", "store", "store_best", "tidy",
+        "MANAGED", "Progress", "Run", "clear_state", "is_managed", "load_best", "load_state", "restore",
+        "run_identity", "save_state", "state_file", "store", "store_best",
     ],
     "trackers": [
         "PROJECT", "RUN", "accelerator_of", "keep_local", "settings", "track", "tracker_options", "tracking",
     ],
     "validation": [
         "COLLAPSE", "best_ranks", "collapse", "encode_pairs", "encode_with_items", "gallery_features",
-        "item_values", "prompt_accuracy", "retrieval_values", "sentences_of", "sweep", "validate",
+        "item_values", "prompt_accuracy", "retrieval_values", "sentences_of", "sweep", "validate_model",
         "validate_retrieval", "watched",
     ],
 })

@@ -20,7 +20,7 @@ from ..core import InputError, close_matches
 from ..datasets.items import _listed, item_lists, text_id
 from ..datasets.manifest import Manifest
 from ..models.clip import ClipModel
-from ..models.long_text import Parts, cut_share, tokenise
+from ..models.long_text import Parts, cut_share, tokenize
 from .pairs import is_frozen, swap_sides, text_features
 
 # %% ../../nbs/trainers/05_item_texts.ipynb #17bd8a68
@@ -94,11 +94,11 @@ class KeptTokens:
     ) -> None:
         self.clip, self.most, self.kept = clip, most, {}
 
-    def __call__(self, texts: list[str]) -> Tensor | Parts: # As `tokenise` gives them
+    def __call__(self, texts: list[str]) -> Tensor | Parts: # As `tokenize` gives them
         if len(self.kept) > self.most: self.kept = {}
         new = list(dict.fromkeys(text for text in texts if text not in self.kept))
         if new:
-            made = tokenise(self.clip, new, self.clip.long_text)
+            made = tokenize(self.clip, new, self.clip.long_text)
             self.kept |= {text: made[i:i + 1] for i, text in enumerate(new)}
         return _joined([self.kept[text] for text in texts])
 
@@ -139,12 +139,12 @@ class ItemTexts:
         sampling: str = "random", # first, random or diverse
         merge: int = 3, # Most items in one text (diverse)
         seed: int = 0, # Of the draws
-        mirror: bool = False, # Whether images are mirrored
+        flip: bool = False, # Whether images are mirrored
     ) -> None:
         self.clip, self.k, self.sampling, self.merge, self.seed = clip, k, sampling, merge, seed
         self.items, self.tokens, self.features = item_lists(rows), KeptTokens(clip), None
         said = {text for own in self.items for text in own}
-        self.words = sorted(said | {swap_sides(text) for text in said if mirror})
+        self.words = sorted(said | {swap_sides(text) for text in said if flip})
         self.cut_share, self.frozen = cut_share(clip, self.words), is_frozen(clip, "text")
         if self.frozen and sampling != "diverse": self._keep_features()
 
@@ -199,5 +199,5 @@ def item_gallery(
             at = number.setdefault(text_id(text), len(texts))
             if at == len(texts): texts.append(text)
             pairs.append((row, at))
-    tokens = tokenise(clip, texts, clip.long_text)
+    tokens = tokenize(clip, texts, clip.long_text)
     return ItemGallery(frozen_features(clip, tokens) if is_frozen(clip, "text") else tokens, torch.tensor(pairs).unique(dim=0), len(rows))

@@ -20,11 +20,11 @@ from ..images.studies import StudyBatch
 from ..losses.contrastive import clip_loss, positives_of, prompt_loss, siglip_loss, soft_clip_loss
 from ..losses.itemized import global_itemized_losses
 from ..models.clip import ClipModel, forward_image_tokens
-from ..models.long_text import Parts, tokenise
+from ..models.long_text import Parts, tokenize
 from ..models.study_clip import give_bias, give_pooling
 from .item_texts import DrawnItems, ItemTexts
 from .pairs import image_features, is_frozen, text_features
-from .recipe import Recipe
+from .recipe import TrainConfig
 
 # %% ../../nbs/trainers/03_objectives.ipynb #bc473fa3
 class Objective(nn.Module):
@@ -67,7 +67,7 @@ class Contrastive(Objective):
     "Each image among the batch's texts, and each text among its images"
     def __init__(self,
         clip: ClipModel, # Has the scale; receives a bias of -10 for siglip, if it has none
-        recipe: Recipe, # objective clip, siglip or labels; image_weight, soft, same_group
+        recipe: TrainConfig, # objective clip, siglip or labels; image_weight, soft, same_group
     ) -> None:
         super().__init__()
         self.parts, self.recipe = [clip.model], recipe
@@ -103,7 +103,7 @@ class Prompts(Objective):
     ) -> None:
         super().__init__()
         self.parts, self.counts, self.class_weight = [clip.model], [len(s) for s in sentences], class_weight
-        self.sentences = tokenise(clip, [text for texts in sentences for text in texts], clip.long_text)
+        self.sentences = tokenize(clip, [text for texts in sentences for text in texts], clip.long_text)
         if is_frozen(clip, "text"):
             with clip.inference(): self.sentences = text_features(clip, self.sentences).float().cpu()
 
@@ -120,14 +120,14 @@ class Itemized(Objective):
 
     def __init__(self,
         clip: ClipModel, # Receives a pooling and a bias, if it has none
-        recipe: Recipe, # See `Reports`
+        recipe: TrainConfig, # See `ItemConfig`
         rows: Manifest, # To learn from, with a column items
     ) -> None:
         super().__init__()
         r, self.parts, self.recipe, self.texts_per_image = recipe, [clip], recipe, recipe.items_per_image
         give_pooling(clip, r.pooling_heads, r.seed)
         give_bias(clip)
-        self.items = ItemTexts(clip, rows, r.items_per_image, r.sampling, r.merge, r.seed, r.mirror > 0)
+        self.items = ItemTexts(clip, rows, r.items_per_image, r.sampling, r.merge, r.seed, r.flip > 0)
         self.normal = normal_flags(rows, r.normal_rule) if r.normal_check else None
         self.cut_share = self.items.cut_share
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'TEXTS', 'swap_sides', 'label_ids', 'Pairs', 'epoch_batches', 'share', 'varied', 'image_features',
-           'text_features', 'collate', 'mirror_images', 'is_frozen', 'keep_features']
+           'text_features', 'collate', 'flip_images', 'is_frozen', 'keep_features']
 
 # %% ../../nbs/trainers/04_pairs.ipynb #b5018778
 import re
@@ -24,7 +24,7 @@ from ..images.loading import ImageDataset
 from ..images.studies import Study, StudyBatch, StudyDataset, draw_series, pad_studies
 from ..models.clip import ClipModel
 from ..models.freezing import tower_of
-from ..models.long_text import Parts, cut_share, tokenise
+from ..models.long_text import Parts, cut_share, tokenize
 from ..models.study_clip import StudyModel
 
 # %% ../../nbs/trainers/04_pairs.ipynb #e249ae20
@@ -80,19 +80,19 @@ class Pairs(Dataset):
         rows: Manifest, # Images or studies with captions, items or both
         texts: str = "caption", # caption, items, both or none
         memory_mb: int = 0, # Megabytes of decoded images to keep
-        mirror: float = 0.0, # Share of the images that `draw` says to mirror; those whose `plane` is sagittal never are
+        flip: float = 0.0, # Share of the images that `draw` says to mirror; those whose `plane` is sagittal never are
         labels: Tensor | None = None, # (rows,) from `label_ids`; None knows no labels
         long_text: str | None = None, # Texts beyond the context: truncate, chunks or interpolate; None does what the model does
         num_series: int = 0, # Series of a study to draw anew each `epoch`; 0 takes them as they are
         seed: int = 0, # Of that draw
     ) -> None:
         self.axis = clip.preprocess.left_right if isinstance(clip, StudyModel) else -1
-        if mirror and self.axis is None:
-            raise InputError(f"mirror={mirror:g}, but the preprocessing does not say which axis runs from left to right. Give it an orientation without thick_first, or set mirror to 0.")
-        words = [w + [swap_sides(t) for t in w] if mirror else w for w in _pair_texts(rows, texts)]
-        self.rows, self.mirror, self.num_series, self.seed, self.epoch = rows.index, mirror, num_series, seed, 1
+        if flip and self.axis is None:
+            raise InputError(f"flip={flip:g}, but the preprocessing does not say which axis runs from left to right. Give it an orientation without thick_first, or set mirror to 0.")
+        words = [w + [swap_sides(t) for t in w] if flip else w for w in _pair_texts(rows, texts)]
+        self.rows, self.flip, self.num_series, self.seed, self.epoch = rows.index, flip, num_series, seed, 1
         self.images = _images(clip, rows, memory_mb)
-        self.tokens = [tokenise(clip, w, long_text or clip.long_text) for w in words]
+        self.tokens = [tokenize(clip, w, long_text or clip.long_text) for w in words]
         self.cut_share = cut_share(clip, sorted({text for w in words for text in w}))
         self.ids = [torch.from_numpy(pd.factorize(np.array(w, dtype=object))[0]) for w in words]
         self.labels = torch.full((len(rows),), -1) if labels is None else labels
@@ -106,7 +106,7 @@ class Pairs(Dataset):
     def draw(self, positions: Tensor, generator: torch.Generator) -> tuple[Tensor | Parts | None, Tensor, Tensor]:
         "Tokens and ids of a batch's texts, of a kind drawn for the whole batch, and which images to mirror"
         kind = int(torch.randint(len(self.tokens), (1,), generator=generator)) if self.tokens else None
-        mirrored = (torch.rand(len(positions), generator=generator) < self.mirror) & self.has_sides[positions]
+        mirrored = (torch.rand(len(positions), generator=generator) < self.flip) & self.has_sides[positions]
         chosen = positions + len(self) * mirrored
         return (None, positions, mirrored) if kind is None else (self.tokens[kind][chosen], self.ids[kind][chosen], mirrored)
 
@@ -175,7 +175,7 @@ def collate(
     return (pad_studies(images), torch.tensor(positions)) if isinstance(images[0], Study) else default_collate(found)
 
 # %% ../../nbs/trainers/04_pairs.ipynb #75beb96e
-def mirror_images(
+def flip_images(
     images: Tensor | StudyBatch, # (n, ...), changed in place
     mirrored: Tensor, # (n,) of bool, from `Pairs.draw`
     axis: int = -1, # That runs from left to right, see `Pairs.axis`

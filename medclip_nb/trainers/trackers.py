@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from ..models.clip import ClipModel
-from .recipe import Recipe
+from .recipe import TrainConfig
 from .state import Run
 
 # %% ../../nbs/trainers/10_trackers.ipynb #03b3d991
@@ -51,7 +51,7 @@ def keep_local(
 # %% ../../nbs/trainers/10_trackers.ipynb #76078e90
 def accelerator_of(
     clip: ClipModel, # Its device
-    recipe: Recipe, # Precision and tracker
+    recipe: TrainConfig, # Precision and tracker
     out_dir: str | Path, # The run's folder
 ) -> Accelerator:
     "Devices, precision, processes and trackers"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLLAPSE', 'encode_pairs', 'retrieval_values', 'validate_retrieval', 'encode_with_items', 'gallery_features',
-           'best_ranks', 'item_values', 'sentences_of', 'prompt_accuracy', 'watched', 'validate', 'collapse', 'sweep']
+           'best_ranks', 'item_values', 'sentences_of', 'prompt_accuracy', 'watched', 'validate_model', 'collapse',
+           'sweep']
 
 # %% ../../nbs/trainers/09_validation.ipynb #9a055a5b
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from .item_texts import ItemGallery
 from .objectives import Objective
 from .optimization import interpolate, moving, put, snapshot
 from .pairs import Pairs, collate, image_features, label_ids, share, text_features
-from .recipe import Recipe
+from .recipe import TrainConfig
 from .state import Run
 
 # %% ../../nbs/trainers/09_validation.ipynb #896fb20c
@@ -122,7 +123,7 @@ def item_values(
     return {f"valid_item_{name}": (ways[0][key] + ways[1][key]) / 2 for name, key in (("mrr", "MRR"), ("R@1", "R@1"), ("R@10", "R@10"))}
 
 # %% ../../nbs/trainers/09_validation.ipynb #d082b374
-def sentences_of(recipe: Recipe, classes: list[str]) -> list[list[str]]:
+def sentences_of(recipe: TrainConfig, classes: list[str]) -> list[list[str]]:
     "The sentences of every class, as a recipe writes them"
     return class_sentences([recipe.prompts.get(c, c) for c in classes], recipe.templates)
 
@@ -131,7 +132,7 @@ def _accuracy(labels: Tensor, scores: Tensor, classes: list[str]) -> float:
     true = np.array([classes[i] if i >= 0 else None for i in labels.tolist()], dtype=object)
     return float(classification_metrics(true, scores.detach().cpu().numpy(), classes)["balanced_accuracy"])
 
-def prompt_accuracy(clip: ClipModel, images: Tensor, labels: Tensor, classes: list[str], recipe: Recipe) -> float: # Balanced accuracy
+def prompt_accuracy(clip: ClipModel, images: Tensor, labels: Tensor, classes: list[str], recipe: TrainConfig) -> float: # Balanced accuracy
     "Zero-shot balanced accuracy on features that are there"
     written = zero_shot_classifier(clip, [recipe.prompts.get(c, c) for c in classes], recipe.templates)
     return _accuracy(labels, F.normalize(images, dim=-1) @ written.T, classes)
@@ -159,7 +160,7 @@ def _all_features(run: Run) -> tuple[Tensor, Tensor | None, Tensor | None]:
     texts = _everywhere(run, (gallery_features(clip, run.gallery, how[0], mine(len(run.gallery.texts))).cpu(),))[0]
     return _everywhere(run, encode_with_items(clip, run.valid, texts.to(clip.device), *how, mine(len(run.valid))))
 
-def validate(run: Run) -> dict[str, float]:
+def validate_model(run: Run) -> dict[str, float]:
     "Everything that is measured on the validation split"
     images, texts, similarity = _all_features(run)
     found = {} if texts is None else retrieval_values(images, texts, run.valid.ids[0])
@@ -189,7 +190,7 @@ def sweep(run: Run) -> tuple[pd.DataFrame, float]: # One row a point, and the be
     rows = []
     for alpha in np.linspace(0, 1, 11).round(1).tolist():
         put(model, interpolate(run.start, end, alpha))
-        rows.append({"alpha": alpha, **validate(run)})
+        rows.append({"alpha": alpha, **validate_model(run)})
     table = pd.DataFrame(rows)
     alpha = float(table.loc[table[run.recipe.metric] == table[run.recipe.metric].max(), "alpha"].max())
     put(model, interpolate(run.start, end, alpha))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LINES', 'IMAGE_KEYS', 'CAPTION_KEYS', 'read_records', 'read_studies', 'read_study_json', 'read_json_pairs',
-           'class_names', 'arrow_rows', 'read_parquet', 'read_huggingface']
+           'arrow_class_names', 'arrow_rows', 'read_parquet', 'read_huggingface']
 
 # %% ../../../nbs/datasets/readers/03_generic.ipynb #05feb916
 import itertools
@@ -221,7 +221,7 @@ def read_json_pairs(
     return data
 
 # %% ../../../nbs/datasets/readers/03_generic.ipynb #644cd138
-def class_names(
+def arrow_class_names(
     schema: Any, # Schema of an arrow table
 ) -> dict[str, list[str]]: # Column -> names of its classes, in the order of their numbers
     "Names of classes as Hugging Face's libraries record them"
@@ -245,7 +245,7 @@ def _holds_images(kind: Any) -> bool:
 def _plain_columns(batch: Any, columns: Iterable[str]) -> pd.DataFrame:
     "Columns of an arrow table as Python values, class numbers replaced by names"
     import pyarrow as pa
-    names = class_names(batch.schema)
+    names = arrow_class_names(batch.schema)
     def values(column: str) -> Any:
         data = batch[column]
         if column in names: return [_named(v, names[column]) for v in data.to_pylist()]
