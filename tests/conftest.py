@@ -1,14 +1,26 @@
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
+import kernels
 import nbformat
 import pytest
 
 os.environ |= {"MEDCLIP_NB_BATCH": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler) # Ignored in what a shell runs in the background, and in what that starts
 ROOT = Path(__file__).resolve().parent.parent
+PLAIN = dict(os.environ) # With Jupyter's own kernels
+
+
+def pytest_configure(config):
+    "Kernels for every process of this session of tests"
+    if "PYTEST_XDIST_WORKER" in os.environ: return
+    kernels.offer(folder := tempfile.mkdtemp(prefix="kernels-"))
+    os.environ["JUPYTER_PATH"] = os.pathsep.join([folder, *filter(None, [os.environ.get("JUPYTER_PATH")])])
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.fixture(scope="session")
