@@ -20,6 +20,7 @@ def pytest_configure(config):
     if "PYTEST_XDIST_WORKER" in os.environ: return
     folder = os.environ["MEDCLIP_NB_FORKS"] = tempfile.mkdtemp(prefix="forks-")
     forks.offer(folder)
+    os.environ["PYTHON_EXEC"] = forks.forked() # What torchrun starts
     os.environ["JUPYTER_PATH"] = os.pathsep.join([folder, *filter(None, [os.environ.get("JUPYTER_PATH")])])
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
@@ -38,7 +39,7 @@ def make_template():
 @pytest.fixture(scope="session")
 def command():
     "The command `medclip-nb`, as a fork (see forks.py)"
-    return os.path.join(os.environ["MEDCLIP_NB_FORKS"], "medclip-nb")
+    return forks.forked("medclip-nb")
 
 
 @pytest.fixture(scope="session")

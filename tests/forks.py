@@ -1,9 +1,9 @@
 """Commands and kernels that start at once: forked from a process that has imported the libraries, though not the package.
 
-A fresh process spends most of its time importing PyTorch. `offer` writes into a folder the command `medclip-nb` and a Jupyter kernel
-`python3` for `JUPYTER_PATH`. Both are a client of a few lines, which asks the parent of all forks for one, hands it its own streams,
-working directory and environment, and stands for it: signals to the client reach the fork, and the death of either is that of both. The
-parent starts with the first client and goes when the session of tests that offered it is over.
+A fresh process spends most of its time importing PyTorch. `offer` writes into a folder the commands `medclip-nb` and `python`, and a
+Jupyter kernel `python3` for `JUPYTER_PATH`. Each is a client of a few lines, which asks the parent of all forks for one, hands it its own
+streams, working directory and environment, and stands for it: signals to the client reach the fork, and the death of either is that of
+both. The parent starts with the first client and goes when the session of tests that offered it is over. A fork's hash seed is 0.
 """
 import json
 import os
@@ -23,8 +23,24 @@ def offer(folder: str) -> None:
     os.makedirs(kernel := os.path.join(folder, "kernels", "python3"))
     spec = {"argv": [*words, "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "Python 3", "language": "python"}
     with open(os.path.join(kernel, "kernel.json"), "w", encoding="utf-8") as f: json.dump(spec, f)
-    with open(script := os.path.join(folder, "medclip-nb"), "w", encoding="utf-8") as f: f.write(f'#!/bin/sh\nexec {shlex.join(words)} medclip-nb "$@"\n')
-    os.chmod(script, 0o755)
+    for name in ("medclip-nb", "python"):
+        with open(script := os.path.join(folder, name), "w", encoding="utf-8") as f: f.write(f'#!/bin/sh\nexec {shlex.join([*words, name])} "$@"\n')
+        os.chmod(script, 0o755)
+
+
+def forked(name: str = "python") -> str:
+    "The path of an offered command"
+    return os.path.join(os.environ["MEDCLIP_NB_FORKS"], name)
+
+
+def run_together(worker, processes: int, *arguments: str) -> None:
+    "Call a function of a file of tests as `worker(rank, processes, *arguments)` in several processes, and wait for them"
+    import subprocess
+    code = "import importlib, sys; sys.path.insert(0, sys.argv[1]); getattr(importlib.import_module(sys.argv[2]), sys.argv[3])(int(sys.argv[4]), int(sys.argv[5]), *sys.argv[6:])"
+    words = [forked(), "-c", code, os.path.dirname(os.path.abspath(__file__)), worker.__module__, worker.__name__]
+    started = [subprocess.Popen([*words, str(rank), str(processes), *map(str, arguments)], stderr=subprocess.PIPE, text=True) for rank in range(processes)]
+    said = [process.communicate()[1] for process in started]
+    assert all(process.returncode == 0 for process in started), "\n".join(said)
 
 
 def _start(folder: str, session: str) -> None:
@@ -78,17 +94,40 @@ def _become(words: list[str], folder: str, environment: dict[str, str]) -> None:
     sys.stdin, sys.stdout, sys.stderr = (open(fd, mode, encoding="utf-8", errors=errors, buffering=buffering, closefd=False)
                                          for fd, mode, errors, buffering in ((0, "r", "strict", -1), (1, "w", "strict", -1), (2, "w", "backslashreplace", 1)))
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
-    if words[0] == "medclip-nb":
-        import importlib
-        from configparser import ConfigParser
-        sys.path.pop(0)
-        if environment.get("MPLBACKEND"): __import__("matplotlib").rcParams["backend"] = environment["MPLBACKEND"]
-        (settings := ConfigParser(delimiters=["="])).read(os.path.join(os.path.dirname(__file__), os.pardir, "settings.ini"), encoding="utf-8")
-        module, name = settings["DEFAULT"]["console_scripts"].split("=")[1].split(":")
-        getattr(importlib.import_module(module), name)()
+    if environment.get("MPLBACKEND"): __import__("matplotlib").rcParams["backend"] = environment["MPLBACKEND"]
+    {"medclip-nb": _command, "python": _interpret, "ipykernel_launcher": _kernel}[words[0]](words[1:])
+
+
+def _command(words: list[str]) -> None:
+    "Be the command that settings.ini declares"
+    import importlib
+    from configparser import ConfigParser
+    sys.path.pop(0)
+    (settings := ConfigParser(delimiters=["="])).read(os.path.join(os.path.dirname(__file__), os.pardir, "settings.ini"), encoding="utf-8")
+    module, name = settings["DEFAULT"]["console_scripts"].split("=")[1].split(":")
+    getattr(importlib.import_module(module), name)()
+
+
+def _interpret(words: list[str]) -> None:
+    "Be Python, with `-c code`, `-m module` or a script"
+    import runpy
+    import types
+    if words[0] == "-u": words = words[1:]
+    if words[0] == "-c":
+        sys.argv, sys.modules["__main__"] = ["-c", *words[2:]], (main := types.ModuleType("__main__"))
+        exec(compile(words[1], "<string>", "exec"), main.__dict__)
+    elif words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
-        from ipykernel.kernelapp import launch_new_instance
-        launch_new_instance()
+        sys.argv, sys.path[0] = words, os.path.dirname(os.path.abspath(words[0]))
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def _kernel(words: list[str]) -> None:
+    "Be a kernel"
+    from ipykernel.kernelapp import launch_new_instance
+    launch_new_instance()
 
 
 def _end(status: int) -> None:
