@@ -24,16 +24,16 @@ $(READY): requirements.lock settings.ini setup.py
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
 	@touch $@
 
-# The part of nbdev_install_hooks that belongs to this repository, kept in its .git alone; nothing is written into the home folder.
-# Notebooks are merged cell by cell, and those that a merge brings are trusted. An own post-merge hook stays.
+# The part of nbdev_install_hooks that belongs to this repository, kept in its .git: notebooks are merged cell by cell,
+# and those that a merge brings are trusted. Nothing is written into the home folder; a post-merge hook of one's own stays.
 hooks:
 	@if prefix=$$(git rev-parse --show-prefix 2>/dev/null) && [ -z "$$prefix" ]; then set -e; \
 	  git config --local merge.nbdev-merge.name 'resolve conflicts with nbdev_fix'; \
 	  git config --local merge.nbdev-merge.driver "'$(CURDIR)/$(BIN)/nbdev_merge' %O %A %B %P"; \
 	  folder=$$(git rev-parse --git-common-dir); mkdir -p "$$folder/info" "$$folder/hooks"; \
-	  grep -qs 'merge=nbdev-merge' "$$folder/info/attributes" || echo '*.ipynb merge=nbdev-merge' >> "$$folder/info/attributes"; \
-	  test -e "$$folder/hooks/post-merge" || \
-	    { printf '#!/bin/sh\n"%s/nbdev_trust"\n' '$(CURDIR)/$(BIN)' > "$$folder/hooks/post-merge"; chmod +x "$$folder/hooks/post-merge"; }; \
+	  attributes="$$folder/info/attributes" hook="$$folder/hooks/post-merge"; \
+	  grep -qs 'merge=nbdev-merge' "$$attributes" || echo '*.ipynb merge=nbdev-merge' >> "$$attributes"; \
+	  test -e "$$hook" || { printf '#!/bin/sh\n"%s/nbdev_trust"\n' '$(CURDIR)/$(BIN)' > "$$hook"; chmod +x "$$hook"; }; \
 	fi
 
 reports: setup  ## Execute the starter suite into $(OUT)/starter and write its index.html
