@@ -7,12 +7,12 @@ READY := $(VENV)/.ready
 UV := uv==0.13.8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reports test lab bench lock clean
+.PHONY: help setup hooks reports test test-slow nb lint lab bench lock clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
-setup: $(READY)  ## Make .venv as requirements.lock says (a moment if it is there)
+setup: $(READY) hooks  ## Make .venv as requirements.lock says (a moment if it is there), and git's hooks for notebooks
 
 $(READY): requirements.lock settings.ini setup.py
 	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
@@ -24,13 +24,36 @@ $(READY): requirements.lock settings.ini setup.py
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
 	@touch $@
 
+# The part of nbdev_install_hooks that belongs to this repository, kept in its .git: notebooks are merged cell by cell,
+# and those that a merge brings are trusted. Nothing is written into the home folder; a post-merge hook of one's own stays.
+hooks:
+	@if prefix=$$(git rev-parse --show-prefix 2>/dev/null) && [ -z "$$prefix" ]; then set -e; \
+	  git config --local merge.nbdev-merge.name 'resolve conflicts with nbdev_fix'; \
+	  git config --local merge.nbdev-merge.driver "'$(CURDIR)/$(BIN)/nbdev_merge' %O %A %B %P"; \
+	  folder=$$(git rev-parse --git-common-dir); mkdir -p "$$folder/info" "$$folder/hooks"; \
+	  attributes="$$folder/info/attributes" hook="$$folder/hooks/post-merge"; \
+	  grep -qs 'merge=nbdev-merge' "$$attributes" || echo '*.ipynb merge=nbdev-merge' >> "$$attributes"; \
+	  test -e "$$hook" || { printf '#!/bin/sh\n"%s/nbdev_trust"\n' '$(CURDIR)/$(BIN)' > "$$hook"; chmod +x "$$hook"; }; \
+	fi
+
 reports: setup  ## Execute the starter suite into $(OUT)/starter and write its index.html
 	@$(BIN)/medclip-nb suite nbs/experiments/suites/starter.yaml --out $(OUT)
 
-test: setup  ## Modules in step, notebooks clean, README current, library notebooks, pytest
+test: lint  ## Style and types, modules in step, notebooks clean, README current, library notebooks, pytest
 	@$(BIN)/python tests/repository.py
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --path nbs
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-slow: setup  ## What takes long: fresh reports with their goals
+	@$(BIN)/python -m pytest -m slow
+
+nb: setup  ## Run the tests of one notebook: make nb NB=nbs/00_core.ipynb
+	@test -f "$(NB)" || { echo "Which notebook? make nb NB=nbs/00_core.ipynb"; exit 1; }
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 0 --path $(NB)
+
+lint: setup  ## Style (ruff) and types (pyrefly)
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/pyrefly check --summary none
 
 lab: setup  ## Open the repository in JupyterLab (LAB="--no-browser --port 9999" passes options on)
 	@$(BIN)/jupyter lab --ServerApp.root_dir=. $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
@@ -43,6 +66,6 @@ lock: setup  ## Resolve the requirements of settings.ini anew into requirements.
 	  -P 'torch==2.14.1' -P 'torchvision>=0.29,<0.30' --custom-compile-command "make lock" -o requirements.lock
 
 clean:  ## Remove what was built here (data, reports and .venv stay)
-	@rm -rf build dist *.egg-info _proc _site _site_src .pytest_cache
+	@rm -rf build dist *.egg-info _proc _site _site_src .pytest_cache .ruff_cache
 	@find . -path ./$(VENV) -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -print0 | xargs -0 rm -rf
 	@find reports -type d \( -name .partial -o -name '*.failed' \) -print0 | xargs -0 rm -rf

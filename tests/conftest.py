@@ -1,14 +1,28 @@
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
+import forks
 import nbformat
 import pytest
 
 os.environ |= {"MEDCLIP_NB_BATCH": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler) # Ignored in what a shell runs in the background, and in what that starts
 ROOT = Path(__file__).resolve().parent.parent
+INSTALLED = dict(os.environ) # For processes whose kernels are not forked
+
+
+def pytest_configure(config):
+    "One parent of forks for all processes of this session of tests"
+    if "PYTEST_XDIST_WORKER" in os.environ: return
+    folder = os.environ["MEDCLIP_NB_FORKS"] = tempfile.mkdtemp(prefix="forks-")
+    forks.offer(folder)
+    os.environ["PYTHON_EXEC"] = forks.forked() # What torchrun starts
+    os.environ["JUPYTER_PATH"] = os.pathsep.join([folder, *filter(None, [os.environ.get("JUPYTER_PATH")])])
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.fixture(scope="session")
@@ -24,5 +38,11 @@ def make_template():
 
 @pytest.fixture(scope="session")
 def command():
+    "The command `medclip-nb`, as a fork (see forks.py)"
+    return forks.forked("medclip-nb")
+
+
+@pytest.fixture(scope="session")
+def installed():
     "The installed command `medclip-nb`"
     return str(Path(sys.executable).with_name("medclip-nb"))

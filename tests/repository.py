@@ -1,4 +1,5 @@
 """What must be true of the repository before any test of its code: `python tests/repository.py` says what isn't.
+With first words of the checks as arguments (modules, notebooks, README) it tries these only.
 
 Everything is tried on a copy, so that neither the files nor git's state matter.
 """
@@ -68,6 +69,7 @@ CHECKS = {"modules in step with the notebooks": (stale_modules, "run nbdev_expor
 if __name__ == "__main__":
     wrong = 0
     for title, (check, remedy) in CHECKS.items():
+        if sys.argv[1:] and title.split()[0] not in sys.argv[1:]: continue
         found = check()
         wrong += bool(found)
         print(f"{title}: " + ("yes" if not found else f"no ({remedy}): {', '.join(found)}"), flush=True)

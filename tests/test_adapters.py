@@ -31,7 +31,7 @@ def build(kind, folder, precision="fp32"):
     return clip
 
 
-def train(clip, n=3, lr=1.0):
+def train(clip, n=3, lr=0.1):
     "Gradients of the adapters at the last step, and what has moved"
     before = {name: t.clone() for name, t in clip.model.state_dict().items()}
     size = PIXELS.get(clip.spec, 32)

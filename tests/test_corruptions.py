@@ -1,8 +1,10 @@
 "Corruptions on images of any size, kind and process, and the classifier that is shown them"
+import os
 import subprocess
 import sys
 from unittest.mock import patch
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -61,12 +63,18 @@ def test_grey_stays_grey(name):
     assert psnr(corrupt(image.convert("L"), name).convert("RGB"), corrupt(image, name)) > 40
 
 
-def test_the_same_in_every_process_and_order():
+def test_the_same_in_every_process_and_order(tmp_path):
+    "In another process with another hash seed, and in a fork"
+    picture(1).save(tmp_path / "picture.png")
     code = """
-import sys; sys.path.insert(0, 'tests')
-from test_corruptions import *
-print(*[content_hash(np.asarray(corrupt(picture(1), name, 3, seed=5))) for name in CORRUPTIONS])"""
-    said = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**__import__("os").environ, "PYTHONHASHSEED": s}).stdout for s in "12"}
+import sys
+import numpy as np
+from PIL import Image
+from medclip_nb.core import content_hash
+from medclip_nb.corruptions import CORRUPTIONS, corrupt
+print(*[content_hash(np.asarray(corrupt(Image.open(sys.argv[1]), name, 3, seed=5))) for name in CORRUPTIONS])"""
+    said = {subprocess.run([python, "-c", code, tmp_path / "picture.png"], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": "1"}).stdout
+            for python in (sys.executable, forks.forked())}
     here = [content_hash(np.asarray(corrupt(picture(1), name, 3, seed=5))) for name in reversed(CORRUPTIONS)][::-1]
     assert [s.split() for s in said] == [here]
 

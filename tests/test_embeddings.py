@@ -9,12 +9,12 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 
+import forks
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from medclip_nb.cli.main import app
 from medclip_nb.core import InputError, file_hash
 from medclip_nb.datasets import load_manifest
@@ -226,7 +226,7 @@ def run_together(rank, world, folder, table, weights):
 def ranks(table, weights, tmp_path_factory):
     "What each of two processes got, and what passed through its encoders"
     folder = tmp_path_factory.mktemp("together")
-    torch.multiprocessing.spawn(run_together, (2, str(folder), str(table), str(weights)), nprocs=2)
+    forks.run_together(run_together, 2, folder, table, weights)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
@@ -332,8 +332,8 @@ def test_embed_and_the_care_of_its_cache(table, weights, tmp_path, monkeypatch):
     assert command("cache", "gc", tmp_path / "nowhere") == (2, f"error: {tmp_path}/nowhere: no such folder. Give the folder that features are kept in.\n")
 
 
-def test_embed_on_several_processes(table, weights, whole, tmp_path, command_file=Path(sys.executable).with_name("medclip-nb")):
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29500 + os.getpid() % 1000), "--no-python", command_file]
+def test_embed_on_several_processes(table, weights, whole, tmp_path):
+    words = [forks.forked(), "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29500 + os.getpid() % 1000), "--no-python", forks.forked("medclip-nb")]
     words += ["embed", "csv", table, "--model", "starter", "--checkpoint", weights, "--device", "cpu", "--out", tmp_path / "f.npz"]
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -2,9 +2,9 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pandas as pd
 import pytest
@@ -129,7 +129,7 @@ def alone(table, models, tmp_path_factory):
 def together(request, table, models, tmp_path_factory):
     out = tmp_path_factory.mktemp("together")
     (out / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(request.param), str(out / "worker.py"),
+    command = [forks.forked(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(request.param), str(out / "worker.py"),
                str(Path(__file__).parent), str(table), json.dumps(models), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stdout + done.stderr

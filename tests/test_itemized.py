@@ -2,10 +2,10 @@
 import itertools
 from datetime import timedelta
 
+import forks
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from medclip_nb.core import InputError
 from medclip_nb.distributed import average_gradients
 from medclip_nb.losses import (
@@ -283,7 +283,7 @@ def worker(rank, world, folder):
 def answers(request, tmp_path_factory):
     "What each process found"
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(worker, (request.param, str(folder)), nprocs=request.param)
+    forks.run_together(worker, request.param, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 

@@ -1,10 +1,10 @@
 "Several processes: the loss and every gradient of the global batch, as one process computes them"
 from datetime import timedelta
 
+import forks
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from medclip_nb.distributed import average_gradients, gather, gather_ids, global_loss
 from medclip_nb.losses import clip_loss, positives_of, prompt_loss, siglip_loss, soft_clip_loss
 from medclip_nb.trainers import cached_step, in_chunks
@@ -100,7 +100,7 @@ def worker(rank, world, folder):
 def answers(request, tmp_path_factory):
     "What each process found"
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(worker, (request.param, str(folder)), nprocs=request.param)
+    forks.run_together(worker, request.param, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 

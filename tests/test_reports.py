@@ -1,4 +1,4 @@
-"The main job: `make reports` as a stranger runs it, what it must reach, and the reports that are committed"
+"The main job: the starter suite at a small scale and, where time does not matter, as `make reports` makes it; what it must reach, in the committed reports too"
 import json
 import os
 import re
@@ -6,10 +6,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ("audit", "zero-shot-untrained", "probe-untrained", "retrieval-untrained", "finetune", "zero-shot-trained", "probe-trained", "retrieval-trained",
         "few-shot", "robustness", *(f"{arm}-{seed}" for arm in ("plain", "itemized") for seed in range(3)), "maps", "studies", "studies-maps", "compare")
+SUITE = ROOT / "nbs" / "experiments" / "suites" / "starter.yaml"
 FILES = {"report.ipynb", "report.html", "metrics.json", "predictions.parquet", "run.json"}
 
 
@@ -27,24 +29,62 @@ def made(tmp_path_factory):
     return out / "starter"
 
 
-@pytest.fixture(params=["made", "committed"])
+def call_suite(installed, folder):
+    return subprocess.run([installed, "suite", "small.yaml", "--out", "reports"], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def small(installed, tmp_path_factory):
+    "The same suite with one seed, few studies, one epoch and few resamples"
+    folder, suite = tmp_path_factory.mktemp("small"), yaml.safe_load(SUITE.read_text(encoding="utf-8"))
+    data = {"n_studies": [14, 6, 8], "n_slices": 4, "seed": 171} # With every finding in each split
+    suite["defaults"] |= {"data_options": data, "n_boot": 50}
+    for run in suite["runs"]:
+        params = run["params"] = dict(run.get("params", {}))
+        if "data_options" in params: params["data_options"] = {**data, "view": "studies", "n_slices": 0}
+        if "epochs" in params: params["epochs"] = 1
+        if "matrix" in run: run["matrix"] = {"seed": [0]}
+        if run["template"] == "few_shot": params |= {"shots": [1, 2], "seeds": [0]}
+    (folder / "small.yaml").write_text(yaml.safe_dump(suite, sort_keys=False), encoding="utf-8")
+    done = call_suite(installed, folder)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder / "reports" / "starter"
+
+
+SLOW = pytest.param("made", marks=pytest.mark.slow)
+
+
+def found(request, which):
+    "The folder of the reports that are meant"
+    return ROOT / "reports" / "starter" if which == "committed" else request.getfixturevalue(which)
+
+
+@pytest.fixture(params=[SLOW, "committed"])
 def reports(request):
-    return request.getfixturevalue("made") if request.param == "made" else ROOT / "reports" / "starter"
+    return found(request, request.param)
 
 
 def metric(reports, run, name):
     return json.loads((reports / run / "metrics.json").read_text())["metrics"][name]
 
 
-def test_every_run_is_whole(reports):
-    for run in RUNS:
+@pytest.mark.parametrize("which", [SLOW, "small", "committed"])
+def test_every_run_is_whole(request, which):
+    reports, runs = found(request, which), RUNS if which != "small" else [run for run in RUNS if run[-2:] not in ("-1", "-2")]
+    for run in runs:
         assert FILES <= {p.name for p in (reports / run).iterdir()}, run
         for file in ("report.ipynb", "report.html", "metrics.json"):
             text = (reports / run / file).read_text()
             assert not re.search(r"(?<![\w.:/])/(home|root|tmp|work|Users|builds)/", text), f"{run}/{file} names a place on one machine"
     index = (reports / "index.html").read_text()
-    for run in RUNS: assert f'href="{run}/report.html"' in index
+    for run in runs: assert f'href="{run}/report.html"' in index
     assert "<script" not in index and "not for clinical use" in index.lower()
+
+
+def test_values_lie_in_their_intervals(reports):
+    for run in RUNS:
+        for name, m in json.loads((reports / run / "metrics.json").read_text())["metrics"].items():
+            if m["low"] is not None: assert m["low"] <= m["value"] <= m["high"], (run, name)
 
 
 def test_untrained_model_is_at_chance(reports):
@@ -94,8 +134,27 @@ def test_model_of_studies_looks_at_what_a_text_names(reports):
         assert found["pixel_auroc"]["low"] > 0.85, run
 
 
+@pytest.mark.slow
 def test_second_call_has_nothing_to_do(made):
     before = {p: p.stat().st_mtime_ns for p in made.rglob("report.ipynb")}
     done = make_reports(made.parent)
     assert done.returncode == 0, done.stderr
     assert {p: p.stat().st_mtime_ns for p in made.rglob("report.ipynb")} == before
+
+
+def test_a_second_call_of_the_small_suite_has_nothing_to_do(installed, small):
+    before = {p: p.stat().st_mtime_ns for p in small.rglob("report.ipynb")}
+    done = call_suite(installed, small.parent.parent)
+    assert done.returncode == 0, done.stderr
+    assert {p: p.stat().st_mtime_ns for p in small.rglob("report.ipynb")} == before
+
+
+def test_the_small_suite_measures_what_the_whole_one_does(small):
+    "Every template, and in each run every metric of the committed reports, with a value in its interval"
+    templates = {run["template"] for run in yaml.safe_load(SUITE.read_text(encoding="utf-8"))["runs"]}
+    assert {json.loads((path / "run.json").read_text())["template"].removesuffix(".ipynb") for path in small.iterdir() if path.is_dir()} == templates
+    for path in small.glob("*/metrics.json"):
+        metrics, whole = (json.loads((folder / path.parent.name / "metrics.json").read_text())["metrics"] for folder in (small, ROOT / "reports" / "starter"))
+        if path.parent.name != "few-shot": assert metrics.keys() == whole.keys(), path.parent.name
+        assert metrics.keys() <= whole.keys()
+        assert all(m["low"] <= m["high"] for m in metrics.values() if m["low"] is not None), path.parent.name

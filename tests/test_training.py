@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import numpy as np
 import pandas as pd
 import pytest
@@ -80,12 +81,12 @@ def steady(tmp_path_factory):
     return tiny(tmp_path_factory.mktemp("steady"))
 
 
-LAUNCHERS = {"torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"],
-             "accelerate": [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--main_process_port", "0", "--num_processes"]}
+LAUNCHERS = {"torchrun": [forks.forked(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"],
+             "accelerate": [forks.forked(), "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--main_process_port", "0", "--num_processes"]}
 
 
 def start(table, model, out, options, wait=0.0, processes=1, launcher="torchrun"):
-    launch = [sys.executable] if processes == 1 else [*LAUNCHERS[launcher], str(processes)]
+    launch = [forks.forked()] if processes == 1 else [*LAUNCHERS[launcher], str(processes)]
     script = out.with_suffix(".py")
     script.write_text(WORKER)
     return subprocess.Popen([*launch, str(script), str(table), str(out), json.dumps(options), str(model), str(wait)], text=True, env=ENVIRONMENT,
