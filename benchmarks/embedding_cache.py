@@ -17,10 +17,11 @@ import time
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
+
 from medclip_nb.datasets import load_manifest
 from medclip_nb.embeddings import FeatureCache, embed, feature_identity
 from medclip_nb.models import load_model
-from PIL import Image
 
 WORDS = "axial t2 weighted slice of the brain with a small ring enhancing lesion in the left frontal lobe surrounded by oedema".split()
 READER = """

@@ -17,9 +17,10 @@ import time
 from pathlib import Path
 
 import torch
+from open_clip.model import CLIP
+
 from medclip_nb.losses import clip_loss
 from medclip_nb.trainers import cached_step
-from open_clip.model import CLIP
 
 SIZES = dict(batch=256, chunk=16, width=256, layers=6, rounds=3, threads=1)
 

@@ -17,12 +17,13 @@ from copy import deepcopy
 import numpy as np
 import torch
 import torch.nn.functional as F
-from medclip_nb.trainers import PENALTIES, fit_head
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from medclip_nb.trainers import PENALTIES, fit_head
 
 
 def make(rows, width, classes, scale):

@@ -13,12 +13,12 @@ whose classes are the float32 means of other pictures, with the common mean take
 the largest change of a score: where the first is not much larger than the second, an argmax is a matter of chance. With `--checkpoint` the weights are trained ones.
 """
 import argparse
-import contextlib
 import statistics
 import time
 
 import torch
 import torch.nn.functional as F
+
 from medclip_nb.evaluators import zero_shot_classifier
 from medclip_nb.models import load_model
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from medclip_nb.images import ImageDataset, prefetched
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+
+from medclip_nb.images import ImageDataset, prefetched
 
 
 class Resize:

@@ -10,8 +10,10 @@ twice the images and for a quarter of the chunk.
 import argparse
 import statistics
 import time
+
 import torch
 import torch.nn.functional as F
+
 from medclip_nb.models import TextConditionedPooling, item_similarity, top_candidates
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

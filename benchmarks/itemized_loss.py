@@ -11,8 +11,10 @@ CPU and by the allocator on a GPU. `--clock cpu` counts processor time instead, 
 import argparse
 import statistics
 import time
+
 import torch
 import torch.nn.functional as F
+
 from medclip_nb.losses import draw_token_mask, itemized_losses, sample_negatives, text_lists
 from medclip_nb.models import TextConditionedPooling
 

@@ -13,9 +13,10 @@ import statistics
 import time
 from copy import deepcopy
 from dataclasses import replace
+
 import peft
 import torch
-import torch.nn.functional as F
+
 from medclip_nb.losses import clip_loss
 from medclip_nb.models import add_lora, load_model
 

@@ -12,8 +12,9 @@ import time
 import open_clip
 import torch
 import torch.nn.functional as F
-from medclip_nb.losses import clip_loss, siglip_loss, soft_clip_loss
 from open_clip.loss import SigLipLoss
+
+from medclip_nb.losses import clip_loss, siglip_loss, soft_clip_loss
 
 SIZES = (64, 256, 1024, 2048)
 

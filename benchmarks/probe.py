@@ -10,11 +10,13 @@ import argparse
 import statistics
 import time
 import warnings
+
 import numpy as np
 import torch
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
+
 from medclip_nb.evaluators import C_GRID, Linear, logistic_path
 
 

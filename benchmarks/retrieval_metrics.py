@@ -11,7 +11,9 @@ import argparse
 import resource
 import statistics
 import time
+
 import torch
+
 from medclip_nb.metrics import retrieval_metrics
 
 try: import faiss

@@ -17,6 +17,7 @@ import time
 def steps(model, batch, n, threads, keep):
     "Seconds, seconds of the system and peak memory of some steps"
     import torch
+
     from medclip_nb.core import reuse_memory, seed_everything
     from medclip_nb.losses import itemized_losses
     from medclip_nb.models import forward_image_tokens, give_pooling, load_model

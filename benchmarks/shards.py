@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from medclip_nb.datasets import ShardLoader, Shards, load_manifest, write_shards
-from medclip_nb.images import read_image
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+
+from medclip_nb.datasets import ShardLoader, Shards, load_manifest, write_shards
+from medclip_nb.images import read_image
 
 try: import webdataset
 except ImportError: webdataset = None

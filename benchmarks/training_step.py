@@ -18,13 +18,21 @@ import numpy as np
 import open_clip
 import pandas as pd
 import torch
+from PIL import Image
+
 from medclip_nb.datasets import load_manifest
 from medclip_nb.losses import clip_loss
 from medclip_nb.models import load_model
 from medclip_nb.trainers import (
-    TrainConfig, backward, batches, begin_run, clamp_scale, draw_batch, parameter_groups, take_step,
+    TrainConfig,
+    backward,
+    batches,
+    begin_run,
+    clamp_scale,
+    draw_batch,
+    parameter_groups,
+    take_step,
 )
-from PIL import Image
 
 WORDS = ("axial t2 weighted slice of the brain at the level of the lateral ventricles with a small ring enhancing lesion in the left frontal lobe "
          "surrounded by oedema and a mild mass effect on the adjacent sulci no midline shift is seen").split()

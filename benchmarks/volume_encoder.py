@@ -17,6 +17,7 @@ import time
 from copy import deepcopy
 
 import torch
+
 from medclip_nb.models import VolumeEncoder, layout
 
 

@@ -14,6 +14,7 @@ import time
 import open_clip
 import torch
 import torch.nn.functional as F
+
 from medclip_nb.evaluators import class_sentences, zero_shot_classifier
 from medclip_nb.models import load_model
 

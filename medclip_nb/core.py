@@ -41,8 +41,15 @@ def close_matches(
     return f"There are {len(options)}, such as {', '.join(map(repr, options[:5]))}."
 
 # %% ../nbs/00_core.ipynb #5dfabe99
-RENAMED = {"mirror": "flip", "wise": "wise_ft", "watch": "watch_label", "fixed_norms": "freeze_bn", "compiled": "compile",
-           "leave_out": "strip_pattern", "strengths": "Cs"} # Old name of a parameter or option -> its name now
+RENAMED = {
+    "mirror": "flip",
+    "wise": "wise_ft",
+    "watch": "watch_label",
+    "fixed_norms": "freeze_bn",
+    "compiled": "compile",
+    "leave_out": "strip_pattern",
+    "strengths": "Cs",
+}  # Old name of a parameter or option -> its name now
 
 def unknown_name(
     kind: str, # What it should have been: parameter, option
@@ -115,7 +122,8 @@ def pick_precision(
 ) -> str: # fp32, bf16 or fp16
     "The number format of the weights; raises `InputError` for an unknown one"
     import torch
-    if precision not in PRECISIONS: raise InputError(f"Unknown precision {precision!r}. {close_matches(precision, PRECISIONS)}")
+    if precision not in PRECISIONS:
+        raise InputError(f"Unknown precision {precision!r}. {close_matches(precision, PRECISIONS)}")
     if precision != "auto": return precision
     return "bf16" if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
@@ -192,7 +200,8 @@ def to_jsonable(
 ) -> Any: # The same in JSON's own types
     "Reduce a value to JSON's types, floats rounded, NaN and infinities to None"
     if isinstance(obj, dict): return {str(k): to_jsonable(v, digits) for k, v in obj.items()}
-    if isinstance(obj, (list, tuple, set)): return [to_jsonable(v, digits) for v in (sorted(obj) if isinstance(obj, set) else obj)]
+    if isinstance(obj, (list, tuple, set)):
+        return [to_jsonable(v, digits) for v in (sorted(obj) if isinstance(obj, set) else obj)]
     if hasattr(obj, "tolist"): return to_jsonable(obj.tolist(), digits)
     if isinstance(obj, bool) or obj is None or isinstance(obj, (int, str)): return obj
     if isinstance(obj, float): return float(f"{obj:.{digits}g}") if math.isfinite(obj) else None
@@ -203,7 +212,10 @@ def write_json(
     obj: Any, # Value for `to_jsonable`
 ) -> None:
     "Write `obj` as JSON, atomically and always in the same way"
-    with atomic_path(path) as p: p.write_text(json.dumps(to_jsonable(obj), indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    with atomic_path(path) as p:
+        p.write_text(
+            json.dumps(to_jsonable(obj), indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 # %% ../nbs/00_core.ipynb #2f03cb77
 def is_batch() -> bool:

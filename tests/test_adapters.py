@@ -7,10 +7,24 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+
 from medclip_nb.core import InputError
 from medclip_nb.models import (
-    SplitAttention, adapter_facts, add_lora, join_attention, layer_groups, load_adapter, load_checkpoint, load_model,
-    lock, merge_lora, save_adapter, save_checkpoint, split_attention, tower_of, trainable,
+    SplitAttention,
+    adapter_facts,
+    add_lora,
+    join_attention,
+    layer_groups,
+    load_adapter,
+    load_checkpoint,
+    load_model,
+    lock,
+    merge_lora,
+    save_adapter,
+    save_checkpoint,
+    split_attention,
+    tower_of,
+    trainable,
 )
 
 VIT = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16}

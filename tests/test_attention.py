@@ -7,15 +7,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from medclip_nb.cli import main as cli
-from medclip_nb.datasets import load_manifest
-from medclip_nb.evaluators import evaluate_grounding
-from medclip_nb.metrics import choose_map_threshold, localize, overlaps, pointing, within
-from medclip_nb.models import TextConditionedPooling, item_maps, load_model, save_checkpoint, shown_box, upsample_to_image
 from PIL import Image
 from scipy.spatial.distance import cdist
 from sklearn.metrics import jaccard_score, roc_auc_score
 from typer.testing import CliRunner
+
+from medclip_nb.cli import main as cli
+from medclip_nb.datasets import load_manifest
+from medclip_nb.evaluators import evaluate_grounding
+from medclip_nb.metrics import choose_map_threshold, localize, overlaps, pointing, within
+from medclip_nb.models import (
+    TextConditionedPooling,
+    item_maps,
+    load_model,
+    save_checkpoint,
+    shown_box,
+    upsample_to_image,
+)
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -19,8 +19,19 @@ from PIL import Image
 from medclip_nb import datasets
 from medclip_nb.core import InputError
 from medclip_nb.datasets import (
-    Manifest, check, file_facts, files, inside, leak_table, load_manifest, nearest_hashes, phash, probe, safe_members,
-    safe_path, safe_paths, summarize_issues, drop_unusable, validate,
+    Manifest,
+    check,
+    drop_unusable,
+    file_facts,
+    inside,
+    leak_table,
+    nearest_hashes,
+    probe,
+    safe_members,
+    safe_path,
+    safe_paths,
+    summarize_issues,
+    validate,
 )
 
 

@@ -6,10 +6,11 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from medclip_nb.cli import main as cli
-from medclip_nb.models import load_model
 from PIL import Image
 from typer.testing import CliRunner
+
+from medclip_nb.cli import main as cli
+from medclip_nb.models import load_model
 
 ANSI_FREE = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -155,8 +156,9 @@ def load(spots):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_zero_shot_against_loops(spots, clip, seed):
-    from medclip_nb.evaluators import zero_shot
     from sklearn import metrics as sk
+
+    from medclip_nb.evaluators import zero_shot
     rng = np.random.default_rng(seed)
     templates = list(rng.choice(["{}", "a {} square", "an image of {}", "something {}, somewhere"], rng.integers(1, 4), replace=False))
     prompts = {"dark": ["dark", "black"], "bright": "white", "grey": ["grey", "dim", "dull"]}
@@ -197,8 +199,9 @@ def test_order_of_the_average_matters(clip):
 
 @pytest.mark.parametrize("negatives", [[], ["no {}", "a square that is not {}"]])
 def test_findings_against_scikit_learn(spots, clip, negatives):
-    from medclip_nb.evaluators import zero_shot_findings
     from sklearn import metrics as sk
+
+    from medclip_nb.evaluators import zero_shot_findings
     manifest, templates = load(spots), ["{}", "a square that is {}"]
     result = zero_shot_findings(clip, manifest.part("test"), ["bright", "right"], templates, negatives, {"right": ["on the right", "to the right"]}, valid=manifest.part("valid"), n_boot=50)
     kind = "p" if negatives else "cosine"

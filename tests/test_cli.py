@@ -3,9 +3,10 @@ import json
 import subprocess
 
 import pytest
+from typer.testing import CliRunner
+
 from medclip_nb.cli import doctor as diagnosis
 from medclip_nb.cli import main as cli
-from typer.testing import CliRunner
 
 PARAMETERS = 'n: int = 5  # How many\nname: str = "a"  # Kept as text\ndata_root: str  # Where the data are\nout_dir: str = "out"'
 SAVE = '''import json, pathlib

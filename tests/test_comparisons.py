@@ -7,8 +7,21 @@ from sklearn import metrics as sk
 
 from medclip_nb.core import InputError
 from medclip_nb.metrics import (
-    auroc, bootstrap, bootstrap_weights, classification_metrics, delong, delong_covariance, delong_test, holm,
-    interval, mcnemar, over_seeds, paired_bootstrap, paired_table, subgroup_table, unit_count,
+    auroc,
+    bootstrap,
+    bootstrap_weights,
+    classification_metrics,
+    delong,
+    delong_covariance,
+    delong_test,
+    holm,
+    interval,
+    mcnemar,
+    over_seeds,
+    paired_bootstrap,
+    paired_table,
+    subgroup_table,
+    unit_count,
 )
 
 

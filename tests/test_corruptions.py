@@ -14,11 +14,19 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 
 from medclip_nb.core import InputError, content_hash
-from medclip_nb.datasets import make_squares, load_manifest
+from medclip_nb.datasets import load_manifest, make_squares
 from medclip_nb.embeddings import embed
 from medclip_nb.evaluators import corrupted, linear_probe, robustness, robustness_curves, robustness_table, zero_shot
 from medclip_nb.images import (
-    ANY_IMAGE, CORRUPTIONS, SEVERITIES, Corrupt, ImageDataset, corrupt, corrupted_preprocess, corruption_table, is_gray,
+    ANY_IMAGE,
+    CORRUPTIONS,
+    SEVERITIES,
+    Corrupt,
+    ImageDataset,
+    corrupt,
+    corrupted_preprocess,
+    corruption_table,
+    is_gray,
     stain_matrix,
 )
 from medclip_nb.models import load_model

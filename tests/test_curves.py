@@ -1,5 +1,4 @@
 "Curves, multi-label metrics and calibration against scikit-learn and brute force, and what has no value"
-import warnings
 
 import numpy as np
 import pandas as pd
@@ -10,9 +9,24 @@ from sklearn import metrics as sk
 
 from medclip_nb.core import InputError
 from medclip_nb.metrics import (
-    RULES, auroc, average_precision, bootstrap_weights, calibration_metrics, choose_threshold, choose_thresholds,
-    class_areas, class_ranks, classification_metrics, confidence_bins, fit_temperature, interval, multilabel_metrics,
-    multilabel_table, per_class_metrics, reliability_table, resample_blocks,
+    RULES,
+    auroc,
+    average_precision,
+    bootstrap_weights,
+    calibration_metrics,
+    choose_threshold,
+    choose_thresholds,
+    class_areas,
+    class_ranks,
+    classification_metrics,
+    confidence_bins,
+    fit_temperature,
+    interval,
+    multilabel_metrics,
+    multilabel_table,
+    per_class_metrics,
+    reliability_table,
+    resample_blocks,
 )
 
 

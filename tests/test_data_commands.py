@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from medclip_nb.cli.main import app
-from medclip_nb.datasets import load_manifest
 from PIL import Image
 from typer.testing import CliRunner
+
+from medclip_nb.cli.main import app
+from medclip_nb.datasets import load_manifest
 
 N = 24
 

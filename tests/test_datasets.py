@@ -16,11 +16,25 @@ import yaml
 from PIL import Image
 
 from medclip_nb.core import InputError
-from medclip_nb.datasets import registry as datasets
 from medclip_nb.datasets import (
-    CARD_KEYS, READERS, Manifest, card, card_folder, card_markdown, card_names, list_datasets, load_manifest,
-    load_splits, make_splits, read_table, register, save_splits, split_hash, with_validation,
+    CARD_KEYS,
+    READERS,
+    Manifest,
+    card,
+    card_folder,
+    card_markdown,
+    card_names,
+    list_datasets,
+    load_manifest,
+    load_splits,
+    make_splits,
+    read_table,
+    register,
+    save_splits,
+    split_hash,
+    with_validation,
 )
+from medclip_nb.datasets import registry as datasets
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = sorted((ROOT / "data" / "cards").glob("*.yaml"))

@@ -14,8 +14,20 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from medclip_nb.core import InputError
 from medclip_nb.datasets import Manifest
 from medclip_nb.evaluators import (
-    Result, best_answers, caption_pairs, chance_levels, difference_table, join_results, metric_table,
-    paired_differences, paired_rows, paired_tests, rank_pairs, small_subgroups, subgroups, with_columns,
+    Result,
+    best_answers,
+    caption_pairs,
+    chance_levels,
+    difference_table,
+    join_results,
+    metric_table,
+    paired_differences,
+    paired_rows,
+    paired_tests,
+    rank_pairs,
+    small_subgroups,
+    subgroups,
+    with_columns,
 )
 from medclip_nb.experiments import compare, over_runs, seed_groups
 

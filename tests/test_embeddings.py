@@ -15,13 +15,14 @@ import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
+from typer.testing import CliRunner
+
 from medclip_nb.cli.main import app
 from medclip_nb.core import InputError, file_hash
 from medclip_nb.datasets import load_manifest
-from medclip_nb.embeddings import FeatureCache, embed, file_hashes, key_numbers, stamp, stores, prune
+from medclip_nb.embeddings import FeatureCache, embed, file_hashes, key_numbers, prune, stamp, stores
 from medclip_nb.models import load_model, save_checkpoint
-from PIL import Image
-from typer.testing import CliRunner
 
 N = 23
 

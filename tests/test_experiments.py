@@ -1,7 +1,6 @@
 "Runs and suites as processes: the same bytes, nothing half-written, resumed where they stopped"
 import base64
 import json
-import os
 import re
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from medclip_nb.core import InputError
 from medclip_nb.experiments import RunError, compare, plan_suite, run, run_suite
 

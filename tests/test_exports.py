@@ -13,10 +13,11 @@ import open_clip
 import pytest
 import safetensors.torch
 import torch
+from typer.testing import CliRunner
+
 from medclip_nb.cli import main as cli
 from medclip_nb.core import InputError
 from medclip_nb.models import exports, load_checkpoint, load_model, save_checkpoint, swap_towers
-from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["a lesion", "an axial slice of a normal brain"]

@@ -14,7 +14,16 @@ from scipy import stats
 from medclip_nb.core import InputError
 from medclip_nb.datasets import make_squares
 from medclip_nb.evaluators import (
-    FEW_SHOT_METHODS, Result, Support, blend, draw_order, few_shot, join_results, nearest_mean, plain_probe, tip_adapter,
+    FEW_SHOT_METHODS,
+    Result,
+    Support,
+    blend,
+    draw_order,
+    few_shot,
+    join_results,
+    nearest_mean,
+    plain_probe,
+    tip_adapter,
     zero_shot,
 )
 from medclip_nb.models import load_model

@@ -10,9 +10,10 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+from PIL import Image, ImageFile
+
 from medclip_nb.core import InputError
 from medclip_nb.images import PLANES, Augment, ImageDataset, laterality, orient, read_image, read_volume
-from PIL import Image, ImageFile
 
 SHIPPED = Path(pydicom.__file__).parent / "data/test_files"
 GREYS = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4

@@ -14,8 +14,18 @@ from medclip_nb.core import InputError
 from medclip_nb.datasets import Manifest
 from medclip_nb.embeddings import encoded_images
 from medclip_nb.evaluators import (
-    BELOW, Result, item_pairs, item_retrieval, item_retrieval_result, item_scores, item_zero_shot, right_ranks,
-    scores as module, text_queries,
+    BELOW,
+    Result,
+    item_pairs,
+    item_retrieval,
+    item_retrieval_result,
+    item_scores,
+    item_zero_shot,
+    right_ranks,
+    text_queries,
+)
+from medclip_nb.evaluators import (
+    scores as module,
 )
 from medclip_nb.metrics import bootstrap_weights
 from medclip_nb.models import STARTER, build

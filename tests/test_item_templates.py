@@ -1,15 +1,18 @@
 "The published settings, and the templates that train on items and show where a model looks"
 import pytest
-import yaml
 
 from medclip_nb.core import InputError
 from medclip_nb.datasets import list_datasets
 from medclip_nb.evaluators import Result, list_protocols
 from medclip_nb.experiments import (
-    check_parameters, parameter_files, read_parameters, run, template_folder, template_parameters,
+    check_parameters,
+    parameter_files,
+    read_parameters,
+    run,
+    template_folder,
+    template_parameters,
 )
 from medclip_nb.models import PUBLISHED
-from medclip_nb.trainers import make_config
 
 # ItemizedCLIP, arXiv 2512.11141, and its published training scripts: batch, lr, weight decay, warm-up (steps), epochs, eps, K, (ILA, MPS, IIS, KTA), keep, gamma, rho
 PUBLISHED_SETTINGS = {

@@ -10,16 +10,28 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
+from torch import nn
+
 from medclip_nb.core import InputError, seed_everything
 from medclip_nb.datasets import Manifest, text_id
 from medclip_nb.images import StudyPreprocess
 from medclip_nb.models import STARTER, add_lora, load_model, lock, save_checkpoint, start_from_slices, study_model
 from medclip_nb.trainers import (
-    ItemGallery, ItemTexts, Itemized, TrainConfig, begin_run, best_ranks, item_gallery, item_values, loop as trainers,
-    swap_sides, train,
+    ItemGallery,
+    Itemized,
+    ItemTexts,
+    TrainConfig,
+    begin_run,
+    best_ranks,
+    item_gallery,
+    item_values,
+    swap_sides,
+    train,
 )
-from PIL import Image
-from torch import nn
+from medclip_nb.trainers import (
+    loop as trainers,
+)
 
 TEXT = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}

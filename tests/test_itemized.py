@@ -6,15 +6,21 @@ import forks
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+
 from medclip_nb.core import InputError
 from medclip_nb.distributed import average_gradients
 from medclip_nb.losses import (
-    ITEM_WEIGHTS, draw_token_mask, global_itemized_losses, item_weights, itemized_losses, sample_negatives,
+    ITEM_WEIGHTS,
+    draw_token_mask,
+    global_itemized_losses,
+    item_weights,
+    itemized_losses,
+    sample_negatives,
     siglip_loss,
 )
 from medclip_nb.models import POOLING_PREFIXES, TextConditionedPooling, pooling_from
 from medclip_nb.trainers import item_batch
-from torch import nn
 
 close = lambda a, b, atol=1e-7: torch.testing.assert_close(a, b, atol=atol, rtol=1e-7)
 

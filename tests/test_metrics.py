@@ -9,8 +9,18 @@ from sklearn import metrics as sk
 
 from medclip_nb.core import InputError
 from medclip_nb.metrics import (
-    auroc, bootstrap, bootstrap_weights, chance_recall, classification_metrics, interval, label_codes,
-    per_class_metrics, rank_metrics, retrieval_metrics, retrieval_ranks, weighted_median,
+    auroc,
+    bootstrap,
+    bootstrap_weights,
+    chance_recall,
+    classification_metrics,
+    interval,
+    label_codes,
+    per_class_metrics,
+    rank_metrics,
+    retrieval_metrics,
+    retrieval_ranks,
+    weighted_median,
 )
 
 

@@ -11,7 +11,15 @@ from sklearn.neighbors import KNeighborsClassifier
 from medclip_nb.core import InputError
 from medclip_nb.datasets import make_squares
 from medclip_nb.evaluators import (
-    IPCLIP, Linear, balanced_weights, choose, knn, linear_probe, logistic_path, neighbor_votes, balanced_accuracy_of,
+    IPCLIP,
+    Linear,
+    balanced_accuracy_of,
+    balanced_weights,
+    choose,
+    knn,
+    linear_probe,
+    logistic_path,
+    neighbor_votes,
 )
 from medclip_nb.evaluators.logistic import _Loss
 from medclip_nb.evaluators.probes import _folds, _standardised

@@ -5,11 +5,12 @@ import forks
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
 from medclip_nb.distributed import average_gradients, gather, gather_ids, global_loss
 from medclip_nb.losses import clip_loss, positives_of, prompt_loss, siglip_loss, soft_clip_loss
 from medclip_nb.trainers import cached_step, in_chunks
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 TOTAL = 12
 PARTS = {"equal": {2: (6, 6), 3: (4, 4, 4)}, "uneven": {2: (7, 5), 3: (6, 1, 5)}, "empty": {2: (0, 12), 3: (5, 7, 0)}}

@@ -7,14 +7,35 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from medclip_nb.core import InputError
 from medclip_nb.datasets import card, phantom
 from medclip_nb.datasets.readers import (
-    chest_ct as ct, chest_xray as chest, natural_images as photographs, neuro as studies, pathology as microscopy,
+    chest_ct as ct,
+)
+from medclip_nb.datasets.readers import (
+    chest_xray as chest,
+)
+from medclip_nb.datasets.readers import (
+    natural_images as photographs,
+)
+from medclip_nb.datasets.readers import (
+    neuro as studies,
+)
+from medclip_nb.datasets.readers import (
+    pathology as microscopy,
+)
+from medclip_nb.datasets.readers import (
     radiology as radiographs,
 )
 from medclip_nb.evaluators import (
-    class_sentences, finding_sentences, list_packs, load_pack, pack_folder, prompts, read_pack,
+    class_sentences,
+    finding_sentences,
+    list_packs,
+    load_pack,
+    pack_folder,
+    prompts,
+    read_pack,
 )
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,10 +15,21 @@ from sklearn import metrics as sk
 
 from medclip_nb.core import InputError
 from medclip_nb.datasets import Manifest, load_manifest
-from medclip_nb.datasets.readers import chest_ct as ct, neuro as studies
+from medclip_nb.datasets.readers import chest_ct as ct
+from medclip_nb.datasets.readers import neuro as studies
 from medclip_nb.evaluators import (
-    PROTOCOLS, Result, Scored, evaluate_protocol, item_pairs, item_scores, list_protocols, load_pack, pack_questions,
-    protocol_result, question_scores, threshold_result,
+    PROTOCOLS,
+    Result,
+    Scored,
+    evaluate_protocol,
+    item_pairs,
+    item_scores,
+    list_protocols,
+    load_pack,
+    pack_questions,
+    protocol_result,
+    question_scores,
+    threshold_result,
 )
 from medclip_nb.images import StudyPreprocess
 from medclip_nb.models import STARTER, build, study_model

@@ -7,8 +7,16 @@ from sklearn import metrics as sk
 
 from medclip_nb.core import InputError
 from medclip_nb.metrics import (
-    bootstrap_weights, positive_pairs, query_metrics, rank_metrics, retrieval as module, retrieval_metrics,
-    retrieval_queries, retrieval_ranks,
+    bootstrap_weights,
+    positive_pairs,
+    query_metrics,
+    rank_metrics,
+    retrieval_metrics,
+    retrieval_queries,
+    retrieval_ranks,
+)
+from medclip_nb.metrics import (
+    retrieval as module,
 )
 
 KS = (1, 3, 10)

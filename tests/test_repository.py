@@ -86,8 +86,9 @@ def test_notebook_names_no_place(path):
 
 @pytest.mark.parametrize("path", **named(TEMPLATES))
 def test_template(path):
-    from medclip_nb.experiments import template_cells, template_parameters
     from papermill import inspect_notebook
+
+    from medclip_nb.experiments import template_cells, template_parameters
     cells = json.loads(path.read_text())["cells"]
     assert not any(c.get("outputs") or c.get("execution_count") for c in cells), "a template keeps no output"
     assert sum("parameters" in tags for _, _, tags in template_cells(path)) == 1

@@ -15,12 +15,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
+from pydicom.data import get_testdata_file
+
 from medclip_nb.core import InputError
 from medclip_nb.datasets import Manifest, ShardLoader, Shards, load_manifest, write_shards
 from medclip_nb.datasets.readers.webdataset import tar_samples
 from medclip_nb.images import read_image, read_volume
-from PIL import Image
-from pydicom.data import get_testdata_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 N, BATCH = 61, 4

@@ -12,8 +12,19 @@ from PIL import Image
 
 from medclip_nb.core import InputError, file_hash
 from medclip_nb.datasets import (
-    NORMAL_ITEM, PIXELS, VENTRICLES, PhantomConfig, PhantomStudy, View, gray_image, label_volume, load_manifest, make_starter, masks,
-    slice_points, volume_affine,
+    NORMAL_ITEM,
+    PIXELS,
+    VENTRICLES,
+    PhantomConfig,
+    PhantomStudy,
+    View,
+    gray_image,
+    label_volume,
+    load_manifest,
+    make_starter,
+    masks,
+    slice_points,
+    volume_affine,
 )
 from medclip_nb.datasets.phantom import FINDING_KINDS
 

@@ -3,9 +3,7 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import forks
 import numpy as np

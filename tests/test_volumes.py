@@ -7,11 +7,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from medclip_nb.core import InputError
 from medclip_nb.images import Study, pad_studies, study_preprocess
 from medclip_nb.models import (
-    CHARACTERS, ATTENTION_LEVELS, PUBLISHED, SeriesNameEncoder, VolumeEncoder, build, inflate, load_checkpoint, load_model,
-    misfits, published_state, save_checkpoint, sincos, study_model,
+    ATTENTION_LEVELS,
+    CHARACTERS,
+    PUBLISHED,
+    SeriesNameEncoder,
+    VolumeEncoder,
+    build,
+    inflate,
+    load_checkpoint,
+    load_model,
+    misfits,
+    published_state,
+    save_checkpoint,
+    sincos,
+    study_model,
 )
 
 WB = ("weight", "bias")

@@ -10,15 +10,15 @@ __all__ = ['ImagesArgument', 'ModelOption', 'CheckpointOption', 'WindowOption', 
 import contextlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 from typer.core import TyperCommand
 
-from ..core import InputError, to_jsonable
 from .data import text_table
+from ..core import InputError, to_jsonable
 
 # %% ../../nbs/cli/04_ask.ipynb #ca643e54
 class ManyValues(TyperCommand):
@@ -42,10 +42,19 @@ def repeated(
     return out
 
 # %% ../../nbs/cli/04_ask.ipynb #01d243b1
-ImagesArgument = Annotated[Optional[list[Path]], typer.Argument(metavar="IMAGE", show_default=False, help="Image files: PNG, JPEG, TIFF, DICOM, NIfTI and the like. They stand before the options.")]
+ImagesArgument = Annotated[
+    Optional[list[Path]],
+    typer.Argument(
+        metavar="IMAGE",
+        show_default=False,
+        help="Image files: PNG, JPEG, TIFF, DICOM, NIfTI and the like. They stand before the options.",
+    ),
+]
 ModelOption = Annotated[str, typer.Option(help="Architecture, with weights where its name gives some, or a folder.")]
 CheckpointOption = Annotated[str, typer.Option(help="Weights to load instead; a file or a folder.")]
-WindowOption = Annotated[Optional[str], typer.Option(help="How deep pixels become grey: a preset such as brain, lung or bone.")]
+WindowOption = Annotated[
+    Optional[str], typer.Option(help="How deep pixels become grey: a preset such as brain, lung or bone.")
+]
 TopOption = Annotated[int, typer.Option(min=0, help="Show this many, highest first; 0 for all.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, with every sentence that was asked.")]
 
@@ -53,12 +62,17 @@ def _note(text: str) -> None: typer.echo(f"note: {text}", err=True)
 
 def _load_model(images: list[Path] | None, model: str, checkpoint: str, device: str, precision: str) -> Any:
     "The model to ask, once there is something to ask it, and a word about weights that are random"
-    if not images: raise InputError("No image is given. Images stand before the options, as in `medclip-nb classify slice.png --pack kather`.")
+    if not images:
+        raise InputError(
+            "No image is given. Images stand before the options, as in `medclip-nb classify slice.png --pack kather`."
+        )
     from medclip_nb.core import seed_everything
     from medclip_nb.models.loading import load_model
     seed_everything(0)
     if not checkpoint and (model == "starter" or not ("/" in model or ":" in model or Path(model).exists())):
-        _note(f"model {model!r} has random weights here; give a --checkpoint, or a model with weights, for answers that mean something")
+        _note(
+            f"model {model!r} has random weights here; give a --checkpoint, or a model with weights, for answers that mean something"
+        )
     return load_model(model, checkpoint or None, device, precision)
 
 # %% ../../nbs/cli/04_ask.ipynb #49303459
@@ -70,6 +84,7 @@ def encode_files(
 ) -> tuple[list[str], Any, list[dict]]: # Files that were read, their features (n, d), and image and message of the others
     "Encode the files that can be read; raises `InputError` if none can"
     import numpy as np
+
     from medclip_nb.images.reading import read_image
     read, parts, skipped = [], [], []
     for start in range(0, len(paths), batch_size):
@@ -88,19 +103,26 @@ def _report(found: Mapping[str, Any], rows: Iterable[Sequence], header: Sequence
     total = len(found["images"]) + len(found["skipped"])
     if found["skipped"]: _note(f"{len(found['skipped'])} of {total} images could not be read")
     _note("research only, not for clinical use")
-    typer.echo(json.dumps(to_jsonable(found), indent=1, ensure_ascii=False) if as_json else text_table(rows, header, 120))
+    typer.echo(
+        json.dumps(to_jsonable(found), indent=1, ensure_ascii=False) if as_json else text_table(rows, header, 120)
+    )
 
 # %% ../../nbs/cli/04_ask.ipynb #0fa1ae7c
 def _questions(classes: list[str], templates: list[str], pack: str, labels: list[str]) -> tuple[dict[str, Any], Any]:
     "What to ask, by label, and the pack it is from"
     from medclip_nb.evaluators.prompts import load_pack
     from medclip_nb.evaluators.questions import class_question, pack_questions
-    if bool(classes) == bool(pack): raise InputError("Give either --classes, as in --classes glioma meningioma, or --pack, as in --pack kather (`medclip-nb packs` lists them).")
+    if bool(classes) == bool(pack):
+        raise InputError(
+            "Give either --classes, as in --classes glioma meningioma, or --pack, as in --pack kather (`medclip-nb packs` lists them)."
+        )
     if pack:
-        if templates: raise InputError("A pack brings its own templates; leave --template out, or write a pack of your own.")
+        if templates:
+            raise InputError("A pack brings its own templates; leave --template out, or write a pack of your own.")
         return pack_questions(loaded := load_pack(pack), labels or None), loaded
     if labels: raise InputError("--label picks a label column of a pack; with --classes there is none.")
-    if len(set(classes)) < max(2, len(classes)): raise InputError(f"--classes needs two classes or more, all different; got {', '.join(classes)}.")
+    if len(set(classes)) < max(2, len(classes)):
+        raise InputError(f"--classes needs two classes or more, all different; got {', '.join(classes)}.")
     return {"": class_question(classes, templates or ["a medical image showing {}."])}, None
 
 def _answers(asked: Any, features: Any, label: str, top: int) -> list[list[dict]]: # For each image, its best classes
@@ -110,16 +132,30 @@ def _answers(asked: Any, features: Any, label: str, top: int) -> list[list[dict]
     for cosine, probability in zip(cosines, probabilities):
         key = cosine if asked.question.exclusive or asked.absent is None else probability
         order = (-key).argsort(kind="stable")[:top or None]
-        found.append([({"label": label} if label else {}) | {"class": asked.question.classes[i], "probability": float(probability[i]), "cosine": float(cosine[i])} for i in order])
+        found.append(
+            [
+                ({"label": label} if label else {})
+                | {"class": asked.question.classes[i], "probability": float(probability[i]), "cosine": float(cosine[i])}
+                for i in order
+            ]
+        )
     return found
 
 # %% ../../nbs/cli/04_ask.ipynb #08a48837
 def classify(
     images: ImagesArgument = None,
-    classes: Annotated[list[str], typer.Option(metavar="NAME...", help="The classes to choose from, all after one another.")] = [],
-    pack: Annotated[str, typer.Option(help="A prompt pack instead, such as kather, kather-plip@1 or a YAML file.")] = "",
-    label: Annotated[list[str], typer.Option(metavar="NAME...", help="Only these label columns or findings of the pack.")] = [],
-    template: Annotated[list[str], typer.Option(metavar="TEXT...", help="Sentences with {} where the class goes; several are averaged.")] = [],
+    classes: Annotated[
+        list[str], typer.Option(metavar="NAME...", help="The classes to choose from, all after one another.")
+    ] = [],
+    pack: Annotated[
+        str, typer.Option(help="A prompt pack instead, such as kather, kather-plip@1 or a YAML file.")
+    ] = "",
+    label: Annotated[
+        list[str], typer.Option(metavar="NAME...", help="Only these label columns or findings of the pack.")
+    ] = [],
+    template: Annotated[
+        list[str], typer.Option(metavar="TEXT...", help="Sentences with {} where the class goes; several are averaged.")
+    ] = [],
     model: ModelOption = "starter",
     checkpoint: CheckpointOption = "",
     window: WindowOption = None,
@@ -138,10 +174,20 @@ def classify(
         asked = {name: encode_question(clip, q) for name, q in questions.items()}
         parts = [_answers(one, features, name, top) for name, one in asked.items()]
     answers = [[answer for part in parts for answer in part[i]] for i in range(len(read))]
-    found = {"model": clip.spec, "weights": clip.weights_hash(), "pack": loaded and loaded.record(), "prompts": {name or "classes": q.prompts for name, q in questions.items()},
-             "images": [{"image": image, "answers": said} for image, said in zip(read, answers)], "skipped": skipped}
+    found = {
+        "model": clip.spec,
+        "weights": clip.weights_hash(),
+        "pack": loaded and loaded.record(),
+        "prompts": {name or "classes": q.prompts for name, q in questions.items()},
+        "images": [{"image": image, "answers": said} for image, said in zip(read, answers)],
+        "skipped": skipped,
+    }
     header = ["image", *(["label"] if any(questions) else []), "class", "probability", "cosine"]
-    rows = [[image, *([a["label"]] if "label" in a else []), a["class"], _number(a["probability"]), f"{a['cosine']:.4f}"] for image, said in zip(read, answers) for a in said]
+    rows = [
+        [image, *([a["label"]] if "label" in a else []), a["class"], _number(a["probability"]), f"{a['cosine']:.4f}"]
+        for image, said in zip(read, answers)
+        for a in said
+    ]
     _report(found, rows, header, as_json)
 
 def _number(p: float) -> str: return "-" if p != p else f"{p:.4f}"
@@ -155,14 +201,20 @@ def candidate_texts(
     found = list(texts)
     if file is not None:
         try: found += [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error: raise InputError(f"{file}: cannot be read as UTF-8 text, one candidate a line ({error}).") from None
-    if not found: raise InputError("There is no text to rank or to look for: give --texts \"first text\" \"second text\", or --texts-file with one a line.")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{file}: cannot be read as UTF-8 text, one candidate a line ({error}).") from None
+    if not found:
+        raise InputError(
+            "There is no text to rank or to look for: give --texts \"first text\" \"second text\", or --texts-file with one a line."
+        )
     return found
 
 # %% ../../nbs/cli/04_ask.ipynb #7fe1fedd
 def rank(
     images: ImagesArgument = None,
-    texts: Annotated[list[str], typer.Option(metavar="TEXT...", help="The candidates, all after one another, each in quotes.")] = [],
+    texts: Annotated[
+        list[str], typer.Option(metavar="TEXT...", help="The candidates, all after one another, each in quotes.")
+    ] = [],
     texts_file: Annotated[Optional[Path], typer.Option(help="A file with one text a line.")] = None,
     model: ModelOption = "starter",
     checkpoint: CheckpointOption = "",
@@ -179,12 +231,32 @@ def rank(
         from medclip_nb.evaluators.zero_shot_classification import encode_question
         from medclip_nb.models.long_text import token_counts
         clip = _load_model(images, model, checkpoint, device, precision)
-        if long := sum(n > clip.context_length for n in token_counts(clip, candidates)): _note(f"{long} of {len(candidates)} texts are longer than the {clip.context_length} tokens that the model reads")
+        if long := sum(n > clip.context_length for n in token_counts(clip, candidates)):
+            _note(
+                f"{long} of {len(candidates)} texts are longer than the {clip.context_length} tokens that the model reads"
+            )
         read, features, skipped = encode_files(clip, images, window)
-        ranked = _answers(encode_question(clip, Question(candidates, ["{}"], [[text] for text in candidates])), features, "", top)
-    order = [[{"rank": place, "text": a["class"], "probability": a["probability"], "cosine": a["cosine"]} for place, a in enumerate(said, 1)] for said in ranked]
-    found = {"model": clip.spec, "weights": clip.weights_hash(), "images": [{"image": image, "texts": said} for image, said in zip(read, order)], "skipped": skipped}
-    rows = [[image, a["rank"], a["text"], _number(a["probability"]), f"{a['cosine']:.4f}"] for image, said in zip(read, order) for a in said]
+        ranked = _answers(
+            encode_question(clip, Question(candidates, ["{}"], [[text] for text in candidates])), features, "", top
+        )
+    order = [
+        [
+            {"rank": place, "text": a["class"], "probability": a["probability"], "cosine": a["cosine"]}
+            for place, a in enumerate(said, 1)
+        ]
+        for said in ranked
+    ]
+    found = {
+        "model": clip.spec,
+        "weights": clip.weights_hash(),
+        "images": [{"image": image, "texts": said} for image, said in zip(read, order)],
+        "skipped": skipped,
+    }
+    rows = [
+        [image, a["rank"], a["text"], _number(a["probability"]), f"{a['cosine']:.4f}"]
+        for image, said in zip(read, order)
+        for a in said
+    ]
     _report(found, rows, ["image", "rank", "text", "probability", "cosine"], as_json)
 
 # %% ../../nbs/cli/04_ask.ipynb #4de5a95b
@@ -200,6 +272,18 @@ def packs(
     pack = load_pack(name)
     typer.echo(f"{pack.id}, for {pack.dataset}, {pack.origin}, hash {pack.hash}\n{pack.source}\n")
     for label, question in pack_questions(pack).items():
-        rows = [[label, name, state, s] for state, said in (("", question.present), ("absent", question.absent)) for name, part in zip(question.classes, said) for s in part]
+        rows = [
+            [label, name, state, s]
+            for state, said in (("", question.present), ("absent", question.absent))
+            for name, part in zip(question.classes, said)
+            for s in part
+        ]
         keep = [i for i in range(4) if any(row[i] for row in rows)]
-        typer.echo(text_table([[row[i] for i in keep] for row in rows], [["label", "class", "state", "sentence"][i] for i in keep], 120) + "\n")
+        typer.echo(
+            text_table(
+                [[row[i] for i in keep] for row in rows],
+                [["label", "class", "state", "sentence"][i] for i in keep],
+                120,
+            )
+            + "\n"
+        )

@@ -14,11 +14,18 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ..core import InputError, close_matches
 from medclip_nb.cli.ask import (
-    CheckpointOption, ImagesArgument, JsonOption, ModelOption, WindowOption, _load_model, _note, _report,
+    CheckpointOption,
+    ImagesArgument,
+    JsonOption,
+    ModelOption,
+    WindowOption,
+    _load_model,
+    _note,
+    _report,
     candidate_texts,
 )
+from ..core import InputError, close_matches
 
 # %% ../../nbs/cli/05_attend.ipynb #d4c0d6d2
 IMAGE_KINDS = ("png", "pdf", "svg")
@@ -28,7 +35,10 @@ def figure_paths(
     n: int, # Figures
 ) -> list[Path]: # One each
     "Names of the figures; raises `InputError` for a kind that cannot be drawn"
-    if (kind := out.suffix[1:].lower()) not in IMAGE_KINDS: raise InputError(f"--out {out}: give a name that ends in .{', .'.join(IMAGE_KINDS[:-1])} or .{IMAGE_KINDS[-1]}.")
+    if (kind := out.suffix[1:].lower()) not in IMAGE_KINDS:
+        raise InputError(
+            f"--out {out}: give a name that ends in .{', .'.join(IMAGE_KINDS[:-1])} or .{IMAGE_KINDS[-1]}."
+        )
     return [out] if n == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(1, n + 1)]
 
 def named_series(
@@ -37,7 +47,9 @@ def named_series(
     "The series of a study; raises `InputError` for a name that comes twice"
     found: dict[str, Path] = {}
     for image in images:
-        name, equals, path = (image.name.split(".")[0], "=", str(image)) if image.exists() else str(image).partition("=")
+        name, equals, path = (
+            (image.name.split(".")[0], "=", str(image)) if image.exists() else str(image).partition("=")
+        )
         if not equals: raise InputError(f"{image}: no such file. Series are given as NAME=PATH or PATH.")
         if name in found: raise InputError(f"Two series are called {name!r}. Name them: NAME=PATH.")
         found[name] = Path(path)
@@ -48,23 +60,38 @@ def _answer(found: Any, image: str, names: Sequence[str] = ()) -> dict:
     "What the table says of a text"
     import numpy as np
     at = [int(i) for i in np.unravel_index(np.nanargmax(found.map), found.map.shape)]
-    inside = {} if found.mask is None else {"inside": float(np.nansum(found.map * found.mask) / max(np.nansum(found.map), 1e-30))}
-    return {"image": image, "text": found.text, "similarity": found.similarity, "on_nothing": found.zero_mass, "peak": [names[at[0]], *at[1:]] if names else at, **inside}
+    inside = (
+        {}
+        if found.mask is None
+        else {"inside": float(np.nansum(found.map * found.mask) / max(np.nansum(found.map), 1e-30))}
+    )
+    return {
+        "image": image,
+        "text": found.text,
+        "similarity": found.similarity,
+        "on_nothing": found.zero_mass,
+        "peak": [names[at[0]], *at[1:]] if names else at,
+        **inside,
+    }
 
 def _written(figure: Any, to: Path) -> str:
     "Save a figure"
     from matplotlib import pyplot as plt
+
     from medclip_nb.core import atomic_path
     with atomic_path(to) as path: figure.savefig(path, format=to.suffix[1:].lower(), dpi=200)
     plt.close(figure)
     return str(to)
 
-def _on_images(clip: Any, images: list[Path], texts: list[str], method: str, mask: Path | None, window: str | None, out: Path) -> dict:
+def _on_images(
+    clip: Any, images: list[Path], texts: list[str], method: str, mask: Path | None, window: str | None, out: Path
+) -> dict:
     "Answers, figures, and what could not be read"
     from medclip_nb.evaluators.grounding import look_at_images, read_mask
     from medclip_nb.images.reading import read_image
     from medclip_nb.plots.attention_examples import image_figure
-    if mask is not None and len(images) > 1: raise InputError("--mask is of one image; give one image, or leave it out.")
+    if mask is not None and len(images) > 1:
+        raise InputError("--mask is of one image; give one image, or leave it out.")
     answers, figures, skipped = [], [], []
     for path, to in zip(images, figure_paths(out, len(images))):
         try: image = read_image(path, window=window)
@@ -82,19 +109,36 @@ def _on_study(clip: Any, images: list[Path], texts: list[str], method: str, mask
     from medclip_nb.plots.attention_examples import study_figure
     series = named_series(images)
     study, found = clip.preprocess(series), look_at_study(clip, series, texts, method, mask, every=True)
-    figures = [_written(study_figure(study, item, method), to) for item, to in zip(found, figure_paths(out, len(texts)))]
-    return {"figures": figures, "images": [_answer(item, ", ".join(series), study.names) for item in found], "skipped": []}
+    figures = [
+        _written(study_figure(study, item, method), to) for item, to in zip(found, figure_paths(out, len(texts)))
+    ]
+    return {
+        "figures": figures,
+        "images": [_answer(item, ", ".join(series), study.names) for item in found],
+        "skipped": [],
+    }
 
 # %% ../../nbs/cli/05_attend.ipynb #1c4c2df5
 def attend(
     images: ImagesArgument = None,
-    texts: Annotated[list[str], typer.Option(metavar="TEXT...", help="What to look for, all after one another, each in quotes.")] = [],
+    texts: Annotated[
+        list[str], typer.Option(metavar="TEXT...", help="What to look for, all after one another, each in quotes.")
+    ] = [],
     texts_file: Annotated[Optional[Path], typer.Option(help="A file with one text a line.")] = None,
     model: ModelOption = "starter",
     checkpoint: CheckpointOption = "",
-    method: Annotated[str, typer.Option(help="attention, relevance or similarity; auto takes attention where the model has a pooling, else relevance.")] = "auto",
-    mask: Annotated[Optional[Path], typer.Option(help="Where the findings are: an image or volume with k where text k is.")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The figure: PNG, PDF or SVG; several are numbered.")] = Path("attend.png"),
+    method: Annotated[
+        str,
+        typer.Option(
+            help="attention, relevance or similarity; auto takes attention where the model has a pooling, else relevance."
+        ),
+    ] = "auto",
+    mask: Annotated[
+        Optional[Path], typer.Option(help="Where the findings are: an image or volume with k where text k is.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The figure: PNG, PDF or SVG; several are numbered.")] = Path(
+        "attend.png"
+    ),
     window: WindowOption = None,
     as_json: JsonOption = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
@@ -103,10 +147,14 @@ def attend(
     "Show where a model looks for each text, as a figure. A model of studies takes its series as NAME=PATH."
     with contextlib.redirect_stdout(sys.stderr):
         asked, _ = candidate_texts(texts, texts_file), figure_paths(out, 1)
-        if method not in (known := ("auto", "attention", "relevance", "similarity")): raise InputError(f"Unknown method {method!r}. {close_matches(method, known)}")
+        if method not in (known := ("auto", "attention", "relevance", "similarity")):
+            raise InputError(f"Unknown method {method!r}. {close_matches(method, known)}")
         clip = _load_model(images, model, checkpoint, device, precision)
         from medclip_nb.models.study_clip import StudyModel
-        if window and isinstance(clip, StudyModel): raise InputError(f"--window {window}: is for pictures; model {clip.spec!r} reads studies in windows of its own. Leave it out.")
+        if window and isinstance(clip, StudyModel):
+            raise InputError(
+                f"--window {window}: is for pictures; model {clip.spec!r} reads studies in windows of its own. Leave it out."
+            )
         import matplotlib
         matplotlib.use("Agg")
         from medclip_nb.models.maps import choose_method
@@ -122,8 +170,16 @@ def attend(
 def _table(answers: list[dict]) -> tuple[list[list[str]], list[str]]:
     "Lines and header: the image where there are several, the share inside where a mask is known"
     share = lambda value: "-" if value is None or value != value else f"{value:.3f}"
-    cells = {"image": lambda a: a["image"], "text": lambda a: a["text"], "similarity": lambda a: share(a["similarity"]), "on nothing": lambda a: share(a["on_nothing"]),
-             "peak (px)": lambda a: ", ".join(map(str, a["peak"])), "inside": lambda a: share(a.get("inside"))}
-    unwanted = ({"image"} if len({a["image"] for a in answers}) == 1 else set()) | (set() if any("inside" in a for a in answers) else {"inside"})
+    cells = {
+        "image": lambda a: a["image"],
+        "text": lambda a: a["text"],
+        "similarity": lambda a: share(a["similarity"]),
+        "on nothing": lambda a: share(a["on_nothing"]),
+        "peak (px)": lambda a: ", ".join(map(str, a["peak"])),
+        "inside": lambda a: share(a.get("inside")),
+    }
+    unwanted = ({"image"} if len({a["image"] for a in answers}) == 1 else set()) | (
+        set() if any("inside" in a for a in answers) else {"inside"}
+    )
     header = [name for name in cells if name not in unwanted]
     return [[cells[name](a) for name in header] for a in answers], header

@@ -12,10 +12,16 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ..core import InputError, close_matches
 from medclip_nb.cli.data import (
-    DatasetArgument, OverwriteOption, ReaderOption, SplitsOption, _load, _writing, text_table,
+    DatasetArgument,
+    OverwriteOption,
+    ReaderOption,
+    SplitsOption,
+    _load,
+    _writing,
+    text_table,
 )
+from ..core import InputError, close_matches
 
 # %% ../../nbs/cli/03_cache.ipynb #e1d21a3a
 ENDINGS = (".npz", ".parquet", ".npy")
@@ -37,10 +43,17 @@ def write_features(
 ) -> None:
     "Write features and the columns that identify their rows, whole or not at all"
     import numpy as np
+
     from medclip_nb.core import atomic_path
     with atomic_path(out) as path:
-        if out.suffix == ".npz": np.savez(path, **features, **{c: table[c].to_numpy() if c == "row" else table[c].to_numpy(dtype=str) for c in table})
-        elif out.suffix == ".parquet": table.assign(**{name: list(x) for name, x in features.items()}).to_parquet(path, index=False)
+        if out.suffix == ".npz":
+            np.savez(
+                path,
+                **features,
+                **{c: table[c].to_numpy() if c == "row" else table[c].to_numpy(dtype=str) for c in table},
+            )
+        elif out.suffix == ".parquet":
+            table.assign(**{name: list(x) for name, x in features.items()}).to_parquet(path, index=False)
         else:
             np.save(path, *features.values())
             with atomic_path(out.with_suffix(".csv")) as csv: table.to_csv(csv, index=False)
@@ -55,12 +68,16 @@ def _join_processes(device: str) -> tuple[str, bool]: # The device of this proce
 
 def _check_out(out: Optional[Path], cache: Optional[Path], only: str, overwrite: bool) -> None:
     "Everything about the output that can be wrong before anything is computed"
-    if out is None and cache is None: raise InputError("Say where the features go: --out FILE, --cache FOLDER, or both.")
-    if only not in ("", "images", "texts"): raise InputError(f"--only {only!r}: {close_matches(only, ('images', 'texts'))}")
+    if out is None and cache is None:
+        raise InputError("Say where the features go: --out FILE, --cache FOLDER, or both.")
+    if only not in ("", "images", "texts"):
+        raise InputError(f"--only {only!r}: {close_matches(only, ('images', 'texts'))}")
     if out is None: return
-    if out.suffix not in ENDINGS: raise InputError(f"{out}: the name must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}.")
+    if out.suffix not in ENDINGS:
+        raise InputError(f"{out}: the name must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}.")
     for path in (out, *([out.with_suffix(".csv")] if out.suffix == ".npy" else [])):
-        if path.exists() and not overwrite: raise InputError(f"{path}: is there already. Give another name, or --overwrite.")
+        if path.exists() and not overwrite:
+            raise InputError(f"{path}: is there already. Give another name, or --overwrite.")
 
 # %% ../../nbs/cli/03_cache.ipynb #c2f1cc44
 def embed(
@@ -77,7 +94,12 @@ def embed(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Images or texts a batch.")] = 64,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images; 0 decodes in two threads.")] = 0,
-    long_text: Annotated[str, typer.Option(help="What to do beyond the context: truncate, chunks or interpolate; by default what the model does.")] = "",
+    long_text: Annotated[
+        str,
+        typer.Option(
+            help="What to do beyond the context: truncate, chunks or interpolate; by default what the model does."
+        ),
+    ] = "",
     option: ReaderOption = [],
     splits: SplitsOption = None,
     overwrite: OverwriteOption = False,
@@ -90,9 +112,24 @@ def embed(
     device, first = _join_processes(device)
     manifest, rows = _rows(name_studies(_load(dataset, root, option, splits)), split, limit)
     kinds = [kind for kind, column in FEATURE_KINDS.items() if only in ("", kind) and column in manifest]
-    if not kinds: raise InputError(f"{dataset}: has no column {' or '.join(c for k, c in FEATURE_KINDS.items() if only in ('', k))}. It has {', '.join(map(str, manifest.columns))}.")
-    if out and out.suffix == ".npy" and len(kinds) > 1: raise InputError(f"{out}: holds one array, and there are two. Add --only images or --only texts, or write .npz.")
-    found = embed_rows(load_model(model, checkpoint, device, precision), manifest, cache, batch_size, workers, "texts" in kinds, "images" in kinds, long_text or None)
+    if not kinds:
+        raise InputError(
+            f"{dataset}: has no column {' or '.join(c for k, c in FEATURE_KINDS.items() if only in ('', k))}. It has {', '.join(map(str, manifest.columns))}."
+        )
+    if out and out.suffix == ".npy" and len(kinds) > 1:
+        raise InputError(
+            f"{out}: holds one array, and there are two. Add --only images or --only texts, or write .npz."
+        )
+    found = embed_rows(
+        load_model(model, checkpoint, device, precision),
+        manifest,
+        cache,
+        batch_size,
+        workers,
+        "texts" in kinds,
+        "images" in kinds,
+        long_text or None,
+    )
     if first: _report(found, out, manifest, rows)
 
 # %% ../../nbs/cli/03_cache.ipynb #a769344d
@@ -105,13 +142,24 @@ def _rows(manifest: Any, split: str, limit: int) -> tuple[Any, list[int]]:
 def _report(found: Any, out: Optional[Path], manifest: Any, rows: list[int]) -> None:
     "Write the file and say what was done"
     if out:
-        with _writing(out, True): write_features({f"{kind[:-1]}_features": getattr(found, kind) for kind in found.counts}, id_table(manifest, rows), out)
-    lines = [[kind, *getattr(found, kind).shape, *(n[k] for k in ("found", "computed", "repeated"))] for kind, n in found.counts.items()]
+        with _writing(out, True):
+            write_features(
+                {f"{kind[:-1]}_features": getattr(found, kind) for kind in found.counts}, id_table(manifest, rows), out
+            )
+    lines = [
+        [kind, *getattr(found, kind).shape, *(n[k] for k in ("found", "computed", "repeated"))]
+        for kind, n in found.counts.items()
+    ]
     typer.echo(text_table(lines, ["features", "rows", "width", "in the cache", "computed", "repeated"]))
     if out: typer.echo(f"\n{out}")
 
 # %% ../../nbs/cli/03_cache.ipynb #6c12c0d7
-cache = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True, help="Look at and clean a folder of features.")
+cache = typer.Typer(
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="Look at and clean a folder of features.",
+)
 CacheArgument = Annotated[Path, typer.Argument(help="Folder that features are kept in.")]
 
 def _size(n: float) -> str: # Such as 12.3 MB
@@ -123,19 +171,41 @@ def ls(folder: CacheArgument) -> None:
     from medclip_nb.embeddings.maintenance import stores
     table = stores(folder).fillna("")
     names = ["store", "kind", "model", "precision", "preprocessing", "entries"]
-    typer.echo(text_table([[*(r[c] for c in names), _size(r["bytes"]), f"{r['last_used']:%Y-%m-%d %H:%M}"] for r in table.to_dict("records")], [*names, "size", "last used"]))
+    typer.echo(
+        text_table(
+            [
+                [*(r[c] for c in names), _size(r["bytes"]), f"{r['last_used']:%Y-%m-%d %H:%M}"]
+                for r in table.to_dict("records")
+            ],
+            [*names, "size", "last used"],
+        )
+    )
     typer.echo(f"\n{len(table)} stores, {_size(table['bytes'].sum())}")
 
 @cache.command("gc")
 def gc(
     folder: CacheArgument,
-    older_than: Annotated[Optional[float], typer.Option(min=0, metavar="DAYS", help="Also delete stores that were not used for so many days.")] = None,
-    model: Annotated[Optional[str], typer.Option(help="Also delete stores of this model; with --older-than, those that are both.")] = None,
+    older_than: Annotated[
+        Optional[float],
+        typer.Option(min=0, metavar="DAYS", help="Also delete stores that were not used for so many days."),
+    ] = None,
+    model: Annotated[
+        Optional[str], typer.Option(help="Also delete stores of this model; with --older-than, those that are both.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
 ) -> None:
     "Delete what is of no use: leftovers, damaged shards, and stores that you name."
     from medclip_nb.embeddings.maintenance import prune
     gone = prune(folder, older_than, model, dry_run)
-    totals = gone.groupby(["store", "why"], sort=False, as_index=False).agg(files=("file", "size"), bytes=("bytes", "sum"))
-    if len(totals): typer.echo(text_table([[*r, _size(n)] for *r, n in totals[["store", "why", "files", "bytes"]].values.tolist()], ["store", "why", "files", "size"]) + "\n")
+    totals = gone.groupby(["store", "why"], sort=False, as_index=False).agg(
+        files=("file", "size"), bytes=("bytes", "sum")
+    )
+    if len(totals):
+        typer.echo(
+            text_table(
+                [[*r, _size(n)] for *r, n in totals[["store", "why", "files", "bytes"]].values.tolist()],
+                ["store", "why", "files", "size"],
+            )
+            + "\n"
+        )
     typer.echo(f"{_size(gone['bytes'].sum())} in {len(gone)} files {'would be' if dry_run else 'were'} freed")

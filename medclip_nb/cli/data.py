@@ -38,7 +38,8 @@ def text_table(
 # %% ../../nbs/cli/02_data.ipynb #f0e8cf2a
 def _kinds(annotation: Any) -> set:
     "The plain types that an annotation allows"
-    if get_origin(annotation) in (Union, types.UnionType): return {kind for part in get_args(annotation) for kind in _kinds(part)}
+    if get_origin(annotation) in (Union, types.UnionType):
+        return {kind for part in get_args(annotation) for kind in _kinds(part)}
     return {get_origin(annotation) or annotation}
 
 def option_value(
@@ -104,7 +105,9 @@ data = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_arg
                    help="List, look at, check, split, shard and convert datasets.")
 DatasetArgument = Annotated[str, typer.Argument(help="Name of a dataset or format, as listed by 'data list'.")]
 RootOption = Annotated[Path, typer.Option(help="Folder or file that holds the data.")]
-ReaderOption = Annotated[list[str], typer.Option("-o", "--option", metavar="NAME=VALUE", help="An option of the reader; repeat for more.")]
+ReaderOption = Annotated[
+    list[str], typer.Option("-o", "--option", metavar="NAME=VALUE", help="An option of the reader; repeat for more.")
+]
 SplitsOption = Annotated[Optional[Path], typer.Option(help="File of splits to use, as written by 'data split'.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
@@ -119,7 +122,9 @@ def list_() -> None:
 @data.command()
 def info(
     dataset: DatasetArgument,
-    root: Annotated[Optional[Path], typer.Option(help="Folder or file that holds the data; without it the card is shown.")] = None,
+    root: Annotated[
+        Optional[Path], typer.Option(help="Folder or file that holds the data; without it the card is shown.")
+    ] = None,
     option: ReaderOption = [],
     splits: SplitsOption = None,
 ) -> None:
@@ -151,14 +156,17 @@ def _column_rows(manifest: Any) -> list[list]:
 
 def _echo(table: Any, title: str = "") -> None:
     "A table of `checks`, if it has any rows"
-    if len(table): typer.echo((f"{title}\n" if title else "") + text_table(table.values.tolist(), list(table.columns)) + "\n")
+    if len(table):
+        typer.echo((f"{title}\n" if title else "") + text_table(table.values.tolist(), list(table.columns)) + "\n")
 
 # %% ../../nbs/cli/02_data.ipynb #bfd67c42
 @data.command()
 def validate(
     dataset: DatasetArgument,
     root: RootOption,
-    images: Annotated[str, typer.Option(help="header opens each file, decode reads every pixel, none only sees that it exists.")] = "header",
+    images: Annotated[
+        str, typer.Option(help="header opens each file, decode reads every pixel, none only sees that it exists.")
+    ] = "header",
     csv: Annotated[Optional[Path], typer.Option(help="Write every finding to this file.")] = None,
     option: ReaderOption = [],
     splits: SplitsOption = None,
@@ -166,8 +174,10 @@ def validate(
 ) -> None:
     "Check files, texts, labels and splits; the exit code is 1 if there are errors."
     from medclip_nb.core import atomic_path
-    from medclip_nb.datasets.checks import skipped_table, summarize_issues, validate as validate_manifest
-    if csv and csv.exists() and not overwrite: raise InputError(f"{csv}: is there already. Give another name, or --overwrite.")
+    from medclip_nb.datasets.checks import skipped_table, summarize_issues
+    from medclip_nb.datasets.checks import validate as validate_manifest
+    if csv and csv.exists() and not overwrite:
+        raise InputError(f"{csv}: is there already. Give another name, or --overwrite.")
     manifest = _load(dataset, root, option, splits)
     findings = validate_manifest(manifest, images=images, labels=manifest.labels)
     if csv:
@@ -187,7 +197,8 @@ def parse_fractions(
 ) -> dict[str, float]: # Split -> share
     "Shares of splits; raises `InputError` unless they are positive and add up to 1"
     try: shares = {k.strip(): float(v) for k, _, v in (part.partition("=") for part in text.split(","))}
-    except ValueError: raise InputError(f"--fractions {text!r}: expected shares such as train=0.8,valid=0.1,test=0.1.") from None
+    except ValueError:
+        raise InputError(f"--fractions {text!r}: expected shares such as train=0.8,valid=0.1,test=0.1.") from None
     if not all(k and v > 0 for k, v in shares.items()) or abs(sum(shares.values()) - 1) > 1e-6:
         raise InputError(f"--fractions {text!r}: shares must be positive and add up to 1.")
     return shares
@@ -199,7 +210,9 @@ def split(
     root: RootOption,
     out: Annotated[Path, typer.Option(help="CSV file to write; the option --splits reads it.")],
     seed: Annotated[int, typer.Option(help="Decides which group goes where.")] = 0,
-    stratify: Annotated[Optional[str], typer.Option(help="Columns to keep in proportion, between commas; the labels by default.")] = None,
+    stratify: Annotated[
+        Optional[str], typer.Option(help="Columns to keep in proportion, between commas; the labels by default.")
+    ] = None,
     fractions: Annotated[Optional[str], typer.Option(help="Shares, such as train=0.8,valid=0.1,test=0.1.")] = None,
     option: ReaderOption = [],
     overwrite: OverwriteOption = False,
@@ -211,7 +224,8 @@ def split(
         manifest = _load(dataset, root, option)
         columns = manifest.labels if stratify is None else [c.strip() for c in stratify.split(",") if c.strip()]
         for c in columns:
-            if c not in manifest: raise InputError(f"--stratify: {dataset} has no column {c!r}. {close_matches(c, manifest.columns)}")
+            if c not in manifest:
+                raise InputError(f"--stratify: {dataset} has no column {c!r}. {close_matches(c, manifest.columns)}")
         manifest["split"] = make_splits(manifest, columns or None, shares, seed)
         digest = save_splits(manifest, out)
     _echo(_splits(manifest))
@@ -226,7 +240,9 @@ def shard(
     per_shard: Annotated[int, typer.Option(help="Most samples in a shard.")] = 1000,
     max_mb: Annotated[float, typer.Option(help="Most megabytes in a shard.")] = 1024,
     seed: Annotated[Optional[int], typer.Option(help="Shuffle the rows of each split.")] = None,
-    check: Annotated[str, typer.Option(help="header opens each picture, decode reads every pixel, none only reads the bytes.")] = "header",
+    check: Annotated[
+        str, typer.Option(help="header opens each picture, decode reads every pixel, none only reads the bytes.")
+    ] = "header",
     max_bad: Annotated[float, typer.Option(help="Largest share of bad files; above it nothing is written.")] = 0.01,
     option: ReaderOption = [],
     splits: SplitsOption = None,
@@ -240,8 +256,11 @@ def shard(
     for s in index["shards"]:
         row = totals.setdefault(s["split"], [s["split"], 0, 0, 0.0])
         row[1:] = row[1] + 1, row[2] + s["samples"], row[3] + s["bytes"] / 2**20
-    typer.echo(text_table([[*row[:3], f"{row[3]:.1f}"] for row in totals.values()], ["split", "shards", "samples", "MB"]))
-    if index["skipped"]: typer.echo(f"\n{len(index['skipped'])} rows left out; the first: {index['skipped'][0]['message']}")
+    typer.echo(
+        text_table([[*row[:3], f"{row[3]:.1f}"] for row in totals.values()], ["split", "shards", "samples", "MB"])
+    )
+    if index["skipped"]:
+        typer.echo(f"\n{len(index['skipped'])} rows left out; the first: {index['skipped'][0]['message']}")
     typer.echo(f"\n{out / 'index.json'}")
 
 # %% ../../nbs/cli/02_data.ipynb #8f654120
@@ -255,8 +274,10 @@ def rebase(
     front = os.path.relpath(root, base)
     out = [Path(os.path.normpath(os.path.join(front, p))).as_posix() for p in paths]
     if wrong := next((p for p in out if p.startswith("../") or os.path.isabs(p)), None):
-        raise InputError(f"{wrong} does not lie below {base}. Write the table to {root}, or give --relative-to {root} and read it with "
-                         f"-o image_root={root}.")
+        raise InputError(
+            f"{wrong} does not lie below {base}. Write the table to {root}, or give --relative-to {root} and read it with "
+            f"-o image_root={root}."
+        )
     return out
 
 # %% ../../nbs/cli/02_data.ipynb #f64dc4e8
@@ -271,10 +292,12 @@ def write_table(
 ) -> None:
     "Write a manifest as one table, whole or not at all"
     import pandas as pd
+
     from medclip_nb.core import atomic_path
     table = pd.DataFrame({c: manifest[c].tolist() for c in manifest}, dtype=object)
     if "image" in table: table["image"] = rebase(table["image"], manifest.root, base)
-    if "series" in table: table["series"] = [dict(zip(s, rebase(s.values(), manifest.root, base))) for s in table["series"]]
+    if "series" in table:
+        table["series"] = [dict(zip(s, rebase(s.values(), manifest.root, base))) for s in table["series"]]
     with atomic_path(out) as p:
         lines = (json.dumps(_json_row(row), ensure_ascii=False) + "\n" for row in table.to_dict("records"))
         if out.suffix == ".jsonl": return p.write_text("".join(lines), encoding="utf-8")
@@ -292,13 +315,16 @@ def convert(
     dataset: DatasetArgument,
     root: RootOption,
     out: Annotated[Path, typer.Option(help="Table to write: .csv, .parquet or .jsonl.")],
-    relative_to: Annotated[Optional[Path], typer.Option(help="Folder that paths start from; the table's own folder by default.")] = None,
+    relative_to: Annotated[
+        Optional[Path], typer.Option(help="Folder that paths start from; the table's own folder by default.")
+    ] = None,
     option: ReaderOption = [],
     splits: SplitsOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     "Write a dataset as one table."
-    if out.suffix not in (".csv", ".parquet", ".jsonl"): raise InputError(f"{out}: the name must end in .csv, .parquet or .jsonl.")
+    if out.suffix not in (".csv", ".parquet", ".jsonl"):
+        raise InputError(f"{out}: the name must end in .csv, .parquet or .jsonl.")
     with _writing(out, overwrite):
         manifest = _load(dataset, root, option, splits)
         write_table(manifest, out, relative_to or out.parent)

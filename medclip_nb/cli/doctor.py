@@ -30,33 +30,59 @@ def _check_torch() -> list[Diagnosis]:
     except Exception as e:
         cause = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         rows.append(("fail", "torchvision", cause, f"a CPU build next to a CUDA build does this; {remedy}"))
-    cuda = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    cuda = (
+        [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+        if torch.cuda.is_available()
+        else []
+    )
     devices = [*cuda, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
-    return rows + [("ok", "devices", ", ".join(devices), ""), ("ok", "threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores", "")]
+    return rows + [
+        ("ok", "devices", ", ".join(devices), ""),
+        ("ok", "threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores", ""),
+    ]
 
 # %% ../../nbs/cli/06_doctor.ipynb #1117cd26
 def _check_packages() -> list[Diagnosis]:
     "Python, and every package that this one requires"
     from importlib.metadata import PackageNotFoundError, requires, version
+
     from packaging.requirements import Requirement
     python = ".".join(map(str, sys.version_info[:3]))
-    rows = [("ok" if sys.version_info >= (3, 11) else "fail", "python", python, "" if sys.version_info >= (3, 11) else "use Python 3.11 or newer")]
-    try: needed = [r for r in map(Requirement, requires("medclip_nb") or []) if not r.marker or r.marker.evaluate({"extra": ""})]
-    except PackageNotFoundError: return [*rows, ("warn", "medclip_nb", "not installed", "pip install -e . in the checkout")]
+    rows = [
+        (
+            "ok" if sys.version_info >= (3, 11) else "fail",
+            "python",
+            python,
+            "" if sys.version_info >= (3, 11) else "use Python 3.11 or newer",
+        )
+    ]
+    try:
+        needed = [
+            r
+            for r in map(Requirement, requires("medclip_nb") or [])
+            if not r.marker or r.marker.evaluate({"extra": ""})
+        ]
+    except PackageNotFoundError:
+        return [*rows, ("warn", "medclip_nb", "not installed", "pip install -e . in the checkout")]
     bad = []
     for r in needed:
         try: found = version(r.name)
         except PackageNotFoundError: found = None
         if found is None or not r.specifier.contains(found, prereleases=True):
             bad.append(("fail", r.name, found or "missing", f"pip install '{r}'"))
-    return [*rows, *bad, ("ok" if not bad else "warn", "packages", f"{len(needed) - len(bad)} of {len(needed)} as required", "")]
+    return [
+        *rows,
+        *bad,
+        ("ok" if not bad else "warn", "packages", f"{len(needed) - len(bad)} of {len(needed)} as required", ""),
+    ]
 
 # %% ../../nbs/cli/06_doctor.ipynb #312386e9
 def _check_import(name: str) -> list[Diagnosis]:
     "Whether a package can be imported"
     import importlib
     try: return [("ok", name, getattr(importlib.import_module(name), "__version__", "there"), "")]
-    except Exception as e: return [("fail", name, f"{type(e).__name__}: {e}".splitlines()[0], f"pip install --force-reinstall {name}")]
+    except Exception as e:
+        return [("fail", name, f"{type(e).__name__}: {e}".splitlines()[0], f"pip install --force-reinstall {name}")]
 
 def _check_kernel() -> list[Diagnosis]:
     "Whether notebooks run in this Python"
@@ -65,14 +91,33 @@ def _check_kernel() -> list[Diagnosis]:
     try: command = KernelSpecManager().get_kernel_spec("python3").argv[0]
     except NoSuchKernel: return [("fail", "kernel", "there is no kernel 'python3'", remedy)]
     same = not Path(command).is_absolute() or Path(command).resolve() == Path(sys.executable).resolve()
-    return [("ok" if same else "warn", "kernel", "python3, this interpreter" if same else f"python3 is {command}", "" if same else remedy)]
+    return [
+        (
+            "ok" if same else "warn",
+            "kernel",
+            "python3, this interpreter" if same else f"python3 is {command}",
+            "" if same else remedy,
+        )
+    ]
 
 def _check_place() -> list[Diagnosis]:
     "Templates and free disk"
     from medclip_nb.experiments.parameters import template_folder, templates
     names, free = templates(), shutil.disk_usage(".").free / 1e9
-    found = ("ok", "templates", ", ".join(names), "") if names else ("fail", "templates", f"none in {template_folder()}", "install the package again")
-    return [found, ("ok" if free > 5 else "warn", "free disk", f"{free:.0f} GB", "" if free > 5 else "features and checkpoints want a few GB")]
+    found = (
+        ("ok", "templates", ", ".join(names), "")
+        if names
+        else ("fail", "templates", f"none in {template_folder()}", "install the package again")
+    )
+    return [
+        found,
+        (
+            "ok" if free > 5 else "warn",
+            "free disk",
+            f"{free:.0f} GB",
+            "" if free > 5 else "features and checkpoints want a few GB",
+        ),
+    ]
 
 # %% ../../nbs/cli/06_doctor.ipynb #2e91edb0
 def diagnose() -> list[Diagnosis]: # State, what, what was found, remedy

@@ -13,12 +13,12 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
-from ..core import InputError
 from .ask import ManyValues, classify, packs, rank
 from .attend import attend
 from .cache import cache, embed
 from .data import data
 from .doctor import doctor
+from ..core import InputError
 
 # %% ../../nbs/cli/01_main.ipynb #82a850b0
 class _Group(TyperGroup):
@@ -33,8 +33,14 @@ class _Group(TyperGroup):
             typer.echo("\ninterrupted; a suite goes on from here when it is called again", err=True)
             raise typer.Exit(130) from None
 
-app = typer.Typer(cls=_Group, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True,
-                  help="Experiments on medical images and text, as executed notebooks. Research only, not for clinical use.")
+app = typer.Typer(
+    cls=_Group,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    help="Experiments on medical images and text, as executed notebooks. Research only, not for clinical use.",
+)
 
 # %% ../../nbs/cli/01_main.ipynb #4bc9876a
 def _version(asked: bool) -> None:
@@ -71,11 +77,20 @@ def parse_parameters(
 @app.command()
 def run(
     template: Annotated[str, typer.Argument(help="Name of a template, or a path to an .ipynb.")],
-    param: Annotated[list[str], typer.Option("-p", "--param", metavar="NAME=VALUE", help="A parameter; repeat for more.")] = [],
-    file: Annotated[Optional[str], typer.Option("-f", "--file", help="YAML file of parameters, or the name of published settings such as itemized-mri.")] = None,
+    param: Annotated[
+        list[str], typer.Option("-p", "--param", metavar="NAME=VALUE", help="A parameter; repeat for more.")
+    ] = [],
+    file: Annotated[
+        Optional[str],
+        typer.Option(
+            "-f", "--file", help="YAML file of parameters, or the name of published settings such as itemized-mri."
+        ),
+    ] = None,
     out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Run folder; by default reports/TEMPLATE.")] = None,
     timeout: Annotated[Optional[float], typer.Option(help="Limit of the run in seconds.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where the same run was killed in its training.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the same run was killed in its training.")
+    ] = False,
     list_: Annotated[bool, typer.Option("--list", help="List the template's parameters and stop.")] = False,
 ) -> None:
     "Execute one template into a folder."
@@ -125,7 +140,9 @@ def compare(
 
 @app.command()
 def params(
-    template: Annotated[Optional[str], typer.Argument(help="Name or path; without one the templates are listed.")] = None,
+    template: Annotated[
+        Optional[str], typer.Argument(help="Name or path; without one the templates are listed.")
+    ] = None,
 ) -> None:
     "List the parameters of a template, or the templates."
     from medclip_nb.experiments.parameters import template_parameters, templates
@@ -143,9 +160,17 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     model: Annotated[str, typer.Option(help="The model that bare weights or an adapter belong to.")] = "",
     name: Annotated[str, typer.Option(help="Name in the card; by default the folder's.")] = "",
-    license_: Annotated[str, typer.Option("--license", help="The hub's identifier of the licence of the weights.")] = "other",
+    license_: Annotated[
+        str, typer.Option("--license", help="The hub's identifier of the licence of the weights.")
+    ] = "other",
     base_model: Annotated[str, typer.Option(help="A model on the hub that this one was trained from.")] = "",
-    push: Annotated[str, typer.Option(metavar="ORG/NAME", help="Send the folder to this repository of the Hugging Face hub, made private if it is new.")] = "",
+    push: Annotated[
+        str,
+        typer.Option(
+            metavar="ORG/NAME",
+            help="Send the folder to this repository of the Hugging Face hub, made private if it is new.",
+        ),
+    ] = "",
 ) -> None:
     "Write a trained model for open_clip or transformers, with a model card."
     from medclip_nb.models import exports

@@ -44,7 +44,9 @@ def _finding(severity: str, kind: str, row: Any, message: str, count: int = 1) -
 def _some(values: Iterable, most: int = 5) -> str:
     "The first few of some values, and how many more there are"
     values = list(values)
-    return ", ".join(f"{str(v)[:60]!r}" for v in values[:most]) + (f" and {len(values) - most} more" if len(values) > most else "")
+    return ", ".join(f"{str(v)[:60]!r}" for v in values[:most]) + (
+        f" and {len(values) - most} more" if len(values) > most else ""
+    )
 
 # %% ../../nbs/datasets/09_checks.ipynb #008ee0a0
 def _file_findings(facts: pd.DataFrame) -> list[tuple]:
@@ -53,10 +55,16 @@ def _file_findings(facts: pd.DataFrame) -> list[tuple]:
     severity = bad["kind"].map(lambda kind: FILE_ISSUES[kind][0])
     found = []
     for line in bad[severity == "error"].itertuples():
-        found.append(_finding("error", line.kind, line.row, f"series {line.series!r}: {line.message}" if line.series else line.message))
+        found.append(
+            _finding(
+                "error", line.kind, line.row, f"series {line.series!r}: {line.message}" if line.series else line.message
+            )
+        )
     for kind, lines in bad[severity == "warning"].groupby("kind"):
         more = f" ({len(lines)} such files)" if len(lines) > 1 else ""
-        found.append(_finding("warning", kind, lines["row"].iloc[0], lines["message"].iloc[0] + more, lines["row"].nunique()))
+        found.append(
+            _finding("warning", kind, lines["row"].iloc[0], lines["message"].iloc[0] + more, lines["row"].nunique())
+        )
     return found
 
 # %% ../../nbs/datasets/09_checks.ipynb #f265ef63
@@ -75,8 +83,15 @@ def _duplicate_findings(manifest: pd.DataFrame, facts: pd.DataFrame, leaks: pd.D
     twice = files[files.duplicated(["content", "split"], keep=False)]
     if len(twice):
         first = twice[twice["content"] == twice["content"].iloc[0]]["path"]
-        found.append(_finding("warning", "same file twice", twice["row"].iloc[0],
-                              f"{len(twice)} files are byte-identical to another of their split, such as {_some(first, 2)}", len(twice)))
+        found.append(
+            _finding(
+                "warning",
+                "same file twice",
+                twice["row"].iloc[0],
+                f"{len(twice)} files are byte-identical to another of their split, such as {_some(first, 2)}",
+                len(twice),
+            )
+        )
     return found
 
 # %% ../../nbs/datasets/09_checks.ipynb #b8a912f6
@@ -112,7 +127,8 @@ def _text_findings(manifest: pd.DataFrame, context: tuple[Callable, int] | None)
         cut = lengths > context[1]
         words = f"{cut.sum()} captions ({cut.mean():.1%}) are longer than the model's context of {context[1]} tokens; "
         words += f"the longest has {lengths.max()}"
-        if cut.any(): found.append(_finding("warning", "long captions", captions.index[lengths.argmax()], words, int(cut.sum())))
+        if cut.any():
+            found.append(_finding("warning", "long captions", captions.index[lengths.argmax()], words, int(cut.sum())))
     for kind, pattern in MARKUP.items():
         hit = captions[captions.str.contains(pattern)]
         words = f"{len(hit)} captions ({len(hit) / max(len(captions), 1):.1%}), such as {_some(hit[:1])}"
@@ -122,13 +138,19 @@ def _text_findings(manifest: pd.DataFrame, context: tuple[Callable, int] | None)
 # %% ../../nbs/datasets/09_checks.ipynb #665fb091
 def _repeated(manifest: pd.DataFrame, captions: pd.Series) -> list[tuple]:
     "One warning about captions that stand with several images"
-    image = manifest["image"].astype(str) if "image" in manifest else pd.Series(manifest.index.astype(str), index=manifest.index)
+    image = (
+        manifest["image"].astype(str)
+        if "image" in manifest
+        else pd.Series(manifest.index.astype(str), index=manifest.index)
+    )
     pairs = pd.DataFrame({"caption": captions, "image": image.reindex(captions.index)}).drop_duplicates()
     counts = pairs["caption"].value_counts()
     counts = counts[counts > 1]
     if not len(counts): return []
     row = captions.index[captions == counts.index[0]][0]
-    words = f"{counts.sum()} of {len(pairs)} images share their caption with another ({len(counts)} different captions); "
+    words = (
+        f"{counts.sum()} of {len(pairs)} images share their caption with another ({len(counts)} different captions); "
+    )
     words += f"the most frequent stands with {counts.iloc[0]}: {_some(counts.index[:1])}"
     return [_finding("warning", "identical captions", row, words, int(counts.sum()))]
 
@@ -137,7 +159,15 @@ def _label_findings(manifest: pd.DataFrame, column: str) -> list[tuple]:
     "What is suspicious about one label column"
     values, split = manifest[column], manifest.get("split", pd.Series("train", index=manifest.index))
     if values.nunique() < 2:
-        return [_finding("error", "one class", -1, f"column {column!r} has one class only: {values.dropna().unique().tolist()}", len(values))]
+        return [
+            _finding(
+                "error",
+                "one class",
+                -1,
+                f"column {column!r} has one class only: {values.dropna().unique().tolist()}",
+                len(values),
+            )
+        ]
     train, found = set(values[split == "train"].dropna()), []
     unseen = values[(split != "train") & values.notna() & ~values.isin(train)] if train else values[:0]
     for value, rows in unseen.groupby(unseen):
@@ -147,7 +177,8 @@ def _label_findings(manifest: pd.DataFrame, column: str) -> list[tuple]:
     words = f"{column}: one example only of {_some(single)}"
     if len(single): found.append(_finding("warning", "single example", single.index[0], words, len(single)))
     words = f"{len(missing) / len(values):.1%} of column {column!r} is empty"
-    if len(missing) >= len(values) / 2: found.append(_finding("warning", "missing labels", missing[0], words, len(missing)))
+    if len(missing) >= len(values) / 2:
+        found.append(_finding("warning", "missing labels", missing[0], words, len(missing)))
     return found
 
 # %% ../../nbs/datasets/09_checks.ipynb #af19ba84
@@ -159,7 +190,10 @@ def _group_findings(manifest: pd.DataFrame) -> list[tuple]:
     sizes, first = manifest.loc[rows, "group"].value_counts(), manifest.loc[rows, "group"].drop_duplicates()
     splits = across.groupby("group")["split"].agg(lambda s: " and ".join(sorted(s, key=lambda x: (ORDER.get(x, 3), x))))
     said = lambda group: f"group {group!r} is in {splits[group]}"
-    return [_finding("error", "group in several splits", row, said(group), int(sizes[group])) for row, group in first.items()]
+    return [
+        _finding("error", "group in several splits", row, said(group), int(sizes[group]))
+        for row, group in first.items()
+    ]
 
 # %% ../../nbs/datasets/09_checks.ipynb #2f1cd768
 def validate(
@@ -178,25 +212,36 @@ def validate(
     if {"image", "series"} & set(manifest):
         if facts is None: facts = file_facts(manifest, images, duplicates and images != "none", max_pixels)
         found += _file_findings(facts)
-        if duplicates: found += _duplicate_findings(manifest, facts, leak_table(manifest, facts) if leaks is None else leaks)
+        if duplicates:
+            found += _duplicate_findings(manifest, facts, leak_table(manifest, facts) if leaks is None else leaks)
     if "caption" in manifest: found += _text_findings(manifest, context)
     if "items" in manifest:
-        found += [_finding("error", "empty items", row, "no item has a text") for row, items in manifest["items"].items()
-                  if not any(str(item).strip() for item in (items if isinstance(items, (list, tuple, np.ndarray)) else []))]
+        found += [
+            _finding("error", "empty items", row, "no item has a text")
+            for row, items in manifest["items"].items()
+            if not any(str(item).strip() for item in (items if isinstance(items, (list, tuple, np.ndarray)) else []))
+        ]
     if {"group", "split"} <= set(manifest): found += _group_findings(manifest)
     for column in [c for c in labels if c in manifest]: found += _label_findings(manifest, column)
     return pd.DataFrame(found, columns=ISSUE_COLUMNS).sort_values(["severity", "kind", "row"], ignore_index=True)
 
 # %% ../../nbs/datasets/09_checks.ipynb #b1dd7d1c
-ROW_KINDS = {*(kind for kind, (severity, _) in FILE_ISSUES.items() if severity == "error"), "empty caption", "empty items"}
+ROW_KINDS = {
+    *(kind for kind, (severity, _) in FILE_ISSUES.items() if severity == "error"),
+    "empty caption",
+    "empty items",
+}
 
 def _needed(manifest: pd.DataFrame, needs: Iterable[str], images: str, labels: Iterable[str] = ()) -> pd.DataFrame:
     "Findings about the columns that an experiment uses; raises for a missing one"
     needs = ["series" if c == "image" and c not in manifest and "series" in manifest else c for c in [*needs, *labels]]
     for column in needs:
-        if column not in manifest: raise InputError(f"{_name(manifest)}: no column {column!r}. {close_matches(column, manifest.columns)}")
+        if column not in manifest:
+            raise InputError(f"{_name(manifest)}: no column {column!r}. {close_matches(column, manifest.columns)}")
     labels = [c for c in needs if c not in ("image", "series", "caption", "items", "group", "split")]
-    return validate(manifest[[c for c in manifest if c in {*needs, "group", "split"}]], images, labels, duplicates=False)
+    return validate(
+        manifest[[c for c in manifest if c in {*needs, "group", "split"}]], images, labels, duplicates=False
+    )
 
 def _raise_first(manifest: pd.DataFrame, errors: pd.DataFrame) -> None:
     "Quote the first error and count the others"
@@ -251,22 +296,35 @@ def summarize_issues(
 ) -> pd.DataFrame: # severity, kind, rows concerned, the first example and the remedy; errors first
     "Findings by severity and kind"
     kinds = findings.groupby(["severity", "kind"], sort=True)
-    return kinds.agg(rows=("count", "sum"), row=("row", "first"), example=("message", "first"), remedy=("remedy", "first")).reset_index()
+    return kinds.agg(
+        rows=("count", "sum"), row=("row", "first"), example=("message", "first"), remedy=("remedy", "first")
+    ).reset_index()
 
 def skipped_table(
     skipped: Iterable[Mapping], # Of a manifest: row, kind, message
 ) -> pd.DataFrame: # kind, rows, and the first of them
     "What was passed over, by kind"
     table = pd.DataFrame(list(skipped), columns=["row", "kind", "message"])
-    return table.groupby("kind", sort=True).agg(rows=("row", "size"), row=("row", "first"), example=("message", "first")).reset_index()
+    return (
+        table.groupby("kind", sort=True)
+        .agg(rows=("row", "size"), row=("row", "first"), example=("message", "first"))
+        .reset_index()
+    )
 
 # %% ../../nbs/datasets/09_checks.ipynb #8083d18e
 def split_table(
     manifest: pd.DataFrame, # With a split
 ) -> pd.DataFrame: # A line a split: rows, share, groups, rows a group (median and most)
     "How large the splits are, in rows and in groups"
-    unit = next((manifest[c] for c in ("group", "image") if c in manifest), pd.Series(manifest.index, index=manifest.index))
-    sizes = pd.DataFrame({"split": manifest["split"], "unit": unit.astype(object).where(unit.notna(), "")}).groupby(["split", "unit"]).size().groupby("split")
+    unit = next(
+        (manifest[c] for c in ("group", "image") if c in manifest), pd.Series(manifest.index, index=manifest.index)
+    )
+    sizes = (
+        pd.DataFrame({"split": manifest["split"], "unit": unit.astype(object).where(unit.notna(), "")})
+        .groupby(["split", "unit"])
+        .size()
+        .groupby("split")
+    )
     table = pd.DataFrame({"rows": sizes.sum(), "share": sizes.sum() / max(len(manifest), 1), "groups": sizes.size(),
                           "rows a group, median": sizes.median(), "most": sizes.max()})
     return table.loc[sorted(table.index, key=lambda s: (ORDER.get(s, 3), s))]
@@ -279,7 +337,11 @@ def describe_labels(
     lines = []
     for column in labels:
         values, counts = manifest[column], manifest[column].value_counts()
-        train = set(manifest.loc[manifest["split"] == "train", column].dropna()) if "split" in manifest else set(counts.index)
+        train = (
+            set(manifest.loc[manifest["split"] == "train", column].dropna())
+            if "split" in manifest
+            else set(counts.index)
+        )
         named = lambda place: f"{str(counts.index[place])[:60]} ({counts.iloc[place]})" if len(counts) else ""
         lines.append((column, len(counts), values.isna().mean(), named(0), named(-1), len(set(counts.index) - train)))
     columns = ["label", "classes", "missing", "most frequent", "least frequent", "not in training"]

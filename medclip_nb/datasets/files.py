@@ -35,13 +35,19 @@ FILE_ISSUES = {
     "path trap": ("error", "Write the path with forward slashes and without blanks at the ends of names."),
     "a folder": ("error", "Name the file in it."),
     "empty file": ("error", "Copy or download the file again, or remove the row."),
-    "link out of the root": ("error", "Copy the file below the root, or give the folder where the files really are as the root."),
+    "link out of the root": (
+        "error",
+        "Copy the file below the root, or give the folder where the files really are as the root.",
+    ),
     "unreadable image": ("error", "Replace the file or remove the row."),
     "truncated image": ("error", "Copy or download the file again, or remove the row."),
     "zero-area image": ("error", "Replace the file or remove the row."),
     "tiny image": ("error", "Replace the file or remove the row."),
     "huge image": ("error", "Make it smaller, or cut it into tiles, if it is what it claims to be."),
-    "unsafe pickle": ("error", "It can run code when loaded. Save the bare tensor again with a current torch.save, at a source you trust."),
+    "unsafe pickle": (
+        "error",
+        "It can run code when loaded. Save the bare tensor again with a current torch.save, at a source you trust.",
+    ),
     "wrong suffix": ("warning", "It is read by its content; rename it, for other programs go by the name."),
     "odd name": ("warning", "Rename the file: not every system can hold this name."),
 }
@@ -71,10 +77,28 @@ def _require(fine: bool, kind: str, words: str) -> None:
     if not fine: raise _Fault(kind, words)
 
 IMAGE_FORMATS = {
-    ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP", ".webp": "WEBP",
-    ".gif": "GIF", ".jp2": "JPEG2000", ".j2k": "JPEG2000", ".ppm": "PPM", ".pgm": "PPM", ".pnm": "PPM",
-    ".dcm": "DICOM", ".nii": "NIfTI", ".gz": "NIfTI",
-    ".npy": "NPY", ".npz": "NPZ", ".pt": "PT", ".pth": "PT"}
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".jfif": "JPEG",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".bmp": "BMP",
+    ".webp": "WEBP",
+    ".gif": "GIF",
+    ".jp2": "JPEG2000",
+    ".j2k": "JPEG2000",
+    ".ppm": "PPM",
+    ".pgm": "PPM",
+    ".pnm": "PPM",
+    ".dcm": "DICOM",
+    ".nii": "NIfTI",
+    ".gz": "NIfTI",
+    ".npy": "NPY",
+    ".npz": "NPZ",
+    ".pt": "PT",
+    ".pth": "PT",
+}
 PIL_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000", "DIB", "ICO", "PCX", "TGA")
 
 # %% ../../nbs/datasets/05_files.ipynb #367932ea
@@ -87,8 +111,13 @@ def _look_pil(file: BinaryIO, path: Path) -> tuple[dict, Callable]:
     file.seek(0)
     try: image = Image.open(file, formats=PIL_FORMATS)
     except Image.DecompressionBombError as error: raise _Fault("huge image", str(error).split(",")[0]) from None
-    facts = dict(format="JPEG" if image.format == "MPO" else image.format, width=image.width, height=image.height, mode=image.mode,
-                 frames=1 if image.format in ("GIF", "MPO") else getattr(image, "n_frames", 1))
+    facts = dict(
+        format="JPEG" if image.format == "MPO" else image.format,
+        width=image.width,
+        height=image.height,
+        mode=image.mode,
+        frames=1 if image.format in ("GIF", "MPO") else getattr(image, "n_frames", 1),
+    )
     def decode() -> Any:
         image.draft("L", (64, 64))
         image.load()
@@ -101,9 +130,16 @@ def _look_dicom(file: BinaryIO, path: Path) -> tuple[dict, Callable]:
     import pydicom
     tags = ["Rows", "Columns", "NumberOfFrames", "PhotometricInterpretation", "BitsStored"]
     head = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags, force=True)
-    _require("Rows" in head and "Columns" in head, "unreadable image", "a DICOM file without a picture, or no DICOM file")
-    facts = dict(format="DICOM", width=int(head.Columns), height=int(head.Rows), frames=int(head.get("NumberOfFrames") or 1),
-                 mode=f"{head.get('PhotometricInterpretation', '?')} {head.get('BitsStored', '?')} bit")
+    _require(
+        "Rows" in head and "Columns" in head, "unreadable image", "a DICOM file without a picture, or no DICOM file"
+    )
+    facts = dict(
+        format="DICOM",
+        width=int(head.Columns),
+        height=int(head.Rows),
+        frames=int(head.get("NumberOfFrames") or 1),
+        mode=f"{head.get('PhotometricInterpretation', '?')} {head.get('BitsStored', '?')} bit",
+    )
     return facts, lambda: pydicom.dcmread(path, force=True).pixel_array
 
 def _look_nifti(file: BinaryIO, path: Path) -> tuple[dict, Callable]:
@@ -111,7 +147,9 @@ def _look_nifti(file: BinaryIO, path: Path) -> tuple[dict, Callable]:
     import nibabel
     volume = nibabel.load(path)
     shape = (*volume.shape, 1, 1)
-    facts = dict(format="NIfTI", width=shape[0], height=shape[1], frames=math.prod(shape[2:]), mode=str(volume.get_data_dtype()))
+    facts = dict(
+        format="NIfTI", width=shape[0], height=shape[1], frames=math.prod(shape[2:]), mode=str(volume.get_data_dtype())
+    )
     return facts, lambda: np.moveaxis(np.asanyarray(volume.dataobj).reshape(*shape[:2], -1), -1, 0)
 
 # %% ../../nbs/datasets/05_files.ipynb #286543d7
@@ -124,7 +162,9 @@ def _array_facts(format: str, shape: tuple[int, ...], mode: str) -> dict:
 def _npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
     "Shape and type of a .npy"
     version = np.lib.format.read_magic(file)
-    shape, _, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
+    shape, _, dtype = (
+        np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    )(file)
     _require(not dtype.hasobject, "unsafe pickle", "an array of Python objects")
     return shape, dtype
 
@@ -144,7 +184,9 @@ def _look_zip(file: BinaryIO, path: Path) -> tuple[dict, Callable]:
             with archive.open(name) as member: found[name] = _npy_header(member)
     _require(bool(found), "unreadable image", "an archive without arrays")
     name = next((n for n, (shape, _) in found.items() if len(shape) > 1), next(iter(found)))
-    return _array_facts("NPZ", found[name][0], str(found[name][1])), lambda: np.load(path, allow_pickle=False)[name.removesuffix(".npy")]
+    return _array_facts("NPZ", found[name][0], str(found[name][1])), lambda: np.load(path, allow_pickle=False)[
+        name.removesuffix(".npy")
+    ]
 
 def _look_torch(path: Path) -> tuple[dict, Callable]:
     "Facts of a torch file of the current format, loaded as weights only"
@@ -158,13 +200,16 @@ def _look_torch(path: Path) -> tuple[dict, Callable]:
         values = [found] if torch.is_tensor(found) else found.values() if isinstance(found, dict) else found
         return next((v for v in values if torch.is_tensor(v) and v.ndim > 1), torch.zeros(()))
     first = load(mmap=True)
-    return _array_facts("PT", tuple(first.shape), str(first.dtype).removeprefix("torch.")), lambda: load().float().numpy()
+    return _array_facts(
+        "PT", tuple(first.shape), str(first.dtype).removeprefix("torch.")
+    ), lambda: load().float().numpy()
 
 # %% ../../nbs/datasets/05_files.ipynb #7cff8c3a
 def _miniature(image: Any, side: int) -> np.ndarray:
     "A picture, or the middle frame of an array, in grey and small"
     from PIL import Image
-    if not isinstance(image, Image.Image) or image.mode in ("I", "F") or image.mode.startswith("I;16"): image = _grey(np.asarray(image))
+    if not isinstance(image, Image.Image) or image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _grey(np.asarray(image))
     return np.asarray(image.convert("L").resize((side, side), Image.Resampling.BOX), dtype=np.float64)
 
 def _grey(pixels: np.ndarray) -> Any:
@@ -220,8 +265,14 @@ def _locate(path: Path, images: str) -> os.stat_result:
     try: return os.stat(path)
     except (OSError, ValueError): pass
     near = _nearby(str(path))
-    if near: raise _Fault("path trap" if near.casefold() != str(path).casefold() else "wrong case", f"no such file, but there is {near!r}")
-    raise _Fault("missing image", "no such file" if not os.path.islink(path) else "a link to a file that does not exist")
+    if near:
+        raise _Fault(
+            "path trap" if near.casefold() != str(path).casefold() else "wrong case",
+            f"no such file, but there is {near!r}",
+        )
+    raise _Fault(
+        "missing image", "no such file" if not os.path.islink(path) else "a link to a file that does not exist"
+    )
 
 # %% ../../nbs/datasets/05_files.ipynb #5788e849
 def _look(file: BinaryIO, path: Path) -> tuple[dict, Callable]:
@@ -231,8 +282,13 @@ def _look(file: BinaryIO, path: Path) -> tuple[dict, Callable]:
     if head[128:132] == b"DICM": return _look_dicom(file, path)
     if head[:6] == b"\x93NUMPY": return _look_npy(file, path)
     if head[:4] == b"PK\x03\x04": return _look_zip(file, path)
-    if head[344:347] == b"n+1" or head[4:7] == b"n+2" or name.endswith((".nii", ".nii.gz")): return _look_nifti(file, path)
-    pickled = head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5") or name.endswith((".pt", ".pth", ".pkl", ".pickle"))
+    if head[344:347] == b"n+1" or head[4:7] == b"n+2" or name.endswith((".nii", ".nii.gz")):
+        return _look_nifti(file, path)
+    pickled = (
+        head[:1] == b"\x80"
+        and head[1:2] in (b"\2", b"\3", b"\4", b"\5")
+        or name.endswith((".pt", ".pth", ".pkl", ".pickle"))
+    )
     _require(not pickled, "unsafe pickle", "a bare pickle (or torch's old format, which is one)")
     return (_look_dicom if name.endswith(".dcm") else _look_pil)(file, path)
 
@@ -243,20 +299,28 @@ def _check_size(facts: ImageFacts, max_pixels: int) -> None:
     _require(min(facts.width, facts.height, facts.frames) > 0, "zero-area image", size)
     _require(min(facts.width, facts.height) > 1, "tiny image", size)
     _require(facts.width * facts.height <= max_pixels, "huge image", f"{size}, more than {max_pixels:,}")
-    _require(facts.width * facts.height * facts.frames <= max(MAX_FILE_VOXELS, max_pixels), "huge image", f"{size} in {facts.frames} frames")
+    _require(
+        facts.width * facts.height * facts.frames <= max(MAX_FILE_VOXELS, max_pixels),
+        "huge image",
+        f"{size} in {facts.frames} frames",
+    )
 
 def _decode(decode: Callable, facts: ImageFacts, hashes: bool) -> None:
     "Read every pixel"
     try: pixels = decode()
     except _Fault: raise
     except Exception as error:
-        cut = isinstance(error, EOFError) or re.search(r"truncat|end of|incomplete|less than|not enough", str(error), re.I)
+        cut = isinstance(error, EOFError) or re.search(
+            r"truncat|end of|incomplete|less than|not enough", str(error), re.I
+        )
         words = f"its pixels cannot be read ({type(error).__name__}: {str(error)[:120]})"
         raise _Fault("truncated image" if cut else "unreadable image", words) from None
     if hashes and (found := phash(pixels)) is not None: facts.perceptual, facts.thumbnail = found, thumbnail(pixels)
 
 # %% ../../nbs/datasets/05_files.ipynb #423b89ab
-def _fill(facts: ImageFacts, path: Path, images: str, hashes: bool, root: str | Path | None, max_pixels: int, folders: bool) -> None:
+def _fill(
+    facts: ImageFacts, path: Path, images: str, hashes: bool, root: str | Path | None, max_pixels: int, folders: bool
+) -> None:
     "Write into `facts` what a file is; stops at the first fault"
     state = _locate(path, images)
     _require(root is None or inside(root, path), "link out of the root", f"leads to {os.path.realpath(path)}")

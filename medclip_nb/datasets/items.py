@@ -20,7 +20,12 @@ from .manifest import Manifest
 
 # %% ../../nbs/datasets/11_items.ipynb #f8a9ad2d
 NORMAL_RULES = ("first", "only")
-NORMAL_TEXTS = ("no significant abnormality", "no significant abnormalities", "no abnormality detected", "no abnormalities detected")
+NORMAL_TEXTS = (
+    "no significant abnormality",
+    "no significant abnormalities",
+    "no abnormality detected",
+    "no abnormalities detected",
+)
 UNREMARKABLE = "study is unremarkable"
 
 def says_normal(
@@ -38,11 +43,18 @@ def normal_flags(
     rule: str = "only", # For rows of which a column normal says nothing, see `says_normal`
 ) -> Tensor: # (n,) bool
     "Which rows are normal studies; raises `InputError` for a manifest with neither column"
-    if not {"normal", "items"} & set(manifest.columns): raise InputError(f"{manifest.dataset}: no column 'normal' or 'items' to tell normal studies by.")
+    if not {"normal", "items"} & set(manifest.columns):
+        raise InputError(f"{manifest.dataset}: no column 'normal' or 'items' to tell normal studies by.")
     rows = len(manifest)
     said = manifest["normal"].tolist() if "normal" in manifest else [None] * rows
     items = manifest["items"].tolist() if "items" in manifest else [[]] * rows
-    return torch.tensor([known == "present" if known in ("present", "absent") else says_normal(_listed(i), rule) for known, i in zip(said, items)], dtype=torch.bool)
+    return torch.tensor(
+        [
+            known == "present" if known in ("present", "absent") else says_normal(_listed(i), rule)
+            for known, i in zip(said, items)
+        ],
+        dtype=torch.bool,
+    )
 
 def _listed(items: Any) -> list[str]:
     "A cell of items as a list; a missing one is empty"
@@ -52,9 +64,13 @@ def item_lists(
     manifest: Manifest, # With a column items
 ) -> list[list[str]]: # One list a row, without blank items; empty where a cell is missing
     "The items of every row; raises `InputError` without a column of lists, or without any item"
-    if "items" not in manifest: raise InputError(f"{manifest.dataset}: no column 'items' to take texts from. {close_matches('items', manifest.columns)}")
+    if "items" not in manifest:
+        raise InputError(
+            f"{manifest.dataset}: no column 'items' to take texts from. {close_matches('items', manifest.columns)}"
+        )
     for row, cell in manifest["items"].items():
-        if isinstance(cell, str) and cell.strip(): raise InputError(f"{manifest.dataset}: the items of row {row} are not a list but the text {cell[:60]!r}.")
+        if isinstance(cell, str) and cell.strip():
+            raise InputError(f"{manifest.dataset}: the items of row {row} are not a list but the text {cell[:60]!r}.")
     found = [[item for item in _listed(cell) if item.strip()] for cell in manifest["items"]]
     if not any(found): raise InputError(f"{manifest.dataset}: no row has an item.")
     return found

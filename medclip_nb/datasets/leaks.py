@@ -31,7 +31,8 @@ def _name(manifest: pd.DataFrame) -> str:
 
 def _named_files(manifest: pd.DataFrame) -> pd.DataFrame:
     "row, series and path of every file that the manifest names"
-    if not manifest.index.is_unique: raise InputError(f"{_name(manifest)}: row numbers occur twice; use manifest.reset_index(drop=True) first.")
+    if not manifest.index.is_unique:
+        raise InputError(f"{_name(manifest)}: row numbers occur twice; use manifest.reset_index(drop=True) first.")
     if "image" in manifest: return pd.DataFrame({"row": manifest.index, "series": "", "path": manifest["image"].array})
     rows = [(row, name, path) for row, series in zip(manifest.index, manifest.get("series", []))
             for name, path in (series.items() if isinstance(series, Mapping) and series else [("", None)])]
@@ -80,7 +81,12 @@ def file_facts(
 
 def _hash_same_sizes(found: pd.DataFrame, paths: list[str]) -> None:
     "Fill in the hashes of files that have the size of another"
-    rows = found.index[(found["bytes"] > 0) & found["bytes"].duplicated(keep=False) & (found["format"] != "") & (found["content"] == "")]
+    rows = found.index[
+        (found["bytes"] > 0)
+        & found["bytes"].duplicated(keep=False)
+        & (found["format"] != "")
+        & (found["content"] == "")
+    ]
     rows = [r for r in rows if os.path.isfile(paths[r])]
     found.loc[rows, "content"] = _in_threads(file_hash, [paths[r] for r in rows], "comparing files")
 
@@ -92,7 +98,9 @@ def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     "Number of bits in which 64-bit words differ"
     return _ONES[(a ^ b)[:, None].view(np.uint16)].sum(1)
 
-def _near(a: np.ndarray, b: np.ndarray, most: int, size: int = 2**20) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _near(
+    a: np.ndarray, b: np.ndarray, most: int, size: int = 2**20
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     "Places and distance of all pairs within a distance, about `size` candidates at a time; a pair may come several times"
     edges = np.linspace(0, 64, most + 2).astype(int)
     for low, high in zip(edges[:-1], edges[1:]):
@@ -135,7 +143,9 @@ def _pairs(placed: pd.DataFrame, key: str, kind: str) -> pd.DataFrame:
     joined = placed.merge(first, on=key, suffixes=("", "_other"), sort=False)
     joined = joined[joined["split"] != joined["split_other"]].drop_duplicates(["row", "path"])
     joined = joined.rename(columns={f"{c}_other": f"other_{c}" for c in ("row", "split", "path")})
-    return joined.assign(kind=kind, distance=0 if kind == "same file" else np.nan, similarity=1.0 if kind == "same file" else np.nan)[LEAK]
+    return joined.assign(
+        kind=kind, distance=0 if kind == "same file" else np.nan, similarity=1.0 if kind == "same file" else np.nan
+    )[LEAK]
 
 # %% ../../nbs/datasets/10_leaks.ipynb #dec382f2
 def _looks(placed: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -168,8 +178,14 @@ def _near_pairs(placed: pd.DataFrame, most: int, least: float) -> pd.DataFrame:
         later, chosen = later[(hit := chosen >> 40 <= (1 - least) * 1e6)], chosen[hit]
         other = earlier.iloc[chosen & _PLACE]
         words = (np.array(list(x["perceptual"]), dtype=np.uint64) for x in (later, other))
-        found.append(later.assign(kind="near duplicate", distance=_distance(*words), similarity=1 - (chosen >> 40) / 1e6,
-                                  **{f"other_{c}": other[c].array for c in ("row", "split", "path")})[LEAK])
+        found.append(
+            later.assign(
+                kind="near duplicate",
+                distance=_distance(*words),
+                similarity=1 - (chosen >> 40) / 1e6,
+                **{f"other_{c}": other[c].array for c in ("row", "split", "path")},
+            )[LEAK]
+        )
     return pd.concat([f for f in found if len(f)] or found[:1])
 
 # %% ../../nbs/datasets/10_leaks.ipynb #394d18b5
@@ -182,7 +198,11 @@ def leak_table(
     "Pairs of rows that connect an earlier split with a later one"
     if "split" not in manifest: return pd.DataFrame(columns=LEAK)
     if facts is None: facts = file_facts(manifest, "decode", hashes=True)
-    facts = facts if len(facts) else pd.DataFrame({"row": manifest.index, "path": "", "content": "", "perceptual": None, "thumbnail": b""})
+    facts = (
+        facts
+        if len(facts)
+        else pd.DataFrame({"row": manifest.index, "path": "", "content": "", "perceptual": None, "thumbnail": b""})
+    )
     placed = facts.assign(split=manifest["split"].astype(str).reindex(facts["row"]).array)
     placed["key"] = placed["content"].where(placed["content"] != "", placed["path"]).replace("", np.nan)
     placed["group"] = manifest["group"].reindex(placed["row"]).array if "group" in manifest else np.nan

@@ -29,7 +29,8 @@ def load_manifest(
     reader = _find_reader(dataset)
     try: table = reader(Path(root), **options)
     except TypeError as error:
-        if "unexpected keyword" in str(error): raise InputError(f"Reader {dataset!r}: {str(error).split(') ')[-1]}") from None
+        if "unexpected keyword" in str(error):
+            raise InputError(f"Reader {dataset!r}: {str(error).split(') ')[-1]}") from None
         raise
     if not len(table): raise InputError(f"{dataset}: no rows found in {root}")
     facts, table.attrs = table.attrs, {}

@@ -20,7 +20,9 @@ from ..core import InputError, content_hash
 def _cell_hashes(column: pd.Series) -> np.ndarray:
     "(n,) a 64-bit hash of every cell: of its text, or of the JSON of a list or dict; the same on every machine"
     if pd.api.types.is_numeric_dtype(column): return pd.util.hash_pandas_object(column, index=False).to_numpy()
-    as_json = lambda v: json.dumps(v, ensure_ascii=False, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
+    as_json = lambda v: json.dumps(
+        v, ensure_ascii=False, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x)
+    )
     cells = zip(column.tolist(), column.isna().tolist())
     texts = [v if isinstance(v, str) else "\0" if missing else "\0" + as_json(v) for v, missing in cells]
     return pd.util.hash_array(np.array(texts, dtype=object), categorize=False)
@@ -61,7 +63,9 @@ class Manifest(pd.DataFrame):
     def paths(self) -> list[Path]:
         "The image file of every row"
         if "image" not in self:
-            raise InputError(f"{self.dataset}: the manifest has no column 'image'; it has {', '.join(map(str, self.columns))}.")
+            raise InputError(
+                f"{self.dataset}: the manifest has no column 'image'; it has {', '.join(map(str, self.columns))}."
+            )
         return [Path(self.root, image) for image in self["image"]]
 
     def part(self, split: str) -> "Manifest":
@@ -69,7 +73,11 @@ class Manifest(pd.DataFrame):
         rows = self[self["split"] == split]
         if len(rows): return rows
         found = self["split"].value_counts().to_dict()
-        raise InputError(f"{self.dataset} has no rows in split {split!r}. It has " + ", ".join(f"{n} {s!r}" for s, n in found.items()) + ".")
+        raise InputError(
+            f"{self.dataset} has no rows in split {split!r}. It has "
+            + ", ".join(f"{n} {s!r}" for s, n in found.items())
+            + "."
+        )
 
     def limited(self, n: int, seed: int = 0) -> "Manifest":
         "At most `n` rows of each split, drawn by seed, in their old order; 0 means all"

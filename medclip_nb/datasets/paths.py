@@ -79,7 +79,10 @@ def safe_member(
     folder = member.isdir() if tar else member.is_dir()
     plain = member.isfile() if tar else (member.external_attr >> 28) in (0, 4, 8)
     fault = path_fault(name) or ("" if plain or folder else "a link or a device")
-    if fault: raise InputError(f"{where}: refused, {fault} ({name!r}). Do not unpack this archive; get it again from its source.")
+    if fault:
+        raise InputError(
+            f"{where}: refused, {fault} ({name!r}). Do not unpack this archive; get it again from its source."
+        )
     return "" if folder else posixpath.normpath(name)
 
 # %% ../../nbs/datasets/04_paths.ipynb #243b7ba7
@@ -93,7 +96,9 @@ def safe_members(
         try:
             with opener(archive) as opened: return safe_members(opened, max_bytes)
         except (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError) as error:
-            raise InputError(f"{archive}: cannot be read as a tar or zip archive ({error}). Download it again.") from None
+            raise InputError(
+                f"{archive}: cannot be read as a tar or zip archive ({error}). Download it again."
+            ) from None
     tar = isinstance(archive, tarfile.TarFile)
     where = str(archive.name if tar else archive.filename)
     members = archive.getmembers() if tar else archive.infolist()

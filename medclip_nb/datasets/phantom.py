@@ -79,8 +79,16 @@ def template() -> SimpleNamespace: # t1, gm, wm, csf, ventricles: (x, y, z) uint
     push = -np.stack(np.gradient(ndimage.gaussian_filter(ventricles[::2, ::2, ::2].astype(np.float32), 3)))
     length = np.sqrt((push**2).sum(0))
     ventricles[box] = ndimage.binary_dilation(ventricles[box], iterations=3)
-    return SimpleNamespace(t1=t1, gm=gm, wm=wm, csf=csf, ventricles=ventricles, depth=(2*(inward - outward)).astype(np.float32),
-                           deep_wm=ndimage.gaussian_filter(wm[::2, ::2, ::2], 2), push=push / (length + .25*length.max()))
+    return SimpleNamespace(
+        t1=t1,
+        gm=gm,
+        wm=wm,
+        csf=csf,
+        ventricles=ventricles,
+        depth=(2 * (inward - outward)).astype(np.float32),
+        deep_wm=ndimage.gaussian_filter(wm[::2, ::2, ::2], 2),
+        push=push / (length + 0.25 * length.max()),
+    )
 
 # %% ../../nbs/datasets/14_phantom.ipynb #cf0a2981
 def sample(
@@ -215,11 +223,25 @@ class Kind:
     layers: tuple[Layer, ...] # In the order in which they are painted
 
 FINDING_KINDS = {
-    "white-matter lesion": Kind(.28, (13, 22), .20, (Layer(1, .8, "tissue", .97, .30, .92, .97),)),
-    "ring-enhancing mass": Kind(.20, (18, 38), .13, (
-        Layer(1.7, 2.5, "white", .85, .56, .78, .82), Layer(1, .7, "brain", 1, 1.08, .42, .62), Layer(.7, .9, "brain", 1, .24, .92, .36))),
-    "haemorrhage": Kind(.22, (15, 32), .20, (Layer(1.35, 1.2, "tissue", .8, .55, .74, .86), Layer(1, .7, "brain", 1, 1.05, .12, .14))),
-    "infarct": Kind(.20, (28, 52), .16, (Layer(1, 1.2, "tissue", .92, .28, .96, .94),))}
+    "white-matter lesion": Kind(0.28, (13, 22), 0.20, (Layer(1, 0.8, "tissue", 0.97, 0.30, 0.92, 0.97),)),
+    "ring-enhancing mass": Kind(
+        0.20,
+        (18, 38),
+        0.13,
+        (
+            Layer(1.7, 2.5, "white", 0.85, 0.56, 0.78, 0.82),
+            Layer(1, 0.7, "brain", 1, 1.08, 0.42, 0.62),
+            Layer(0.7, 0.9, "brain", 1, 0.24, 0.92, 0.36),
+        ),
+    ),
+    "haemorrhage": Kind(
+        0.22,
+        (15, 32),
+        0.20,
+        (Layer(1.35, 1.2, "tissue", 0.8, 0.55, 0.74, 0.86), Layer(1, 0.7, "brain", 1, 1.05, 0.12, 0.14)),
+    ),
+    "infarct": Kind(0.20, (28, 52), 0.16, (Layer(1, 1.2, "tissue", 0.92, 0.28, 0.96, 0.94),)),
+}
 VENTRICLES, VENTRICLES_WEIGHT = "enlarged ventricles", .10
 
 # %% ../../nbs/datasets/14_phantom.ipynb #63193149
@@ -257,7 +279,11 @@ def lobe_of(
     x, y, z = points
     below = (z < -12) & (y < -36) | (np.abs(x) < 14) & (z < 0) & (y < 0) | (z < -35)
     temporal = (z < 2 - .4*y) & (z < 20) & (y > -62) & (y < 20) & (np.abs(x) > 18)
-    return np.select([below, temporal, (y < -66) & (z < 32), y > -8 - .35*(z - 15)], ["", "temporal", "occipital", "frontal"], "parietal")
+    return np.select(
+        [below, temporal, (y < -66) & (z < 32), y > -8 - 0.35 * (z - 15)],
+        ["", "temporal", "occipital", "frontal"],
+        "parietal",
+    )
 
 # %% ../../nbs/datasets/14_phantom.ipynb #98089a7c
 def _fits(kind: str, size: float, tissue: Tissue) -> np.ndarray: # (m,)
@@ -319,7 +345,8 @@ class PhantomStudy:
         if VENTRICLES in drawn: self.head.widening = rng.uniform(4, 7)
         self.findings: list[Finding] = [] # The focal ones
         for kind in drawn:
-            if kind != VENTRICLES and (finding := place(kind, self.head, self.findings, rng)): self.findings.append(finding)
+            if kind != VENTRICLES and (finding := place(kind, self.head, self.findings, rng)):
+                self.findings.append(finding)
         self.kinds = [f.kind for f in self.findings] + [VENTRICLES] * (self.head.widening > 0)
 
     def _draw_kinds(self, rng: Generator) -> list[str]:
@@ -367,7 +394,10 @@ def signal(
 ) -> np.ndarray: # (m,) at the view's own points
     "A contrast without noise"
     study, tissue = view.study, view.tissue
-    out = mix(SIGNAL[sequence]*study.gain[sequence], tissue.csf, tissue.gm, tissue.wm) + np.float32(DETAIL[sequence])*tissue.detail
+    out = (
+        mix(SIGNAL[sequence] * study.gain[sequence], tissue.csf, tissue.gm, tissue.wm)
+        + np.float32(DETAIL[sequence]) * tissue.detail
+    )
     for _, layer, near, weight in view.zones:
         value = getattr(layer, sequence) * (1 + study.mottle(view.points[:, near])[0])
         out[near] += layer.opacity * weight * (value - out[near])
@@ -407,7 +437,8 @@ def label_volume(
     points = volume_points()
     wanted = np.zeros(points.shape[1], bool)
     for finding in study.findings: wanted |= finding.near(points)
-    if study.head.widening: wanted |= (np.abs(points - np.float32([[0], [-14], [14]])) < np.float32([[55], [65], [40]])).all(0)
+    if study.head.widening:
+        wanted |= (np.abs(points - np.float32([[0], [-14], [14]])) < np.float32([[55], [65], [40]])).all(0)
     inside, near = masks(View(study, points[:, wanted]))
     labels, changed = np.zeros(points.shape[1], np.uint8), np.zeros((len(study.kinds), points.shape[1]), bool)
     changed[:, wanted] = near

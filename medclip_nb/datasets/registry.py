@@ -31,14 +31,39 @@ def register(
 ) -> Callable: # Decorator for a reader `(root: Path, **options) -> DataFrame`
     "Add a reader to the registry; where the dataset has a card, the card's facts count"
     def add(reader: Callable) -> Callable:
-        READERS[name] = reader, dict(name=name, title=title or name, modality=modality, tasks=", ".join(tasks), license=license,
-                                     source=source, description=description, reader=f"{reader.__module__}.{reader.__name__}")
+        READERS[name] = (
+            reader,
+            dict(
+                name=name,
+                title=title or name,
+                modality=modality,
+                tasks=", ".join(tasks),
+                license=license,
+                source=source,
+                description=description,
+                reader=f"{reader.__module__}.{reader.__name__}",
+            ),
+        )
         return reader
     return add
 
 # %% ../../nbs/datasets/02_registry.ipynb #004646f9
-CARD_KEYS = {"name": str, "title": str, "module": str, "modality": str, "tasks": list, "size": str, "license": str, "source": str,
-             "get": str, "layout": str, "columns": dict, "citation": str, "problems": list, "description": str}
+CARD_KEYS = {
+    "name": str,
+    "title": str,
+    "module": str,
+    "modality": str,
+    "tasks": list,
+    "size": str,
+    "license": str,
+    "source": str,
+    "get": str,
+    "layout": str,
+    "columns": dict,
+    "citation": str,
+    "problems": list,
+    "description": str,
+}
 
 def card_folder() -> Path: # Holds NAME.yaml
     "Where the cards are: `data/cards` in a checkout, `cards` in an installed package"
@@ -58,12 +83,15 @@ def _card_fault(found: Any) -> str:
     if not isinstance(found, dict): return "a card is a list of keys and values"
     missing = [k for k in CARD_KEYS if not found.get(k) and not (k == "problems" and found.get(k) == [])]
     if missing: return f"the card lacks {', '.join(missing)}"
-    if extra := [str(k) for k in found if k not in CARD_KEYS]: return f"unknown key {extra[0]!r}. {close_matches(extra[0], CARD_KEYS)}"
+    if extra := [str(k) for k in found if k not in CARD_KEYS]:
+        return f"unknown key {extra[0]!r}. {close_matches(extra[0], CARD_KEYS)}"
     for key, kind in CARD_KEYS.items():
         value = found[key]
         cells = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
         if not isinstance(value, kind) or not all(isinstance(c, str) for c in cells):
-            return f"{key!r} should be {CELL_KINDS[kind]}, not {value!r}; put quotes around what holds a colon or a number"
+            return (
+                f"{key!r} should be {CELL_KINDS[kind]}, not {value!r}; put quotes around what holds a colon or a number"
+            )
     return ""
 
 # %% ../../nbs/datasets/02_registry.ipynb #38d88bb7
@@ -74,16 +102,19 @@ def read_card(
     import yaml
     path = Path(path)
     try: found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error: raise InputError(f"{path}: not YAML ({' '.join(str(error).split())}).") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())}).") from None
     if fault := _card_fault(found): raise InputError(f"{path}: {fault}{'' if fault[-1] in '?.' else '.'}")
-    if found["name"] != path.stem: raise InputError(f"{path}: the card is named {found['name']!r}; file and name should agree.")
+    if found["name"] != path.stem:
+        raise InputError(f"{path}: the card is named {found['name']!r}; file and name should agree.")
     return {k: found[k].strip() if kind is str else found[k] for k, kind in CARD_KEYS.items()}
 
 def card(
     name: str, # A dataset that has a card
 ) -> dict[str, Any]: # name, title, module, modality, tasks, size, license, source, get, layout, columns, citation, problems, description
     "What is known about a dataset; raises `InputError` for an unknown name or a broken card"
-    if name not in (names := card_names()): raise InputError(f"No card for dataset {name!r}. {close_matches(name, names)}")
+    if name not in (names := card_names()):
+        raise InputError(f"No card for dataset {name!r}. {close_matches(name, names)}")
     return read_card(card_folder()/f"{name}.yaml")
 
 # %% ../../nbs/datasets/02_registry.ipynb #5460fbc0
@@ -104,8 +135,10 @@ def _find_reader(name: str) -> Callable:
         except ModuleNotFoundError as error:
             if error.name != module: raise
             raise InputError(f"{card_folder()/name}.yaml: there is no module {module!r}.") from None
-        if name not in READERS: raise InputError(f"{card_folder()/name}.yaml: module {module!r} registers no reader {name!r}.")
-    if name not in READERS: raise InputError(f"Unknown dataset {name!r}. {close_matches(name, {*READERS, *card_names()})}")
+        if name not in READERS:
+            raise InputError(f"{card_folder()/name}.yaml: module {module!r} registers no reader {name!r}.")
+    if name not in READERS:
+        raise InputError(f"Unknown dataset {name!r}. {close_matches(name, {*READERS, *card_names()})}")
     return READERS[name][0]
 
 # %% ../../nbs/datasets/02_registry.ipynb #b4a0d11c
@@ -117,8 +150,14 @@ def card_markdown(
     c, head = card(name), "#"*(level + 1)
     cell = lambda text: " ".join(text.split()).replace("|", "\\|")
     table = lambda head, rows: f"{head}\n|---|---|\n" + "\n".join(f"| {cell(k)} | {cell(v)} |" for k, v in rows.items())
-    facts = {"name": f"`{name}`", "modality": c["modality"], "tasks": ", ".join(c["tasks"]), "size": c["size"], "licence": c["license"],
-             "source": c["source"]}
+    facts = {
+        "name": f"`{name}`",
+        "modality": c["modality"],
+        "tasks": ", ".join(c["tasks"]),
+        "size": c["size"],
+        "licence": c["license"],
+        "source": c["source"],
+    }
     parts = [f"{'#'*level} {c['title']}", c["description"], table("| | |", facts),
              f"{head} How to get it", c["get"],
              f"{head} Layout", f"```text\n{c['layout']}\n```",

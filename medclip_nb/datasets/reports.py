@@ -27,14 +27,21 @@ def _sentences(text: str) -> list[str]:
     for found in (BREAK if re.search("[A-Z]", text) else LOWER_BREAK).finditer(text):
         word = re.search(r"[\w.]*\Z", text[start:found.start()])[0].lstrip(".").lower()
         follows = found[1] or "A"
-        if word in ABBREVIATIONS or word in NUMBERED and (follows.isdigit() or re.match(rf"\W*{MASKS}", text[found.end():])): continue
+        if (
+            word in ABBREVIATIONS
+            or word in NUMBERED
+            and (follows.isdigit() or re.match(rf"\W*{MASKS}", text[found.end() :]))
+        ):
+            continue
         if len(word) == 1 and word.isalpha() and TITLED.search(text[start:found.start() - 1]): continue
         parts.append(text[start:found.end()])
         start = found.end()
     return [*parts, text[start:]]
 
 # %% ../../nbs/datasets/12_reports.ipynb #31b0769b
-NUMBER_AFTER = set("segment grade stage type class zone level rib ribs view views image series lobe number at of".split())
+NUMBER_AFTER = set(
+    "segment grade stage type class zone level rib ribs view views image series lobe number at of".split()
+)
 
 def _paragraphs(text: str) -> list[str]:
     "A text at blank lines, bullets and the numbers of a list, which are left out"
@@ -69,7 +76,9 @@ def report_items(
 
 # %% ../../nbs/datasets/12_reports.ipynb #9524e3c2
 SECTION = re.compile(r"^[ \t]*([A-Z][A-Z ,/&()'-]{2,60}?)[ \t]*:", re.M)
-SECTION_NAMES = dict.fromkeys(["FINDING", "FINDINGS AND IMPRESSION", "FINDINGS/IMPRESSION", "IMPRESSION/FINDINGS"], "findings")
+SECTION_NAMES = dict.fromkeys(
+    ["FINDING", "FINDINGS AND IMPRESSION", "FINDINGS/IMPRESSION", "IMPRESSION/FINDINGS"], "findings"
+)
 SECTION_NAMES |= dict.fromkeys(["CONCLUSION", "CONCLUSIONS", "IMPRESSIONS", "IMPRESSION AND PLAN"], "impression")
 
 def report_sections(

@@ -41,7 +41,8 @@ def _plain(value: Any) -> Any:
 def _layout(row: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
     "Extension -> file of a row, and the fields of its JSON"
     fields = {k: v for k, v in ((k, _plain(v)) for k, v in row.items()) if v is not None}
-    if not isinstance(row.get("series"), Mapping): return {_extension(row["image"]): row["image"]} if "image" in fields else {}, fields
+    if not isinstance(row.get("series"), Mapping):
+        return {_extension(row["image"]): row["image"]} if "image" in fields else {}, fields
     named = {name: f"s{n:02d}.{_extension(path)}" for n, (name, path) in enumerate(row["series"].items())}
     return {named[name]: path for name, path in row["series"].items()}, fields | {"series": named}
 
@@ -109,7 +110,8 @@ def _write_split(manifest: Manifest, rows: Iterable[int], split: str, folder: Pa
 def _order(manifest: Manifest, seed: int | None) -> dict[str, list[int]]:
     "Split -> row numbers, shuffled where there is a seed; names of splits fit for file names"
     numbers: dict[str, list[int]] = {}
-    for n, split in enumerate(manifest["split"].fillna("unassigned")): numbers.setdefault(re.sub(r"[^\w]+", "_", str(split)), []).append(n)
+    for n, split in enumerate(manifest["split"].fillna("unassigned")):
+        numbers.setdefault(re.sub(r"[^\w]+", "_", str(split)), []).append(n)
     for split, rows in numbers.items() if seed is not None else (): random.Random(f"{seed}/{split}").shuffle(rows)
     return dict(sorted(numbers.items()))
 
@@ -126,7 +128,8 @@ def write_shards(
 ) -> dict: # The index
     "Write a manifest and its files as WebDataset shards, whole or not at all"
     folder, skipped = Path(folder), []
-    if check not in ("header", "decode", "none"): raise InputError(f"check={check!r}: use 'header', 'decode' or 'none'.")
+    if check not in ("header", "decode", "none"):
+        raise InputError(f"check={check!r}: use 'header', 'decode' or 'none'.")
     if per_shard < 1 or max_mb <= 0: raise InputError(f"per_shard={per_shard}, max_mb={max_mb}: both must be positive.")
     _may_write(folder, overwrite)
     bar = progress(total=len(manifest), desc="shards")
@@ -138,10 +141,17 @@ def write_shards(
             yield n
             bar.update()
     with atomic_folder(folder) as target:
-        shards = [shard for split, rows in _order(manifest, seed).items()
-                  for shard in _write_split(manifest, counted(rows), split, target, (per_shard, int(max_mb * 2**20)), check, bad)]
+        shards = [
+            shard
+            for split, rows in _order(manifest, seed).items()
+            for shard in _write_split(
+                manifest, counted(rows), split, target, (per_shard, int(max_mb * 2**20)), check, bad
+            )
+        ]
         index = _index(manifest, seed, shards, skipped)
-        (target / "index.json").write_text(json.dumps(index, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        (target / "index.json").write_text(
+            json.dumps(index, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     bar.close()
     return index
 
@@ -150,21 +160,38 @@ def _may_write(folder: Path, overwrite: bool) -> None:
     "Raise unless a folder is new, empty, or shards that may be replaced"
     if folder.is_file(): raise InputError(f"{folder}: is a file; give a folder.")
     if not folder.is_dir() or not any(folder.iterdir()): return
-    if not overwrite: raise InputError(f"{folder}: is there already. Give another folder, or overwrite it (overwrite=True, or --overwrite).")
+    if not overwrite:
+        raise InputError(
+            f"{folder}: is there already. Give another folder, or overwrite it (overwrite=True, or --overwrite)."
+        )
     if not read_shard_index(folder):
-        raise InputError(f"{folder}: is not a folder of shards with an index, so it is not replaced. Give another folder.")
+        raise InputError(
+            f"{folder}: is not a folder of shards with an index, so it is not replaced. Give another folder."
+        )
 
 def _index(manifest: Manifest, seed: int | None, shards: list[dict], skipped: list[dict]) -> dict[str, Any]:
     "What index.json records"
-    return {"format": "webdataset shards, index 1", "dataset": manifest.dataset, "manifest": manifest.fingerprint(),
-            "columns": list(map(str, manifest.columns)), "labels": manifest.labels, "split_source": manifest.split_source, "seed": seed, "samples": sum(s["samples"] for s in shards),
-            "shards": shards, "skipped": skipped, "reader_skipped": _plain(manifest.skipped)}
+    return {
+        "format": "webdataset shards, index 1",
+        "dataset": manifest.dataset,
+        "manifest": manifest.fingerprint(),
+        "columns": list(map(str, manifest.columns)),
+        "labels": manifest.labels,
+        "split_source": manifest.split_source,
+        "seed": seed,
+        "samples": sum(s["samples"] for s in shards),
+        "shards": shards,
+        "skipped": skipped,
+        "reader_skipped": _plain(manifest.skipped),
+    }
 
 def _too_many(skipped: list[dict], n: int, share: float) -> str:
     "The message for more bad files than are tolerated"
     first = "\n".join(f"  {s['message']}" for s in skipped[:10])
-    return (f"{len(skipped)} bad files among {n} rows are more than the share of {share:g} that is tolerated; mend them, or raise max_bad. "
-            f"The first:\n{first}")
+    return (
+        f"{len(skipped)} bad files among {n} rows are more than the share of {share:g} that is tolerated; mend them, or raise max_bad. "
+        f"The first:\n{first}"
+    )
 
 # %% ../../nbs/datasets/13_shards.ipynb #23ec0622
 def shuffled(
@@ -209,7 +236,8 @@ def _choose(source: Any, split: str | None) -> tuple[list[str], int | None]:
     found = [str(Path(source, s["name"])) for s in index["shards"]] if index else find_shards(source)
     told = [s.get("split") for s in index["shards"]] if index else [split_of(Path(s).name) for s in found]
     chosen = [s for s, t in zip(found, told) if split is None or t == split]
-    if not chosen: raise InputError(f"{source}: no shards of split {split!r}. It has {', '.join(sorted({str(t) for t in told}))}.")
+    if not chosen:
+        raise InputError(f"{source}: no shards of split {split!r}. It has {', '.join(sorted({str(t) for t in told}))}.")
     return chosen, sum(s["samples"] for s in index["shards"] if split in (None, s.get("split"))) if index else None
 
 # %% ../../nbs/datasets/13_shards.ipynb #9f1c8f96
@@ -240,7 +268,8 @@ def read_sample(
     try:
         if "series" in row: row["series"] = {name: decode(raw[ext], ext, True) for name, ext in row["series"].items()}
         else: row["image"] = decode(raw[row["image"]], row["image"], False)
-    except (InputError, OSError, ValueError) as error: raise InputError(f"{where}: cannot be decoded ({error})") from None
+    except (InputError, OSError, ValueError) as error:
+        raise InputError(f"{where}: cannot be decoded ({error})") from None
     return row
 
 # %% ../../nbs/datasets/13_shards.ipynb #ce4ce765
@@ -262,7 +291,8 @@ class Shards(IterableDataset):
         self.transform, self.shuffle, self.seed, self.decode, self.max_bad = transform, shuffle, seed, decode, max_bad
         self.rank = int(os.environ.get("RANK", 0)) if rank is None else rank
         self.world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
-        if not 0 <= self.rank < self.world_size: raise InputError(f"rank {self.rank} of {self.world_size} processes: ranks count from 0.")
+        if not 0 <= self.rank < self.world_size:
+            raise InputError(f"rank {self.rank} of {self.world_size} processes: ranks count from 0.")
         self.skipped: list[dict] = []
         self.set_epoch(0)
 
@@ -308,7 +338,8 @@ class Shards(IterableDataset):
         "Record a bad sample; raise if there are too many"
         record = {"row": f"{Path(place[0]).name}: {place[1]}", "kind": "bad sample", "message": str(error)}
         if record not in self.skipped: self.skipped.append(record)
-        if len(self.skipped) > self.max_bad * max(seen, 1000): raise InputError(_too_many(self.skipped, seen, self.max_bad)) from None
+        if len(self.skipped) > self.max_bad * max(seen, 1000):
+            raise InputError(_too_many(self.skipped, seen, self.max_bad)) from None
 
     def state_dict(self) -> dict:
         "Where this process is, and what its order depends on"
@@ -319,13 +350,25 @@ class Shards(IterableDataset):
     ) -> None:
         "Go on there; raises `InputError` if the order would not be the same"
         for name, value in self._order_facts().items():
-            if state.get(name) != value: raise InputError(f"Cannot resume the stream: {name} was {state.get(name)!r}, now it is {value!r}.")
-        self.epoch, self.turn, self.positions, self.done = state["epoch"], state["turn"], list(state["positions"]), False
+            if state.get(name) != value:
+                raise InputError(f"Cannot resume the stream: {name} was {state.get(name)!r}, now it is {value!r}.")
+        self.epoch, self.turn, self.positions, self.done = (
+            state["epoch"],
+            state["turn"],
+            list(state["positions"]),
+            False,
+        )
 
     def _order_facts(self) -> dict:
         "What the order of samples depends on"
         names = content_hash([Path(s).name for s in self.shards])
-        return {"shards": names, "shuffle": self.shuffle, "seed": self.seed, "rank": self.rank, "world_size": self.world_size}
+        return {
+            "shards": names,
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+            "rank": self.rank,
+            "world_size": self.world_size,
+        }
 
 # %% ../../nbs/datasets/13_shards.ipynb #0cfa8ae9
 class _Tagged:
@@ -347,12 +390,26 @@ class ShardLoader:
         collate: Callable[[list], Any] = default_collate, # List of samples -> batch
         **options: Any, # Of torch's DataLoader, such as pin_memory, prefetch_factor, drop_last
     ) -> None:
-        self.stream, self.batch_size, self.num_workers, self.collate, self.options = stream, batch_size, num_workers, collate, options
+        self.stream, self.batch_size, self.num_workers, self.collate, self.options = (
+            stream,
+            batch_size,
+            num_workers,
+            collate,
+            options,
+        )
 
     def __iter__(self) -> Iterator[Any]:
         stream, workers = self.stream, max(self.num_workers, 1)
         if len(stream.positions) != workers: stream.positions, stream.turn = [0] * workers, 0
-        batches = iter(DataLoader(stream, self.batch_size, num_workers=self.num_workers, collate_fn=_Tagged(stream, self.collate), **self.options))
+        batches = iter(
+            DataLoader(
+                stream,
+                self.batch_size,
+                num_workers=self.num_workers,
+                collate_fn=_Tagged(stream, self.collate),
+                **self.options,
+            )
+        )
         try:
             for own, position, skipped, batch in batches:
                 stream.positions[own], stream.turn = position, (own + 1) % workers

@@ -25,7 +25,9 @@ def _units(table: pd.DataFrame) -> tuple[str, pd.Series]:
     if name == "series": return name, table[name].map(lambda paths: json.dumps(paths, sort_keys=True))
     units = table[name].astype(str)
     if not (lost := table[name].isna()).any(): return name, units
-    return name, units.mask(lost, table["image"].astype(str) if name == "group" and "image" in table else "row " + table.index.astype(str))
+    return name, units.mask(
+        lost, table["image"].astype(str) if name == "group" and "image" in table else "row " + table.index.astype(str)
+    )
 
 # %% ../../nbs/datasets/07_splits.ipynb #beaa6166
 FRACTIONS = {"train": 0.7, "test": 0.15, "valid": 0.15}
@@ -114,13 +116,20 @@ def _usual_names(split: pd.Series) -> pd.Series:
 def _split_table(manifest: Manifest) -> pd.DataFrame:
     "One row a group, with its split, in the order of names; raises `InputError` for a group in several splits"
     name, units = _units(manifest)
-    table = pd.DataFrame({name: units, "split": manifest["split"]}).drop_duplicates().sort_values([name, "split"], ignore_index=True)
+    table = (
+        pd.DataFrame({name: units, "split": manifest["split"]})
+        .drop_duplicates()
+        .sort_values([name, "split"], ignore_index=True)
+    )
     torn = table[table[name].duplicated(keep=False)]
     if not len(torn): return table
     first, n = torn[name].iloc[0], torn[name].nunique()
-    raise InputError(f"{name} {first!r} is in {' and '.join(torn['split'][torn[name] == first])} ({n} such); make other splits.")
+    raise InputError(
+        f"{name} {first!r} is in {' and '.join(torn['split'][torn[name] == first])} ({n} such); make other splits."
+    )
 
-def _table_hash(table: pd.DataFrame) -> str: return content_hash(list(table.columns), [_cell_hashes(table[c]) for c in table])
+def _table_hash(table: pd.DataFrame) -> str:
+    return content_hash(list(table.columns), [_cell_hashes(table[c]) for c in table])
 
 def split_hash(
     manifest: Manifest, # With a column split
@@ -153,7 +162,9 @@ def _read_splits(path: Path) -> pd.DataFrame:
     stated = first.strip()[-16:] if first.startswith("#") and "; hash " in first else None
     found = _table_hash(table.sort_values(list(table.columns), ignore_index=True))
     if stated not in (None, found):
-        raise InputError(f"{path}: was changed after it was saved (hash {found} instead of {stated}). To use it all the same, delete line 1.")
+        raise InputError(
+            f"{path}: was changed after it was saved (hash {found} instead of {stated}). To use it all the same, delete line 1."
+        )
     twice = table[table.iloc[:, 0].duplicated()]
     if len(twice): raise InputError(f"{path}: {twice.columns[0]} {twice.iloc[0, 0]!r} occurs twice.")
     return table
@@ -168,12 +179,16 @@ def load_splits(
     name, units = _units(manifest)
     by = table.columns[0]
     if by not in {name, *manifest}:
-        raise InputError(f"{path}: splits by {by!r}, a column which {manifest.dataset} lacks; it has {', '.join(manifest.columns)}.")
+        raise InputError(
+            f"{path}: splits by {by!r}, a column which {manifest.dataset} lacks; it has {', '.join(manifest.columns)}."
+        )
     if by != name: units = manifest[by].astype(str)
     known, there = pd.Index(table[by]), pd.Index(units.unique())
     for missing, says in ((there.difference(known), "not in the file"), (known.difference(there), "not in the data")):
         if len(missing):
-            raise InputError(f"{path} does not fit {manifest.dataset}: {len(missing)} values of {by!r} are {says}, such as {missing[0]!r}.")
+            raise InputError(
+                f"{path} does not fit {manifest.dataset}: {len(missing)} values of {by!r} are {says}, such as {missing[0]!r}."
+            )
     out = manifest.copy()
     out["split"] = _usual_names(units.map(table.set_index(by)["split"]))
     try: digest = split_hash(out)

@@ -20,16 +20,49 @@ from numpy.random import Generator
 
 from ..core import InputError, atomic_folder, close_matches, progress, write_json
 from medclip_nb.datasets.phantom import (
-    CENTER, GRID, PIXELS, SLICE_AXES, SEQUENCES, VENTRICLES, PhantomConfig, PhantomStudy, View, gray_image, label_volume, masks, slice_points,
-    volume_affine, volume_points,
+    CENTER,
+    GRID,
+    PIXELS,
+    SEQUENCES,
+    SLICE_AXES,
+    VENTRICLES,
+    PhantomConfig,
+    PhantomStudy,
+    View,
+    gray_image,
+    label_volume,
+    masks,
+    slice_points,
+    volume_affine,
+    volume_points,
 )
 from .registry import register
 
 # %% ../../nbs/datasets/15_starter.ipynb #636427f7
-ANATOMICAL_LEVELS = { # Plane -> names from low to high (from the midline outwards), with their upper ends in mm of the template
-    "axial": {"cerebellum": -28, "midbrain": -7, "basal ganglia": 11, "lateral ventricles": 30, "centrum semiovale": 49, "vertex": np.inf},
-    "coronal": {"occipital lobes": -62, "ventricular trigones": -34, "thalami": -6, "frontal horns": 34, "frontal pole": np.inf},
-    "sagittal": {"midline": 7, "paramedian plane": 20, "deep grey nuclei": 34, "insula": 46, "lateral convexity": np.inf}}
+ANATOMICAL_LEVELS = {  # Plane -> names from low to high (from the midline outwards), with their upper ends in mm of the template
+    "axial": {
+        "cerebellum": -28,
+        "midbrain": -7,
+        "basal ganglia": 11,
+        "lateral ventricles": 30,
+        "centrum semiovale": 49,
+        "vertex": np.inf,
+    },
+    "coronal": {
+        "occipital lobes": -62,
+        "ventricular trigones": -34,
+        "thalami": -6,
+        "frontal horns": 34,
+        "frontal pole": np.inf,
+    },
+    "sagittal": {
+        "midline": 7,
+        "paramedian plane": 20,
+        "deep grey nuclei": 34,
+        "insula": 46,
+        "lateral convexity": np.inf,
+    },
+}
 
 def level_of(
     study: PhantomStudy,
@@ -40,7 +73,9 @@ def level_of(
     axis = SLICE_AXES[plane][0]
     point = np.where(np.arange(3) == axis, position, CENTER)[:, None]
     at = study.head.to_template(point)[axis, 0]
-    return next(name for name, end in ANATOMICAL_LEVELS[plane].items() if (abs(at) if plane == "sagittal" else at) < end)
+    return next(
+        name for name, end in ANATOMICAL_LEVELS[plane].items() if (abs(at) if plane == "sagittal" else at) < end
+    )
 
 # %% ../../nbs/datasets/15_starter.ipynb #4c956a01
 RANGES = {"axial": (-42, 64), "coronal": (-95, 58), "sagittal": (-58, 58)} # Where slices are taken, mm
@@ -75,33 +110,59 @@ def plan_slices(
                          for volumes in ([labels == k + 1 for k in range(len(study.kinds))], changed))
         clear = ~is_faint(area, touched, least)
         shows = (area >= 1.4*least[:, None])[:n_focal] & clear
-        if shows.any() and rng.random() < study.recipe.lesion_share: wanted = shows[rng.choice(np.flatnonzero(shows.any(1)))]
+        if shows.any() and rng.random() < study.recipe.lesion_share:
+            wanted = shows[rng.choice(np.flatnonzero(shows.any(1)))]
         else: wanted = clear & (touched[:n_focal] == 0).all(0)
         order = rng.permutation(len(positions))
         yield plane, str(sequence), positions[order[np.argsort(~wanted[order], kind="stable")]].tolist()
 
 # %% ../../nbs/datasets/15_starter.ipynb #f8ba158a
 NORMAL_ITEM = "No significant abnormality."
-CONTRAST_TERMS = { # Kind -> contrast -> how a reader of that contrast would put it
-    "white-matter lesion": {"T1": ("hypointense white-matter lesion", "dark white-matter lesion"),
-                            "T2": ("hyperintense white-matter lesion", "bright white-matter lesion"),
-                            "FLAIR": ("hyperintense white-matter lesion", "bright focal white-matter lesion")},
-    "ring-enhancing mass": {"T1": ("ring-enhancing mass", "mass with a bright enhancing ring", "ring-enhancing mass with a dark core"),
-                            "T2": ("ring-shaped mass with surrounding oedema", "mass with a bright core and oedema"),
-                            "FLAIR": ("ring-shaped mass with surrounding oedema", "mass with bright perifocal oedema")},
-    "haemorrhage": {"T1": ("hyperintense haemorrhage", "bright haemorrhage", "haematoma of high signal"),
-                    "T2": ("hypointense haemorrhage", "dark haemorrhage", "haematoma of low signal"),
-                    "FLAIR": ("dark haemorrhage with a bright rim", "hypointense haemorrhage", "haematoma of low signal with a bright rim")},
-    "infarct": {"T1": ("hypointense infarct", "wedge-shaped dark infarct", "cortical infarction of low signal")} | dict.fromkeys(
-                ("T2", "FLAIR"), ("hyperintense infarct", "wedge-shaped bright infarct", "cortical infarction of high signal")),
-    VENTRICLES: dict.fromkeys(SEQUENCES, ("enlarged ventricles", "enlarged lateral ventricles", "dilated ventricles", "ventriculomegaly"))}
-NORMAL = ("no significant abnormality", "no focal lesion or abnormal signal", "normal appearances of the brain", "no evidence of a focal lesion")
+CONTRAST_TERMS = {  # Kind -> contrast -> how a reader of that contrast would put it
+    "white-matter lesion": {
+        "T1": ("hypointense white-matter lesion", "dark white-matter lesion"),
+        "T2": ("hyperintense white-matter lesion", "bright white-matter lesion"),
+        "FLAIR": ("hyperintense white-matter lesion", "bright focal white-matter lesion"),
+    },
+    "ring-enhancing mass": {
+        "T1": ("ring-enhancing mass", "mass with a bright enhancing ring", "ring-enhancing mass with a dark core"),
+        "T2": ("ring-shaped mass with surrounding oedema", "mass with a bright core and oedema"),
+        "FLAIR": ("ring-shaped mass with surrounding oedema", "mass with bright perifocal oedema"),
+    },
+    "haemorrhage": {
+        "T1": ("hyperintense haemorrhage", "bright haemorrhage", "haematoma of high signal"),
+        "T2": ("hypointense haemorrhage", "dark haemorrhage", "haematoma of low signal"),
+        "FLAIR": (
+            "dark haemorrhage with a bright rim",
+            "hypointense haemorrhage",
+            "haematoma of low signal with a bright rim",
+        ),
+    },
+    "infarct": {"T1": ("hypointense infarct", "wedge-shaped dark infarct", "cortical infarction of low signal")}
+    | dict.fromkeys(
+        ("T2", "FLAIR"), ("hyperintense infarct", "wedge-shaped bright infarct", "cortical infarction of high signal")
+    ),
+    VENTRICLES: dict.fromkeys(
+        SEQUENCES, ("enlarged ventricles", "enlarged lateral ventricles", "dilated ventricles", "ventriculomegaly")
+    ),
+}
+NORMAL = (
+    "no significant abnormality",
+    "no focal lesion or abnormal signal",
+    "normal appearances of the brain",
+    "no evidence of a focal lesion",
+)
 CONTRASTS = {"T1": ("T1-weighted", "T1"), "T2": ("T2-weighted", "T2"), "FLAIR": ("FLAIR", "T2-FLAIR")}
-PATTERNS = ("{plane} {contrast} MRI {level} showing {findings}.", "{plane} {contrast} image of the brain {level}: {findings}.",
-            "This {plane} {contrast} slice {level} shows {findings}.", "{findings}, seen on {plane} {contrast} MRI {level}.",
-            "Brain MRI in the {plane} plane, {contrast}, {level}, with {findings}.",
-            "On this {plane} {contrast} image {level}, {findings} can be seen.",
-            "{contrast} {plane} section {level} demonstrating {findings}.", "MRI of the brain {level}, {plane} {contrast}. Findings: {findings}.")
+PATTERNS = (
+    "{plane} {contrast} MRI {level} showing {findings}.",
+    "{plane} {contrast} image of the brain {level}: {findings}.",
+    "This {plane} {contrast} slice {level} shows {findings}.",
+    "{findings}, seen on {plane} {contrast} MRI {level}.",
+    "Brain MRI in the {plane} plane, {contrast}, {level}, with {findings}.",
+    "On this {plane} {contrast} image {level}, {findings} can be seen.",
+    "{contrast} {plane} section {level} demonstrating {findings}.",
+    "MRI of the brain {level}, {plane} {contrast}. Findings: {findings}.",
+)
 
 def _size_word(mm: float) -> str: return "small" if mm < 12 else "medium-sized" if mm < 25 else "large"
 
@@ -139,7 +200,9 @@ def caption_of(
     findings = ", ".join(named[:-1]) + " and " + named[-1] if len(named) > 1 else named[0]
     level = {"midline": "in the midline", "paramedian plane": "in the paramedian plane"}.get(row["level"])
     level = level or pick(("at the level of the ", "through the ")) + row["level"]
-    text = pick(PATTERNS).format(plane=row["plane"], contrast=pick(CONTRASTS[row["sequence"]]), level=level, findings=findings)
+    text = pick(PATTERNS).format(
+        plane=row["plane"], contrast=pick(CONTRASTS[row["sequence"]]), level=level, findings=findings
+    )
     return text[0].upper() + text[1:]
 
 # %% ../../nbs/datasets/15_starter.ipynb #20e91385
@@ -163,9 +226,18 @@ def slice_row(
     seen = [dict(kind=study.kinds[k], **focal.get(k, dict(side=None, lobe=None, size_mm=None))) for k in visible]
     largest = next(iter(focal.values()), dict(lobe=None, size_mm=None))
     sides = {f["side"] for f in focal.values()}
-    row = dict(sequence=sequence, plane=plane, level=level_of(study, plane, position), finding=seen[0]["kind"] if seen else "normal",
-               lesion="present" if focal else "absent", side=sides.pop() if len(sides) == 1 else None, lobe=largest["lobe"],
-               size_mm=largest["size_mm"], position_mm=float(position), group=study.name)
+    row = dict(
+        sequence=sequence,
+        plane=plane,
+        level=level_of(study, plane, position),
+        finding=seen[0]["kind"] if seen else "normal",
+        lesion="present" if focal else "absent",
+        side=sides.pop() if len(sides) == 1 else None,
+        lobe=largest["lobe"],
+        size_mm=largest["size_mm"],
+        position_mm=float(position),
+        group=study.name,
+    )
     rng = study.rng(2, number)
     row = dict(caption=caption_of(row, seen, rng), items=[item_of(**f) for f in seen] or [NORMAL_ITEM], **row)
     return row, gray_image(view, sequence, rng).reshape(PIXELS, PIXELS), mask.reshape(PIXELS, PIXELS)
@@ -213,7 +285,8 @@ def write_series(
     "Write the T1, T2 and FLAIR volumes of one study"
     study = PhantomStudy(recipe, index)
     view = View(study, volume_points())
-    for n, s in enumerate(SEQUENCES): write_nifti(folder/f"{study.name}_{s}.nii.gz", gray_image(view, s, study.rng(3, n)).reshape(GRID))
+    for n, s in enumerate(SEQUENCES):
+        write_nifti(folder/f"{study.name}_{s}.nii.gz", gray_image(view, s, study.rng(3, n)).reshape(GRID))
 
 # %% ../../nbs/datasets/15_starter.ipynb #ed1dd318
 def _each_study(task: Callable, recipe: PhantomConfig, folder: Path, workers: int, desc: str) -> list:
@@ -230,7 +303,8 @@ def make_starter(
     **recipe, # Fields of `PhantomConfig`, such as n_studies and seed
 ) -> Path: # The folder
     "Make the dataset unless it is there; raises `InputError` for a folder that holds something else"
-    for name in sorted(recipe.keys() - {*(known := [f.name for f in fields(PhantomConfig)])}): raise InputError(f"The recipe of the starter dataset has no {name!r}. {close_matches(name, known)}")
+    for name in sorted(recipe.keys() - {*(known := [f.name for f in fields(PhantomConfig)])}):
+        raise InputError(f"The recipe of the starter dataset has no {name!r}. {close_matches(name, known)}")
     root, recipe = Path(root), PhantomConfig(**recipe)
     stamp = root/"recipe.json"
     if root.exists() and not stamp.exists() and (root.is_file() or any(root.iterdir())):
@@ -238,12 +312,17 @@ def make_starter(
     if not stamp.exists() or json.loads(stamp.read_text(encoding="utf-8"))["hash"] != recipe.hash:
         with atomic_folder(root) as folder:
             for name in ("slices", "slice_masks", "masks"): (folder/name).mkdir()
-            rows, studies = zip(*_each_study(write_study, recipe, folder, workers, "making slices" if recipe.n_slices else "making masks"))
+            rows, studies = zip(
+                *_each_study(
+                    write_study, recipe, folder, workers, "making slices" if recipe.n_slices else "making masks"
+                )
+            )
             write_json(folder/"slices.json", sum(rows, []))
             write_json(folder/"studies.json", studies)
             write_json(folder/"recipe.json", {"hash": recipe.hash, "recipe": asdict(recipe)})
     if series and not (root/"series").exists():
-        with atomic_folder(root/"series") as folder: _each_study(write_series, recipe, folder, workers, "making volumes")
+        with atomic_folder(root/"series") as folder:
+            _each_study(write_series, recipe, folder, workers, "making volumes")
     return root
 
 # %% ../../nbs/datasets/15_starter.ipynb #5c4a106e

@@ -18,7 +18,9 @@ def series_paths(
 ) -> list[dict[str, Path]]: # Name -> file, one a row
     "The files of every study"
     if "series" not in manifest:
-        raise InputError(f"{manifest.dataset}: the manifest has no column 'series'; it has {', '.join(map(str, manifest.columns))}.")
+        raise InputError(
+            f"{manifest.dataset}: the manifest has no column 'series'; it has {', '.join(map(str, manifest.columns))}."
+        )
     return [{name: Path(manifest.root, path) for name, path in series.items()} for series in manifest["series"]]
 
 # %% ../../nbs/datasets/06_studies.ipynb #89ccdb20

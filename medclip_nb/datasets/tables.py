@@ -56,17 +56,29 @@ def read_table(
     sep = sep or ("\t" if {".tsv", ".tab"} & set(suffixes[-2:]) else ",")
     if len(sep) != 1: raise InputError(f"sep={sep!r}: the separator is one character.")
     if not path.is_file(): raise InputError(f"{path}: no such file.")
-    how = dict(sep=sep, skiprows=skip, keep_default_na=False, na_values=[""], encoding="utf-8-sig", compression="gzip" if packed else None)
+    how = dict(
+        sep=sep,
+        skiprows=skip,
+        keep_default_na=False,
+        na_values=[""],
+        encoding="utf-8-sig",
+        compression="gzip" if packed else None,
+    )
     try: table = _parse(path, dtype, **how)
     except UnicodeDecodeError: raise InputError(f"{path}: {_not_utf8(path, gzip.open if packed else open)}.") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError, OSError, EOFError, zlib.error) as error:
         said = str(error).strip().removeprefix("Error tokenizing data. C error: ")
         if opened := re.match(r"EOF inside string starting at row (\d+)", said):
             said = f"a quotation mark that is opened in line {int(opened[1]) + 1} is never closed"
-        raise InputError(f"{path}: cannot be read as a table ({said}). It should be UTF-8 text separated by {sep!r}.") from None
+        raise InputError(
+            f"{path}: cannot be read as a table ({said}). It should be UTF-8 text separated by {sep!r}."
+        ) from None
     if not isinstance(table.index, pd.RangeIndex):
-        raise InputError(f"{path}, line {skip + 2}: more cells than the header has names ({len(table.columns)}). Name every column, or "
-                         f"give another separator than {sep!r}.")
+        raise InputError(
+            f"{path}, line {skip + 2}: more cells than the header has names ({len(table.columns)}). Name every column, or "
+            f"give another separator than {sep!r}."
+        )
     for column in columns or ():
-        if column not in table: raise InputError(f"{path}: no column {column!r}. {close_matches(column, table.columns)}")
+        if column not in table:
+            raise InputError(f"{path}: no column {column!r}. {close_matches(column, table.columns)}")
     return table

@@ -29,6 +29,14 @@ def make_squares(
         pixels[20:76, 48*right + 8:48*right + 40] += 60 + 90*bright
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder/f"{i}.png")
         label, side, patient = ["dark", "bright"][bright], ["left", "right"][right], i // 8
-        rows.append({"image": f"{i}.png", "label": label, "caption": f"a {label} square on the {side}, no. {patient}", "group": f"patient {patient}", "split": splits[patient % 6]})
+        rows.append(
+            {
+                "image": f"{i}.png",
+                "label": label,
+                "caption": f"a {label} square on the {side}, no. {patient}",
+                "group": f"patient {patient}",
+                "split": splits[patient % 6],
+            }
+        )
     pd.DataFrame(rows).to_csv(folder/"table.csv", index=False)
     return load_manifest("csv", folder)

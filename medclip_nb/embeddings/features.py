@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader
 from ..core import InputError, content_hash, progress
 from ..datasets.manifest import Manifest
 from ..datasets.studies import series_paths
+from .store import FeatureCache, file_hashes, stamp
 from ..images.loading import ImageDataset, prefetched
 from ..images.studies import StudyDataset, StudyPreprocess, pad_studies
 from ..models.clip import ClipModel
 from ..models.freezing import tower_of
 from ..models.long_text import tokenize
-from .store import FeatureCache, file_hashes, stamp
 
 # %% ../../nbs/embeddings/01_features.ipynb #8d6b120a
 def _bytes_hash(tensor: Tensor) -> str:
@@ -42,7 +42,8 @@ def tower_hash(
 ) -> str: # 16 hexadecimal digits
     "Identify by content the weights that one kind of feature depends on"
     state = clip.model.state_dict()
-    if type(clip.model) in (open_clip.CLIP, open_clip.CustomTextCLIP): state = {name: t for name, t in state.items() if tower_of(name) == tower}
+    if type(clip.model) in (open_clip.CLIP, open_clip.CustomTextCLIP):
+        state = {name: t for name, t in state.items() if tower_of(name) == tower}
     with ThreadPoolExecutor(4) as pool: return content_hash(list(state), list(pool.map(_bytes_hash, state.values())))
 
 # %% ../../nbs/embeddings/01_features.ipynb #75bb884f
@@ -69,7 +70,9 @@ def feature_identity(
 ) -> str: # 16 hexadecimal digits
     "Name everything that features of one kind depend on, apart from the images and texts themselves"
     probe = _image_probe(clip) if kind == "images" else tokenize(clip, ["No acute finding; a 3 mm Nodule."])
-    return content_hash(2, kind, tower_hash(clip, kind.removesuffix("s")), clip.config["model_cfg"], clip.precision, probe, how)
+    return content_hash(
+        2, kind, tower_hash(clip, kind.removesuffix("s")), clip.config["model_cfg"], clip.precision, probe, how
+    )
 
 # %% ../../nbs/embeddings/01_features.ipynb #451b7202
 def _files(clip: ClipModel, manifest: Manifest) -> list[dict[str, Path]]:
@@ -77,11 +80,19 @@ def _files(clip: ClipModel, manifest: Manifest) -> list[dict[str, Path]]:
     what = f"Model {clip.spec!r} encodes {{}}, and {manifest.dataset} has {{}}. "
     if isinstance(clip.preprocess, StudyPreprocess):
         if "series" in manifest: return series_paths(manifest)
-        raise InputError(what.format("studies", "images (no column 'series')") + "Take a model of images, or a view of the data that has studies.")
+        raise InputError(
+            what.format("studies", "images (no column 'series')")
+            + "Take a model of images, or a view of the data that has studies."
+        )
     if "series" not in manifest: return [{"": path} for path in manifest.paths()]
-    raise InputError(what.format("images", "studies (a column 'series')") + "Take a study model (see study_models), or a view of the data that has single images.")
+    raise InputError(
+        what.format("images", "studies (a column 'series')")
+        + "Take a study model (see study_models), or a view of the data that has single images."
+    )
 
-def _keys(files: list[dict[str, Path]], stamps: list[dict] | None, cache: str | Path | None, together: bool) -> list[str]:
+def _keys(
+    files: list[dict[str, Path]], stamps: list[dict] | None, cache: str | Path | None, together: bool
+) -> list[str]:
     "What each row shows, by content: of an image the hash of the file; with no cache, where it lies"
     if not cache: hashes = iter([str(path) for row in files for path in row.values()])
     else: hashes = iter(file_hashes([own for row in stamps for own in row.values()], Path(cache)/"files", together))
@@ -89,27 +100,48 @@ def _keys(files: list[dict[str, Path]], stamps: list[dict] | None, cache: str | 
     return [row[0][1] if [*own] == [""] else content_hash(row) for own, row in zip(files, named)]
 
 # %% ../../nbs/embeddings/01_features.ipynb #47465934
-def _batches(positions: Sequence[int], size: int) -> list[list[int]]: return [list(positions[i:i + size]) for i in range(0, len(positions), size)]
+def _batches(positions: Sequence[int], size: int) -> list[list[int]]:
+    return [list(positions[i:i + size]) for i in range(0, len(positions), size)]
 
-def _pixels(clip: ClipModel, files: list[dict[str, Path]], parts: list[list[int]], read: Mapping, num_workers: int) -> Iterable:
+def _pixels(
+    clip: ClipModel, files: list[dict[str, Path]], parts: list[list[int]], read: Mapping, num_workers: int
+) -> Iterable:
     "What the model is given, batch by batch"
     whole = isinstance(clip.preprocess, StudyPreprocess)
-    data = StudyDataset(files, clip.preprocess, **read) if whole else ImageDataset([row[""] for row in files], clip.preprocess, **read)
-    if num_workers: yield from DataLoader(data, batch_sampler=parts, num_workers=num_workers, collate_fn=pad_studies if whole else None)
+    data = (
+        StudyDataset(files, clip.preprocess, **read)
+        if whole
+        else ImageDataset([row[""] for row in files], clip.preprocess, **read)
+    )
+    if num_workers:
+        yield from DataLoader(
+            data, batch_sampler=parts, num_workers=num_workers, collate_fn=pad_studies if whole else None
+        )
     elif not whole: yield from prefetched(data, parts)
     else:
         with ThreadPoolExecutor(2) as pool:
             for part in parts: yield pad_studies(list(pool.map(data.__getitem__, part)))
 
-def _image_features(clip: ClipModel, files: list[dict[str, Path]], stamps: list[dict] | None, read: Mapping, batch_size: int, num_workers: int) -> Callable:
+def _image_features(
+    clip: ClipModel,
+    files: list[dict[str, Path]],
+    stamps: list[dict] | None,
+    read: Mapping,
+    batch_size: int,
+    num_workers: int,
+) -> Callable:
     "A function that encodes the images or studies at given positions, batch by batch"
     def compute(positions: list[int]) -> Iterator[tuple[list[int], np.ndarray]]:
         parts = _batches(sorted(positions, key=lambda i: len(files[i])), batch_size)
-        bar = progress(_pixels(clip, files, parts, read, num_workers), total=len(parts), desc="encoding images", unit="batch")
+        bar = progress(
+            _pixels(clip, files, parts, read, num_workers), total=len(parts), desc="encoding images", unit="batch"
+        )
         for part, batch in zip(parts, bar):
             for i, name in [(i, name) for i in part for name in (stamps[i] if stamps else ())]:
                 if stamp(files[i][name]) != stamps[i][name]:
-                    raise InputError(f"{files[i][name]}: was changed while features were computed. Run again when the files are at rest; what is done is kept.")
+                    raise InputError(
+                        f"{files[i][name]}: was changed while features were computed. Run again when the files are at rest; what is done is kept."
+                    )
             yield part, clip.encode_images(batch).numpy()
     return compute
 
@@ -117,7 +149,8 @@ def _text_features(clip: ClipModel, texts: list[str], batch_size: int, long_text
     "A function that encodes the texts at given positions, texts of like length together"
     def compute(positions: list[int]) -> Iterator[tuple[list[int], np.ndarray]]:
         parts = _batches(sorted(positions, key=lambda i: len(texts[i])), batch_size)
-        for part in progress(parts, desc="encoding texts", unit="batch"): yield part, clip.encode_texts([texts[i] for i in part], long_text).numpy()
+        for part in progress(parts, desc="encoding texts", unit="batch"):
+            yield part, clip.encode_texts([texts[i] for i in part], long_text).numpy()
     return compute
 
 # %% ../../nbs/embeddings/01_features.ipynb #665c1e94
@@ -138,7 +171,15 @@ def _facts(clip: ClipModel, kind: str, **how: Any) -> dict[str, Any]:
     if isinstance(size, (tuple, list)): size = " x ".join(map(str, size)) if len(size) > 2 else size[0]
     seen = [f"{size} px", *(str(cfg[k]) for k in ("resize_mode", "interpolation") if k in cfg)]
     words = ", ".join([*(seen if kind == "images" else []), *(f"{k} {v}" for k, v in how.items())])
-    return {"kind": kind, "model": clip.spec, "precision": clip.precision, "preprocessing": words, "width": clip.dim, "preprocess_cfg": cfg, **how}
+    return {
+        "kind": kind,
+        "model": clip.spec,
+        "precision": clip.precision,
+        "preprocessing": words,
+        "width": clip.dim,
+        "preprocess_cfg": cfg,
+        **how,
+    }
 
 def embed(
     clip: ClipModel, # The model that encodes
@@ -162,7 +203,12 @@ def embed(
         files = _files(clip, manifest)
         stamps = [{name: stamp(path) for name, path in row.items()} for row in files] if cache else None
         size = max(1, batch_size // 16) if "series" in manifest else batch_size
-        fill("images", _keys(files, stamps, cache, together), _image_features(clip, files, stamps, manifest.read, size, num_workers), **manifest.read)
+        fill(
+            "images",
+            _keys(files, stamps, cache, together),
+            _image_features(clip, files, stamps, manifest.read, size, num_workers),
+            **manifest.read,
+        )
     if texts and "caption" in manifest:
         captions, long_text = [str(caption) for caption in manifest["caption"]], long_text or clip.long_text
         fill("texts", captions, _text_features(clip, captions, batch_size, long_text), long_text=long_text)

@@ -18,7 +18,9 @@ from ..core import InputError, close_matches
 from .store import DAMAGE, FeatureCache, index_of, map_array, read_index, row_checks
 
 # %% ../../nbs/embeddings/04_maintenance.ipynb #4418faa4
-STORE_FILE = re.compile(r"[0-9a-f]{16}(?:\.index)?\.npy(?:\.damaged)?|\.(?:[0-9a-f]{16}(?:\.index)?\.npy|meta\.json)\.[0-9a-f]{8}\.(?:npy|json)")
+STORE_FILE = re.compile(
+    r"[0-9a-f]{16}(?:\.index)?\.npy(?:\.damaged)?|\.(?:[0-9a-f]{16}(?:\.index)?\.npy|meta\.json)\.[0-9a-f]{8}\.(?:npy|json)"
+)
 STORE_COLUMNS = ["store", "kind", "model", "precision", "preprocessing", "entries", "bytes", "last_used"]
 
 def _store_folders(cache: str | Path) -> list[Path]:
@@ -29,7 +31,11 @@ def _store_folders(cache: str | Path) -> list[Path]:
 
 def _files_in(store: Path) -> list[Path]:
     "The files that a store has written"
-    return [p for p in sorted(store.iterdir()) if (STORE_FILE.fullmatch(p.name) or p.name == "meta.json") and p.is_file() and not p.is_symlink()]
+    return [
+        p
+        for p in sorted(store.iterdir())
+        if (STORE_FILE.fullmatch(p.name) or p.name == "meta.json") and p.is_file() and not p.is_symlink()
+    ]
 
 def _meta(store: Path) -> dict:
     try: return dict(json.loads((store/"meta.json").read_text(encoding="utf-8")))
@@ -47,9 +53,18 @@ def stores(
     for store in _store_folders(cache):
         meta = {k: str(v) for k, v in _meta(store).items() if k in STORE_COLUMNS}
         entries = sum(map(_entries, FeatureCache(store).shards()))
-        rows.append({"store": store.name, **meta, "entries": entries, "bytes": sum(p.stat().st_size for p in _files_in(store)),
-                     "last_used": pd.Timestamp.fromtimestamp(int((store/"meta.json").stat().st_mtime))})
-    return pd.DataFrame(rows, columns=STORE_COLUMNS).sort_values("last_used", ascending=False, kind="stable", ignore_index=True)
+        rows.append(
+            {
+                "store": store.name,
+                **meta,
+                "entries": entries,
+                "bytes": sum(p.stat().st_size for p in _files_in(store)),
+                "last_used": pd.Timestamp.fromtimestamp(int((store / "meta.json").stat().st_mtime)),
+            }
+        )
+    return pd.DataFrame(rows, columns=STORE_COLUMNS).sort_values(
+        "last_used", ascending=False, kind="stable", ignore_index=True
+    )
 
 # %% ../../nbs/embeddings/04_maintenance.ipynb #45a00a71
 def _is_whole(rows_file: Path) -> bool:
@@ -80,11 +95,20 @@ def prune(
     "Delete what is of no use; raises `InputError` for a model without a store"
     folders, now, rows = _store_folders(cache), time.time(), []
     models = {store: _meta(store).get("model") for store in folders}
-    if model is not None and model not in models.values(): raise InputError(f"{cache}: holds nothing of model {model!r}. {close_matches(model, {m for m in models.values() if m})}")
+    if model is not None and model not in models.values():
+        raise InputError(
+            f"{cache}: holds nothing of model {model!r}. {close_matches(model, {m for m in models.values() if m})}"
+        )
     for store in folders:
         days = (now - (store/"meta.json").stat().st_mtime) / 86400
-        goes = (older_than is not None or model is not None) and (older_than is None or days > older_than) and (model is None or models[store] == model)
-        why = ", ".join([f"not used for {days:.0f} days"] * (older_than is not None) + [f"of model {model}"] * (model is not None))
+        goes = (
+            (older_than is not None or model is not None)
+            and (older_than is None or days > older_than)
+            and (model is None or models[store] == model)
+        )
+        why = ", ".join(
+            [f"not used for {days:.0f} days"] * (older_than is not None) + [f"of model {model}"] * (model is not None)
+        )
         for path, reason in [(p, why) for p in _files_in(store)] if goes else list(_junk(store, now)):
             rows.append((store.name, path.name, path.stat().st_size if path.exists() else 0, reason))
             if not dry_run: path.unlink(missing_ok=True)

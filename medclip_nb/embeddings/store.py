@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ..core import InputError, atomic_path, content_hash, file_hash, progress, write_json
 from ..distributed import gather, process_count
@@ -32,7 +31,9 @@ def key_numbers(
     keys: Iterable[str], # Texts of any length
 ) -> np.ndarray: # (n,) uint64
     "A 64-bit hash of every key"
-    return np.frombuffer(b"".join(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8] for key in keys), "<u8")
+    return np.frombuffer(
+        b"".join(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8] for key in keys), "<u8"
+    )
 
 # %% ../../nbs/embeddings/03_store.ipynb #7bd3e134
 SHARD_BYTES = 32 * 2**20
@@ -79,7 +80,8 @@ def read_index(
 ) -> np.ndarray: # (n,) of `INDEX`
     "Read an index; raises `ValueError` or `OSError` if it is damaged"
     index = np.array(map_array(index_of(rows_file)))
-    if index.dtype != INDEX or content_hash(index) != rows_file.stem: raise ValueError("its index does not fit its name")
+    if index.dtype != INDEX or content_hash(index) != rows_file.stem:
+        raise ValueError("its index does not fit its name")
     return index
 
 # %% ../../nbs/embeddings/03_store.ipynb #588db991
@@ -92,9 +94,11 @@ def read_rows(
 ) -> np.ndarray: # (m, width)
     "Read some rows and check them; raises `ValueError` or `OSError` if they are damaged"
     mapped = map_array(rows_file)
-    if (mapped.shape, mapped.dtype) != ((len(index), width), dtype): raise ValueError(f"it holds {mapped.shape} {mapped.dtype}, not {(len(index), width)} {dtype}")
+    if (mapped.shape, mapped.dtype) != ((len(index), width), dtype):
+        raise ValueError(f"it holds {mapped.shape} {mapped.dtype}, not {(len(index), width)} {dtype}")
     rows = np.asarray(mapped[wanted])
-    if wrong := int((row_checks(rows) != index["check"][wanted]).sum()): raise ValueError(f"{wrong} of {len(wanted)} rows do not fit their checksums")
+    if wrong := int((row_checks(rows) != index["check"][wanted]).sum()):
+        raise ValueError(f"{wrong} of {len(wanted)} rows do not fit their checksums")
     return rows
 
 # %% ../../nbs/embeddings/03_store.ipynb #8f266bf6
@@ -109,7 +113,11 @@ class FeatureCache:
         save_every: float = 10.0, # Seconds of work that may be lost when the process is killed
     ) -> None:
         self.folder, self.width, self.dtype = Path(folder) if folder else None, width, np.dtype(dtype)
-        self.facts, self.save_every, self.counts = dict(facts or {}), save_every, {"found": 0, "computed": 0, "repeated": 0}
+        self.facts, self.save_every, self.counts = (
+            dict(facts or {}),
+            save_every,
+            {"found": 0, "computed": 0, "repeated": 0},
+        )
 
     def shards(self) -> list[Path]: # Files of rows
         "The shards that are whole, as far as can be seen without opening them"
@@ -126,7 +134,10 @@ class FeatureCache:
             if not (self.folder/"meta.json").exists(): write_json(self.folder/"meta.json", self.facts)
             write_shard(self.folder, numbers, np.asarray(rows, self.dtype))
             os.utime(self.folder/"meta.json")
-        except OSError as error: warnings.warn(f"{self.folder}: {len(numbers)} rows could not be kept ({error.strerror or error}); they are computed again next time.")
+        except OSError as error:
+            warnings.warn(
+                f"{self.folder}: {len(numbers)} rows could not be kept ({error.strerror or error}); they are computed again next time."
+            )
 
 # %% ../../nbs/embeddings/03_store.ipynb #7c675f79
 def set_aside(
@@ -135,7 +146,10 @@ def set_aside(
 ) -> None:
     "Rename a shard so that it is not read again, and say so"
     why = getattr(error, "strerror", None) or str(error)
-    warnings.warn(f"{rows_file}: {why}. It was set aside as {rows_file.name}.damaged, and what it held is computed again.", stacklevel=3)
+    warnings.warn(
+        f"{rows_file}: {why}. It was set aside as {rows_file.name}.damaged, and what it held is computed again.",
+        stacklevel=3,
+    )
     for path in (index_of(rows_file), rows_file):
         try: os.replace(path, f"{path}.damaged")
         except OSError: pass
@@ -166,7 +180,11 @@ def read(self: FeatureCache,
     ends = np.cumsum([len(index) for index in indices.values()])
     for (file, index), end, mine in zip(indices.items(), ends, np.split(hits, np.searchsorted(place[hits], ends))):
         if not len(mine): continue
-        try: out[mine], found[mine] = read_rows(file, index, place[mine] - (end - len(index)), self.width, self.dtype), True
+        try:
+            out[mine], found[mine] = (
+                read_rows(file, index, place[mine] - (end - len(index)), self.width, self.dtype),
+                True,
+            )
         except DAMAGE as error:
             if index_of(file).exists(): set_aside(file, error)
     return out, found
@@ -179,7 +197,14 @@ def _parts(found: Any, positions: np.ndarray) -> Iterator[tuple[np.ndarray, np.n
     if isinstance(found, np.ndarray): found = [(positions, found)]
     for at, rows in found: yield np.asarray(at), np.asarray(rows)
 
-def _compute(self: FeatureCache, numbers: np.ndarray, out: np.ndarray | None, positions: np.ndarray, compute: Callable, keep: np.ndarray) -> np.ndarray:
+def _compute(
+    self: FeatureCache,
+    numbers: np.ndarray,
+    out: np.ndarray | None,
+    positions: np.ndarray,
+    compute: Callable,
+    keep: np.ndarray,
+) -> np.ndarray:
     "Compute rows into `out`, which is made if need be, and keep them as the work goes on"
     waiting, since = [], time.monotonic()
     def save() -> None:
@@ -190,7 +215,10 @@ def _compute(self: FeatureCache, numbers: np.ndarray, out: np.ndarray | None, po
             if out is None: self.width, out = rows.shape[1], np.empty((len(numbers), rows.shape[1]), self.dtype)
             out[at] = rows
             waiting.append(at)
-            if time.monotonic() - since >= self.save_every or sum(map(len, waiting)) * out.itemsize * out.shape[1] >= SHARD_BYTES:
+            if (
+                time.monotonic() - since >= self.save_every
+                or sum(map(len, waiting)) * out.itemsize * out.shape[1] >= SHARD_BYTES
+            ):
                 save()
                 waiting, since = [], time.monotonic()
     finally: save()
@@ -218,7 +246,11 @@ def fill(self: FeatureCache,
     elif len(positions): out = self._compute(numbers, out, positions, compute, keep)
     if len(missing): out[missing] = out[missing[first][back]]
     elif self.folder: _touch(self.folder/"meta.json")
-    self.counts = {"found": len(numbers) - len(missing), "computed": len(positions), "repeated": len(missing) - len(positions)}
+    self.counts = {
+        "found": len(numbers) - len(missing),
+        "computed": len(positions),
+        "repeated": len(missing) - len(positions),
+    }
     return np.empty((0, 0), self.dtype) if out is None else out
 
 def _touch(path: Path) -> None:
@@ -232,10 +264,21 @@ FeatureCache.fill = fill
 def _of_all(values: np.ndarray) -> np.ndarray:
     "The rows of every process, in the order of the ranks, bit for bit"
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    words = torch.from_numpy(np.ascontiguousarray(values).view(np.int32).reshape(len(values), math.prod(values.shape[1:]) * values.itemsize // 4))
+    words = torch.from_numpy(
+        np.ascontiguousarray(values)
+        .view(np.int32)
+        .reshape(len(values), math.prod(values.shape[1:]) * values.itemsize // 4)
+    )
     return gather(words.to(device)).cpu().numpy().view(values.dtype).reshape(-1, *values.shape[1:])
 
-def _compute_together(self: FeatureCache, numbers: np.ndarray, out: np.ndarray | None, positions: np.ndarray, compute: Callable, keep: np.ndarray) -> np.ndarray:
+def _compute_together(
+    self: FeatureCache,
+    numbers: np.ndarray,
+    out: np.ndarray | None,
+    positions: np.ndarray,
+    compute: Callable,
+    keep: np.ndarray,
+) -> np.ndarray:
     "Each process computes every so manieth position; raises on all processes if one fails"
     mine, failure = positions[dist.get_rank()::process_count()], None
     if self.width is None: raise ValueError("several processes need to know the width of a row")
@@ -262,7 +305,10 @@ def stamp(
 ) -> list[tuple[str, int, int, int]]: # For each file: absolute path, size, mtime and ctime in nanoseconds
     "What must be the same for a file to count as unchanged; raises `InputError` if there is none"
     try: files = _files(Path(path), os.stat(path))
-    except OSError as error: raise InputError(f"{path}: {'no such file' if isinstance(error, FileNotFoundError) else error.strerror}. Check the image column and the data root.") from None
+    except OSError as error:
+        raise InputError(
+            f"{path}: {'no such file' if isinstance(error, FileNotFoundError) else error.strerror}. Check the image column and the data root."
+        ) from None
     return [(os.path.abspath(p), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in files]
 
 def _hash_files(names: list[str]) -> Callable:
@@ -284,6 +330,13 @@ def file_hashes(
     now = time.time()
     settled = np.array([now - max(file[2:]) / 1e9 > SETTLED for file in files], bool)
     store = FeatureCache(folder, 1, np.uint64, {"kind": "files"})
-    values = iter(store.fill(["\0".join(map(str, file)) for file in files], _hash_files([file[0] for file in files]), settled, together)[:, 0].tolist())
+    values = iter(
+        store.fill(
+            ["\0".join(map(str, file)) for file in files], _hash_files([file[0] for file in files]), settled, together
+        )[:, 0].tolist()
+    )
     hashes = [[f"{next(values):016x}" for _ in own] for own in stamps]
-    return [own[0] if len(own) == 1 else content_hash([(os.path.basename(f[0]), h) for f, h in zip(files, own)]) for own, files in zip(hashes, stamps)]
+    return [
+        own[0] if len(own) == 1 else content_hash([(os.path.basename(f[0]), h) for f, h in zip(files, own)])
+        for own, files in zip(hashes, stamps)
+    ]

@@ -38,10 +38,19 @@ class ManifestStudies(StudyDataset):
         manifest: Manifest, # Studies in a column series, or single volumes in a column image
         preprocess: StudyPreprocess, # What makes a study of files
     ) -> None:
-        super().__init__(series_paths(manifest) if "series" in manifest else [{"volume": path} for path in manifest.paths()], preprocess)
+        super().__init__(
+            series_paths(manifest) if "series" in manifest else [{"volume": path} for path in manifest.paths()],
+            preprocess,
+        )
         empty = [row for row, series in zip(manifest.index, self.series) if not series]
-        if empty: raise InputError(f"{manifest.dataset}: row {empty[0]} is a study without series ({len(empty)} such rows). Leave it out.")
-        self.known = [_known(row) for row in manifest[[c for c in ("spacing", "slope", "intercept") if c in manifest]].to_dict("records")] or [{}] * len(manifest)
+        if empty:
+            raise InputError(
+                f"{manifest.dataset}: row {empty[0]} is a study without series ({len(empty)} such rows). Leave it out."
+            )
+        self.known = [
+            _known(row)
+            for row in manifest[[c for c in ("spacing", "slope", "intercept") if c in manifest]].to_dict("records")
+        ] or [{}] * len(manifest)
 
     def __getitem__(self, i: int) -> Any: return self.preprocess(self.series[i], **self.known[i])
 
@@ -61,10 +70,22 @@ def encoded_images(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]: # Positions (b,), global features (b, d) and tokens (b, l, d), on the model's device, not normalised
     "Images batch by batch; each batch is forgotten with the next"
     study = isinstance(clip, StudyModel)
-    data = ManifestStudies(manifest, clip.preprocess) if study else ImageDataset(manifest.paths(), clip.preprocess, **manifest.read)
+    data = (
+        ManifestStudies(manifest, clip.preprocess)
+        if study
+        else ImageDataset(manifest.paths(), clip.preprocess, **manifest.read)
+    )
     parts = _like_sizes([len(s) for s in data.series] if study else [1] * len(data), batch_size)
-    if study or num_workers: batches = DataLoader(data, batch_sampler=parts, num_workers=num_workers, collate_fn=pad_studies if study else None)
+    if study or num_workers:
+        batches = DataLoader(
+            data, batch_sampler=parts, num_workers=num_workers, collate_fn=pad_studies if study else None
+        )
     else: batches = prefetched(data, parts)
     for part, batch in zip(parts, progress(batches, total=len(parts), desc="encoding images", unit="batch")):
-        with clip.inference(): features, found = forward_image_tokens(clip, batch) if tokens else (clip.forward_images(batch.to(clip.device, clip.dtype)), None)
+        with clip.inference():
+            features, found = (
+                forward_image_tokens(clip, batch)
+                if tokens
+                else (clip.forward_images(batch.to(clip.device, clip.dtype)), None)
+            )
         yield torch.tensor(part), features, found

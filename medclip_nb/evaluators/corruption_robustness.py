@@ -16,16 +16,16 @@ import pandas as pd
 from ..core import InputError, close_matches
 from ..datasets.manifest import Manifest
 from ..embeddings.features import embed
+from .labels import label_classes, named_labels
+from .probes import linear_probe
+from .prompts import class_sentences
+from .results import Result, bootstrap_groups, metric_table, provenance
+from .zero_shot_classification import zero_shot_classifier
 from ..images.corruptions import ANY_IMAGE, SEVERITIES, Corrupt, corrupted_preprocess, stained
 from ..images.reading import read_image
 from ..metrics.classification import classification_metrics
 from ..metrics.resampling import bootstrap_weights
 from ..models.clip import ClipModel
-from .labels import label_classes, named_labels
-from .probes import linear_probe
-from .prompts import class_sentences
-from .results import Result, metric_table, provenance, bootstrap_groups
-from .zero_shot_classification import zero_shot_classifier
 
 # %% ../../nbs/evaluators/17_corruption_robustness.ipynb #83d55b07
 def corrupted(
@@ -33,32 +33,58 @@ def corrupted(
     corruption: Corrupt, # What happens to its images
 ) -> ClipModel: # The same weights
     "A model that sees corrupted images; every evaluator takes it"
-    config = {**clip.config, "preprocess_cfg": {**clip.config.get("preprocess_cfg", {}), "corruption": corruption.facts()}}
+    config = {
+        **clip.config,
+        "preprocess_cfg": {**clip.config.get("preprocess_cfg", {}), "corruption": corruption.facts()},
+    }
     return replace(clip, preprocess=corrupted_preprocess(clip.preprocess, corruption), config=config)
 
 # %% ../../nbs/evaluators/17_corruption_robustness.ipynb #4d5be000
-def _zero_shot_scores(clip: ClipModel, classes: list[str], templates: Sequence[str], prompts: Mapping | None) -> tuple[Callable, dict]:
+def _zero_shot_scores(
+    clip: ClipModel, classes: list[str], templates: Sequence[str], prompts: Mapping | None
+) -> tuple[Callable, dict]:
     "Features to cosines with the classes, and the prompts"
     for name in prompts or {}:
-        if name not in classes: raise InputError(f"Prompts name a class {name!r} that there is not. {close_matches(name, classes)}")
+        if name not in classes:
+            raise InputError(f"Prompts name a class {name!r} that there is not. {close_matches(name, classes)}")
     written = [(prompts or {}).get(c, c) for c in classes]
     weights = zero_shot_classifier(clip, written, templates).numpy().T
-    return lambda features: features @ weights, {"classifier": "zero-shot", "prompts": dict(zip(classes, class_sentences(written, templates)))}
+    return lambda features: features @ weights, {
+        "classifier": "zero-shot",
+        "prompts": dict(zip(classes, class_sentences(written, templates))),
+    }
 
-def _probe_scores(clip: ClipModel, train: Manifest, valid: Manifest | None, test: Manifest, label: str, classes: list[str], cache: str | Path | None, batch_size: int, seed: int) -> tuple[Callable, dict]:
+def _probe_scores(
+    clip: ClipModel,
+    train: Manifest,
+    valid: Manifest | None,
+    test: Manifest,
+    label: str,
+    classes: list[str],
+    cache: str | Path | None,
+    batch_size: int,
+    seed: int,
+) -> tuple[Callable, dict]:
     "Features to decision values of a probe fitted on clean images, and how it was chosen"
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    chosen = linear_probe(clip, train, test, label, valid, cache=cache, batch_size=batch_size, n_boot=2, seed=seed).details
+    chosen = linear_probe(
+        clip, train, test, label, valid, cache=cache, batch_size=batch_size, n_boot=2, seed=seed
+    ).details
     rows = train[train[label].notna()]
     fit = LogisticRegression(C=chosen["C"], class_weight="balanced", max_iter=2000, tol=1e-5, random_state=seed)
-    model = make_pipeline(StandardScaler(), fit).fit(embed(clip, rows, cache, batch_size, texts=False).images, named_labels(rows[label]).astype(str))
+    model = make_pipeline(StandardScaler(), fit).fit(
+        embed(clip, rows, cache, batch_size, texts=False).images, named_labels(rows[label]).astype(str)
+    )
     order = [list(model.classes_).index(c) for c in classes]
     def scores(features: np.ndarray) -> np.ndarray:
         found = model.decision_function(features)
         return (np.stack([-found, found], 1) if found.ndim == 1 else found)[:, order]
-    return scores, {"classifier": "linear probe", **{k: chosen[k] for k in ("train_rows", "C", "C_path", "chosen_on") if k in chosen}}
+    return scores, {
+        "classifier": "linear probe",
+        **{k: chosen[k] for k in ("train_rows", "C", "C_path", "chosen_on") if k in chosen},
+    }
 
 # %% ../../nbs/evaluators/17_corruption_robustness.ipynb #30a5b7dc
 def _summaries(clean: np.ndarray, found: Mapping[tuple[str, int], np.ndarray]) -> dict[str, np.ndarray]:
@@ -67,8 +93,15 @@ def _summaries(clean: np.ndarray, found: Mapping[tuple[str, int], np.ndarray]) -
     own = {name: np.mean([v for (n, _), v in found.items() if n == name], 0) for name in names}
     mean = np.mean(list(own.values()), 0)
     with np.errstate(divide="ignore", invalid="ignore"): relative = mean / clean
-    return {"clean": clean, "corrupted": mean, "difference": mean - clean, "relative": relative, **own,
-            **{f"{name}-difference": v - clean for name, v in own.items()}, **{f"{name}-{level}": v for (name, level), v in found.items()}}
+    return {
+        "clean": clean,
+        "corrupted": mean,
+        "difference": mean - clean,
+        "relative": relative,
+        **own,
+        **{f"{name}-difference": v - clean for name, v in own.items()},
+        **{f"{name}-{level}": v for (name, level), v in found.items()},
+    }
 
 def _conditions(manifest: Manifest, corruptions: Sequence[str], levels: Sequence[int], seed: int) -> list[Corrupt]:
     "Every corruption at every level; a stain shift only where images have colour"
@@ -76,20 +109,45 @@ def _conditions(manifest: Manifest, corruptions: Sequence[str], levels: Sequence
     if not found: raise InputError("There is no corruption to try. Name at least one, and one level from 1 to 5.")
     if len(set(found)) < len(found): raise InputError("A corruption or a level is named twice.")
     paths = manifest.paths()
-    if "stain_shift" in corruptions: stained([read_image(paths[i], **manifest.read) for i in np.linspace(0, len(paths) - 1, min(16, len(paths))).astype(int)])
+    if "stain_shift" in corruptions:
+        stained(
+            [
+                read_image(paths[i], **manifest.read)
+                for i in np.linspace(0, len(paths) - 1, min(16, len(paths))).astype(int)
+            ]
+        )
     return found
 
-def _measured(rows: Manifest, label: str, scores: np.ndarray, classes: list[str], positive: str | None, metric: str, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _measured(
+    rows: Manifest,
+    label: str,
+    scores: np.ndarray,
+    classes: list[str],
+    positive: str | None,
+    metric: str,
+    weights: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
     "The metric on the rows (1,), and on each resample"
     true = named_labels(rows[label])
     value = classification_metrics(true, scores, classes, positive=positive)
     if metric not in value: raise InputError(f"Unknown metric {metric!r}. {close_matches(metric, value)}")
-    return np.atleast_1d(value[metric]), classification_metrics(true, scores, classes, weights, positive=positive)[metric]
+    return np.atleast_1d(value[metric]), classification_metrics(true, scores, classes, weights, positive=positive)[
+        metric
+    ]
 
 def _answers(rows: Manifest, label: str, scores: np.ndarray, classes: list[str]) -> pd.DataFrame:
     "What was said of every image"
     true, predicted = named_labels(rows[label]), np.array(classes)[scores.argmax(1)]
-    return pd.DataFrame({"row": rows.index, "image": rows["image"].to_numpy(), "group": bootstrap_groups(rows).astype(str), "label": true, "predicted": predicted, "correct": predicted == true})
+    return pd.DataFrame(
+        {
+            "row": rows.index,
+            "image": rows["image"].to_numpy(),
+            "group": bootstrap_groups(rows).astype(str),
+            "label": true,
+            "predicted": predicted,
+            "correct": predicted == true,
+        }
+    )
 
 # %% ../../nbs/evaluators/17_corruption_robustness.ipynb #5186e4f0
 def robustness(
@@ -112,20 +170,39 @@ def robustness(
 ) -> Result: # Metrics clean/accuracy, jpeg-3/accuracy, jpeg/accuracy (mean of levels), corrupted/, difference/ and relative/accuracy; predictions for every condition
     "Accuracy of a classifier made on clean images, over corruptions and levels; raises `InputError` for an unknown corruption, level or metric"
     rows = manifest[manifest[label].notna()] if label in manifest else manifest
-    classes, conditions = label_classes(rows if train is None else train, label, class_names), _conditions(rows, corruptions, levels, seed)
+    classes, conditions = (
+        label_classes(rows if train is None else train, label, class_names),
+        _conditions(rows, corruptions, levels, seed),
+    )
     if train is None: scores_of, how = _zero_shot_scores(clip, classes, templates, prompts)
     else: scores_of, how = _probe_scores(clip, train, valid, rows, label, classes, cache, batch_size, seed)
     values, samples, tables = {}, {}, []
     weights = bootstrap_weights(bootstrap_groups(rows), n_boot, seed)
     for condition in (None, *conditions):
         key = (condition.name, condition.level) if condition else ("clean", 0)
-        scores = scores_of(embed(corrupted(clip, condition) if condition else clip, rows, cache, batch_size, texts=False).images)
+        scores = scores_of(
+            embed(corrupted(clip, condition) if condition else clip, rows, cache, batch_size, texts=False).images
+        )
         values[key], samples[key] = _measured(rows, label, scores, classes, positive, metric, weights)
         tables.append(_answers(rows, label, scores, classes).assign(corruption=key[0], level=key[1]))
     value, sample = (_summaries(v.pop(("clean", 0)), v) for v in (values, samples))
-    metrics = metric_table({f"{k}/{metric}": float(v[0]) for k, v in value.items()}, {f"{k}/{metric}": v for k, v in sample.items()}, len(rows))
-    details = provenance(clip, rows, n_boot, seed) | how | {"label": label, "classes": classes, "metric": metric, "levels": sorted(levels), "corruptions": {
-        name: {c.level: c.strength for c in conditions if c.name == name} for name in corruptions}, "headline": [f"{k}/{metric}" for k in ("clean", "corrupted", "relative")]}
+    metrics = metric_table(
+        {f"{k}/{metric}": float(v[0]) for k, v in value.items()},
+        {f"{k}/{metric}": v for k, v in sample.items()},
+        len(rows),
+    )
+    details = (
+        provenance(clip, rows, n_boot, seed)
+        | how
+        | {
+            "label": label,
+            "classes": classes,
+            "metric": metric,
+            "levels": sorted(levels),
+            "corruptions": {name: {c.level: c.strength for c in conditions if c.name == name} for name in corruptions},
+            "headline": [f"{k}/{metric}" for k in ("clean", "corrupted", "relative")],
+        }
+    )
     return Result("robustness", metrics, pd.concat(tables, ignore_index=True), details)
 
 # %% ../../nbs/evaluators/17_corruption_robustness.ipynb #460de5df
@@ -133,10 +210,15 @@ def robustness_curves(
     result: Result, # Of `robustness`
 ) -> pd.DataFrame: # corruption, level, value, low, high; clean has level 0
     "One row a condition"
-    conditions = [("clean", 0), *((name, level) for name in result.details["corruptions"] for level in result.details["levels"])]
+    conditions = [
+        ("clean", 0),
+        *((name, level) for name in result.details["corruptions"] for level in result.details["levels"]),
+    ]
     rows, metric = result.metrics.set_index("name")[["value", "low", "high"]], result.details["metric"]
     names = [f"{name}-{level}/{metric}" if level else f"{name}/{metric}" for name, level in conditions]
-    return pd.concat([pd.DataFrame(conditions, columns=["corruption", "level"]), rows.loc[names].reset_index(drop=True)], axis=1)
+    return pd.concat(
+        [pd.DataFrame(conditions, columns=["corruption", "level"]), rows.loc[names].reset_index(drop=True)], axis=1
+    )
 
 def robustness_table(
     result: Result, # Of `robustness`
@@ -144,8 +226,16 @@ def robustness_table(
     "One row a corruption, largest loss first"
     metric, named = result.details["metric"], result.metrics.set_index("name")
     curves = robustness_curves(result)
-    table = curves[curves["level"] > 0].pivot(index="corruption", columns="level", values="value").add_prefix("level ").rename_axis(columns=None)
+    table = (
+        curves[curves["level"] > 0]
+        .pivot(index="corruption", columns="level", values="value")
+        .add_prefix("level ")
+        .rename_axis(columns=None)
+    )
     table["mean"] = [named.loc[f"{name}/{metric}", "value"] for name in table.index]
     lost = named.loc[[f"{name}-difference/{metric}" for name in table.index]]
-    table["difference"], table["95 % interval"] = lost["value"].to_numpy(), [f"{low:+.3f} to {high:+.3f}" for low, high in zip(lost["low"], lost["high"])]
+    table["difference"], table["95 % interval"] = (
+        lost["value"].to_numpy(),
+        [f"{low:+.3f} to {high:+.3f}" for low, high in zip(lost["low"], lost["high"])],
+    )
     return table.sort_values("difference", kind="stable")

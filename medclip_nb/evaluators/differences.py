@@ -13,24 +13,38 @@ import numpy as np
 import pandas as pd
 
 from ..core import InputError
+from .results import Result
 from ..metrics.classification import classification_metrics
 from ..metrics.curves import auroc
 from ..metrics.significance import delong_test, holm, mcnemar, paired_bootstrap
-from .results import Result
 
 # %% ../../nbs/evaluators/15_differences.ipynb #8e585299
 _found = lambda rank: (rank <= 10).astype(float)
-OUTCOMES = {"accuracy": ("correct", lambda correct: correct.astype(float)), # Metric -> column of the predictions, its value of 0 or 1 for a row
-            "image_to_text_R@10": ("image_to_text_rank", _found), "text_to_image_R@10": ("text_to_image_rank", _found), "image_to_text_COMPLETE@10": ("worst_rank", _found)}
+OUTCOMES = {
+    "accuracy": (
+        "correct",
+        lambda correct: correct.astype(float),
+    ),  # Metric -> column of the predictions, its value of 0 or 1 for a row
+    "image_to_text_R@10": ("image_to_text_rank", _found),
+    "text_to_image_R@10": ("text_to_image_rank", _found),
+    "image_to_text_COMPLETE@10": ("worst_rank", _found),
+}
 
 def paired_rows(
     before: Result, # One run
     after: Result, # Another on the same rows
 ) -> pd.DataFrame: # Columns of both; those of the second end in `_after`
     "Predictions side by side; raises `InputError` if no row is shared"
-    keys = [k for k in ("task_label", "image", "row", "item", "method", "corruption", "level") if k in before.predictions and k in after.predictions]
+    keys = [
+        k
+        for k in ("task_label", "image", "row", "item", "method", "corruption", "level")
+        if k in before.predictions and k in after.predictions
+    ]
     both = before.predictions.merge(after.predictions, on=keys, suffixes=("", "_after"))
-    if not len(both): raise InputError("The two runs have no row in common; a paired difference needs the same split of the same data.")
+    if not len(both):
+        raise InputError(
+            "The two runs have no row in common; a paired difference needs the same split of the same data."
+        )
     return both
 
 def _parts(both: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -44,7 +58,8 @@ def _outcomes(rows: pd.DataFrame) -> Iterator[tuple[str, np.ndarray, np.ndarray,
     for name, (column, right) in OUTCOMES.items():
         if column not in rows or f"{column}_after" not in rows: continue
         known = rows[rows[column].notna() & rows[f"{column}_after"].notna()]
-        if len(known): yield name, *(right(known[c]).to_numpy(float) for c in (column, f"{column}_after")), known["group"]
+        if len(known):
+            yield name, *(right(known[c]).to_numpy(float) for c in (column, f"{column}_after")), known["group"]
 
 # %% ../../nbs/evaluators/15_differences.ipynb #5661da77
 def paired_differences(
@@ -58,7 +73,15 @@ def paired_differences(
     for prefix, rows in _parts(paired_rows(before, after)):
         for name, old, new, groups in _outcomes(rows):
             test = paired_bootstrap(old, new, groups=groups, n=n_boot, seed=seed)
-            found.append({"metric": prefix + name, "value": test["difference"], "low": test["low"], "high": test["high"], "n": len(old)})
+            found.append(
+                {
+                    "metric": prefix + name,
+                    "value": test["difference"],
+                    "low": test["low"],
+                    "high": test["high"],
+                    "n": len(old),
+                }
+            )
     return found
 
 # %% ../../nbs/evaluators/15_differences.ipynb #98785eae
@@ -80,7 +103,9 @@ def balanced_accuracy(
     votes = entries[:, 1:] == np.arange(classes)
     return classification_metrics(entries[:, 0], votes.astype(float), range(classes), weights)["balanced_accuracy"]
 
-def _scored(rows: pd.DataFrame, classes: list[str], positive: str) -> Iterator[tuple[str, np.ndarray, np.ndarray, Callable]]:
+def _scored(
+    rows: pd.DataFrame, classes: list[str], positive: str
+) -> Iterator[tuple[str, np.ndarray, np.ndarray, Callable]]:
     "Metric, entries of both runs, and the function of entries and weights that it is"
     true, column = pd.Categorical(rows["label"], classes).codes, f"p({positive})"
     said = [np.stack([true, pd.Categorical(rows[c], classes).codes], 1) for c in ("predicted", "predicted_after")]
@@ -92,18 +117,38 @@ def _scored(rows: pd.DataFrame, classes: list[str], positive: str) -> Iterator[t
 # %% ../../nbs/evaluators/15_differences.ipynb #9115bbd3
 def _line(metric: str, test: str, groups: pd.Series, found: dict[str, Any]) -> dict[str, Any]:
     "One line of the table of tests"
-    return {"metric": metric, "test": test, **{k: found.get(k, np.nan) for k in ("before", "after", "difference", "low", "high", "p")}, "rows": len(groups), "groups": groups.nunique()}
+    return {
+        "metric": metric,
+        "test": test,
+        **{k: found.get(k, np.nan) for k in ("before", "after", "difference", "low", "high", "p")},
+        "rows": len(groups),
+        "groups": groups.nunique(),
+    }
 
-def _part_tests(prefix: str, rows: pd.DataFrame, classes: list[str], positive: str, how: dict[str, int]) -> Iterator[dict[str, Any]]:
+def _part_tests(
+    prefix: str, rows: pd.DataFrame, classes: list[str], positive: str, how: dict[str, int]
+) -> Iterator[dict[str, Any]]:
     "All tests of one label column or corruption"
     for name, old, new, groups in _outcomes(rows):
         yield _line(prefix + name, "paired bootstrap", groups, paired_bootstrap(old, new, groups=groups, **how))
-        if name == "accuracy": yield _line(prefix + name, "McNemar", groups, {"before": old.mean(), "after": new.mean(), "difference": new.mean() - old.mean(), **mcnemar(old, new)})
+        if name == "accuracy":
+            yield _line(
+                prefix + name,
+                "McNemar",
+                groups,
+                {"before": old.mean(), "after": new.mean(), "difference": new.mean() - old.mean(), **mcnemar(old, new)},
+            )
     if not classes or not {"label", "predicted", "predicted_after"} <= set(rows): return
     known = rows[rows["label"].isin(classes)]
     for name, old, new, metric in _scored(known, classes, positive):
-        yield _line(prefix + name, "paired bootstrap", known["group"], paired_bootstrap(old, new, metric, groups=known["group"], **how))
-        if name == "auroc": yield _line(prefix + name, "DeLong", known["group"], delong_test(old[:, 0], old[:, 1], new[:, 1]))
+        yield _line(
+            prefix + name,
+            "paired bootstrap",
+            known["group"],
+            paired_bootstrap(old, new, metric, groups=known["group"], **how),
+        )
+        if name == "auroc":
+            yield _line(prefix + name, "DeLong", known["group"], delong_test(old[:, 0], old[:, 1], new[:, 1]))
 
 def paired_tests(
     before: Result, # One run
@@ -116,8 +161,11 @@ def paired_tests(
     for prefix, rows in _parts(paired_rows(before, after)):
         label = prefix.split("/")[0]
         same = classes_of(before, label) == classes_of(after, label)
-        lines += _part_tests(prefix, rows, *(classes_of(before, label) if same else ([], "")), {"n": n_boot, "seed": seed})
-    if not lines: raise InputError(f"There is nothing to compare in runs of the tasks {before.task!r} and {after.task!r}.")
+        lines += _part_tests(
+            prefix, rows, *(classes_of(before, label) if same else ([], "")), {"n": n_boot, "seed": seed}
+        )
+    if not lines:
+        raise InputError(f"There is nothing to compare in runs of the tasks {before.task!r} and {after.task!r}.")
     return pd.DataFrame(lines)
 
 # %% ../../nbs/evaluators/15_differences.ipynb #c1f22265
@@ -133,6 +181,20 @@ def difference_table(
         try: found = paired_tests(load(a), load(b), n_boot, seed)
         except InputError as error: raise InputError(f"{a} and {b}: {error}") from None
         tables.append(found.assign(before_run=a, after_run=b))
-    columns = ["before_run", "after_run", "metric", "test", "before", "after", "difference", "low", "high", "p", "p_holm", "rows", "groups"]
+    columns = [
+        "before_run",
+        "after_run",
+        "metric",
+        "test",
+        "before",
+        "after",
+        "difference",
+        "low",
+        "high",
+        "p",
+        "p_holm",
+        "rows",
+        "groups",
+    ]
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
     return table.assign(p_holm=holm(table["p"].to_numpy(float)))[columns]

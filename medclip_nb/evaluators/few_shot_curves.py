@@ -7,7 +7,7 @@ __all__ = ['FEW_SHOT_METHODS', 'FEW_SHOT_METRICS', 'draw_order', 'Support', 'nea
            'plain_probe', 'blend', 'blended_probe', 'few_shot']
 
 # %% ../../nbs/evaluators/08_few_shot_curves.ipynb #0e8f3c42
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,16 +19,23 @@ from torch import Tensor
 
 from ..core import InputError, close_matches
 from ..datasets.manifest import Manifest
+from .labels import label_classes, named_labels
+from .logistic import Linear, balanced_weights, logistic_path
+from medclip_nb.evaluators.probes import (
+    C_GRID,
+    Predict,
+    balanced_accuracy_of,
+    labeled_features,
+    labeled_parts,
+    neighbor_votes,
+)
+from .prompts import class_sentences
+from .results import Result, bootstrap_groups, metric_table, provenance
+from .zero_shot_classification import zero_shot_classifier
 from ..metrics.classification import classification_metrics
 from ..metrics.resampling import bootstrap_weights
 from ..metrics.significance import over_seeds
 from ..models.clip import ClipModel
-from .labels import label_classes, named_labels
-from .logistic import Linear, balanced_weights, logistic_path
-from .probes import C_GRID, Predict, labeled_features, labeled_parts, neighbor_votes, balanced_accuracy_of
-from .prompts import class_sentences
-from .results import Result, metric_table, provenance, bootstrap_groups
-from .zero_shot_classification import zero_shot_classifier
 
 # %% ../../nbs/evaluators/08_few_shot_curves.ipynb #e79cce10
 def draw_order(
@@ -93,7 +100,13 @@ def plain_probe(
 ) -> Predict: # Features -> {C: (n, classes) scores}
     "Logistic regression, classes weighing the same"
     classes = len(support.texts)
-    path = logistic_path(support.features, support.codes, classes, C_GRID if support.tune else [C], balanced_weights(support.codes, classes))
+    path = logistic_path(
+        support.features,
+        support.codes,
+        classes,
+        C_GRID if support.tune else [C],
+        balanced_weights(support.codes, classes),
+    )
     return lambda features: {C: model.scores(features) for C, model in path.items()}
 
 # %% ../../nbs/evaluators/08_few_shot_curves.ipynb #6f56b6b2
@@ -112,7 +125,11 @@ def blend(
     alpha = (250 * own.mean()).repeat(len(texts))
     for step in range(1, steps + 2):
         log_p = (features @ prototypes.T + alpha * named).log_softmax(1)
-        yield float(-(target * log_p).sum() / n), Linear(prototypes + alpha[:, None] * texts, texts.new_zeros(len(texts))), alpha
+        yield (
+            float(-(target * log_p).sum() / n),
+            Linear(prototypes + alpha[:, None] * texts, texts.new_zeros(len(texts))),
+            alpha,
+        )
         error = (log_p.exp() - target) / n
         prototypes = prototypes - step_w * error.T @ features
         if step % 10 == 0: alpha = alpha - step_alpha * (error * named).sum(0)
@@ -125,14 +142,22 @@ def blended_probe(
     return lambda features: {0: model.scores(features).log_softmax(1)}
 
 # %% ../../nbs/evaluators/08_few_shot_curves.ipynb #01a246a5
-FEW_SHOT_METHODS = {"linear_probe": plain_probe, "blended_probe": blended_probe, "tip_adapter": tip_adapter, "nearest_mean": nearest_mean, "knn": neighbors}
+FEW_SHOT_METHODS = {
+    "linear_probe": plain_probe,
+    "blended_probe": blended_probe,
+    "tip_adapter": tip_adapter,
+    "nearest_mean": nearest_mean,
+    "knn": neighbors,
+}
 FEW_SHOT_METRICS = ("balanced_accuracy", "f1_macro", "auroc_macro")
 
 def _tuned(predict: Predict, x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> tuple[Tensor, str]:
     "Scores of the test rows under the setting that does best on validation rows, if there are any, and that setting"
     found = predict(x["test"])
     if "valid" not in x: return found[next(iter(found))], ""
-    marks = {setting: balanced_accuracy_of(scores.argmax(1), y["valid"]) for setting, scores in predict(x["valid"]).items()}
+    marks = {
+        setting: balanced_accuracy_of(scores.argmax(1), y["valid"]) for setting, scores in predict(x["valid"]).items()
+    }
     best = max(marks, key=marks.get)
     return found[best], "" if len(marks) == 1 else str(best)
 
@@ -145,11 +170,22 @@ def _apart(rows: Manifest, test: Manifest) -> Manifest:
 def _checked(shots: Sequence[int], seeds: Sequence[int], methods: Sequence[str]) -> None:
     "Raise `InputError` for shots, seeds or methods that cannot be"
     if not len(shots) or min(shots) < 1: raise InputError(f"shots must be whole numbers from 1, got {list(shots)}.")
-    if not len(seeds) or len(set(seeds)) < len(seeds): raise InputError(f"seeds must be one or more different numbers, got {list(seeds)}.")
+    if not len(seeds) or len(set(seeds)) < len(seeds):
+        raise InputError(f"seeds must be one or more different numbers, got {list(seeds)}.")
     for name in methods:
-        if name not in FEW_SHOT_METHODS: raise InputError(f"Unknown few-shot method {name!r}. {close_matches(name, FEW_SHOT_METHODS)}")
+        if name not in FEW_SHOT_METHODS:
+            raise InputError(f"Unknown few-shot method {name!r}. {close_matches(name, FEW_SHOT_METHODS)}")
 
-def _draws(x: Mapping[str, Tensor], y: Mapping[str, Tensor], groups: np.ndarray, texts: Tensor, scale: float, shots: Sequence[int], seeds: Sequence[int], methods: Sequence[str]) -> Iterator[dict]:
+def _draws(
+    x: Mapping[str, Tensor],
+    y: Mapping[str, Tensor],
+    groups: np.ndarray,
+    texts: Tensor,
+    scale: float,
+    shots: Sequence[int],
+    seeds: Sequence[int],
+    methods: Sequence[str],
+) -> Iterator[dict]:
     "For each draw and method: what was drawn, and the scores of the test rows"
     for seed in seeds:
         place = torch.from_numpy(draw_order(y["train"].numpy(), groups, seed))
@@ -158,24 +194,57 @@ def _draws(x: Mapping[str, Tensor], y: Mapping[str, Tensor], groups: np.ndarray,
             support = Support(x["train"][chosen], y["train"][chosen], texts, scale, s, "valid" in x)
             for name in methods:
                 scores, setting = _tuned(FEW_SHOT_METHODS[name](support), x, y)
-                yield {"method": name, "shots": s, "seed": seed, "images": int(chosen.sum()), "setting": setting, "scores": scores}
+                yield {
+                    "method": name,
+                    "shots": s,
+                    "seed": seed,
+                    "images": int(chosen.sum()),
+                    "setting": setting,
+                    "scores": scores,
+                }
 
 # %% ../../nbs/evaluators/08_few_shot_curves.ipynb #0e364380
 def _summaries(table: pd.DataFrame) -> pd.DataFrame:
     "One row a method, number of shots and metric: mean over draws and interval"
-    found = {f"{name}@{s}/{m}": over_seeds(part[m]) for (name, s), part in table.groupby(["method", "shots"], sort=False) for m in FEW_SHOT_METRICS}
-    return pd.DataFrame([(name, v["mean"], v["low"], v["high"], v["n"]) for name, v in found.items()], columns=["name", "value", "low", "high", "n"])
+    found = {
+        f"{name}@{s}/{m}": over_seeds(part[m])
+        for (name, s), part in table.groupby(["method", "shots"], sort=False)
+        for m in FEW_SHOT_METRICS
+    }
+    return pd.DataFrame(
+        [(name, v["mean"], v["low"], v["high"], v["n"]) for name, v in found.items()],
+        columns=["name", "value", "low", "high", "n"],
+    )
 
-def _zero_shot_line(rows: Manifest, true: np.ndarray, scores: np.ndarray, classes: list[str], n_boot: int, seed: int) -> pd.DataFrame:
+def _zero_shot_line(
+    rows: Manifest, true: np.ndarray, scores: np.ndarray, classes: list[str], n_boot: int, seed: int
+) -> pd.DataFrame:
     "Metrics of the texts alone, with bootstrap intervals"
     values = classification_metrics(true, scores, classes)
     samples = classification_metrics(true, scores, classes, bootstrap_weights(bootstrap_groups(rows), n_boot, seed))
-    return metric_table({f"zero_shot/{m}": values[m] for m in FEW_SHOT_METRICS}, {f"zero_shot/{m}": samples[m] for m in FEW_SHOT_METRICS}, values["n"])
+    return metric_table(
+        {f"zero_shot/{m}": values[m] for m in FEW_SHOT_METRICS},
+        {f"zero_shot/{m}": samples[m] for m in FEW_SHOT_METRICS},
+        values["n"],
+    )
 
-def _said(rows: Manifest, true: np.ndarray, classes: list[str], scores: Tensor, method: str, shots: int, seed: int) -> pd.DataFrame:
+def _said(
+    rows: Manifest, true: np.ndarray, classes: list[str], scores: Tensor, method: str, shots: int, seed: int
+) -> pd.DataFrame:
     "Predictions of one draw"
     said = np.array(classes, dtype=object)[scores.argmax(1)]
-    return pd.DataFrame({"row": rows.index, "group": bootstrap_groups(rows).astype(str), "method": method, "shots": shots, "seed": seed, "label": true, "predicted": said, "correct": said == true})
+    return pd.DataFrame(
+        {
+            "row": rows.index,
+            "group": bootstrap_groups(rows).astype(str),
+            "method": method,
+            "shots": shots,
+            "seed": seed,
+            "label": true,
+            "predicted": said,
+            "correct": said == true,
+        }
+    )
 
 # %% ../../nbs/evaluators/08_few_shot_curves.ipynb #752aa548
 def few_shot(
@@ -198,10 +267,16 @@ def few_shot(
     _checked(shots, seeds, methods)
     classes = label_classes(train, label, None)
     for name in prompts or {}:
-        if name not in classes: raise InputError(f"Prompts name a class {name!r} that {label!r} does not have. {close_matches(name, classes)}")
+        if name not in classes:
+            raise InputError(
+                f"Prompts name a class {name!r} that {label!r} does not have. {close_matches(name, classes)}"
+            )
     pool = _apart(train, test)
     have = pd.Series(named_labels(pool[label])).value_counts().reindex(classes, fill_value=0)
-    if not have.all(): raise InputError(f"{train.dataset}: no training row of class {have.idxmin()!r} is left once the groups of the test split are set aside.")
+    if not have.all():
+        raise InputError(
+            f"{train.dataset}: no training row of class {have.idxmin()!r} is left once the groups of the test split are set aside."
+        )
     parts = labeled_parts(pool, None if valid is None else _apart(valid, test), test, label, classes)
     x, y = labeled_features(clip, parts, label, classes, cache, batch_size)
     written = [(prompts or {}).get(c, c) for c in classes]
@@ -214,9 +289,27 @@ def few_shot(
         found = classification_metrics(true, scores.numpy(), classes)
         table.append(draw | {m: found[m] for m in FEW_SHOT_METRICS})
         said.append(_said(rows, true, classes, scores, draw["method"], draw["shots"], draw["seed"]))
-    metrics = pd.concat([_summaries(pd.DataFrame(table)), _zero_shot_line(rows, true, named.numpy(), classes, n_boot, seed)], ignore_index=True)
-    details = provenance(clip, test, n_boot, seed) | {"label": label, "classes": classes, "chance": 1 / len(classes), "prompts": dict(zip(classes, class_sentences(written, templates))),
-        "methods": list(methods), "shots": sorted(set(shots)), "draws": table, "seeds": list(seeds), "tuned_on": "nothing" if valid is None else "valid", "interval": "t over draws; zero_shot: bootstrap over rows or groups",
-        "train_counts": have.to_dict(), "short": {str(s): {c: int(k) for c, k in have.items() if k < s} for s in sorted(set(shots)) if (have < s).any()},
-        "unlabelled": int(test[label].isna().sum()), "set_aside": len(train) - len(pool), "headline": [f"{m}@{max(shots)}/balanced_accuracy" for m in methods] + ["zero_shot/balanced_accuracy"]}
+    metrics = pd.concat(
+        [_summaries(pd.DataFrame(table)), _zero_shot_line(rows, true, named.numpy(), classes, n_boot, seed)],
+        ignore_index=True,
+    )
+    details = provenance(clip, test, n_boot, seed) | {
+        "label": label,
+        "classes": classes,
+        "chance": 1 / len(classes),
+        "prompts": dict(zip(classes, class_sentences(written, templates))),
+        "methods": list(methods),
+        "shots": sorted(set(shots)),
+        "draws": table,
+        "seeds": list(seeds),
+        "tuned_on": "nothing" if valid is None else "valid",
+        "interval": "t over draws; zero_shot: bootstrap over rows or groups",
+        "train_counts": have.to_dict(),
+        "short": {
+            str(s): {c: int(k) for c, k in have.items() if k < s} for s in sorted(set(shots)) if (have < s).any()
+        },
+        "unlabelled": int(test[label].isna().sum()),
+        "set_aside": len(train) - len(pool),
+        "headline": [f"{m}@{max(shots)}/balanced_accuracy" for m in methods] + ["zero_shot/balanced_accuracy"],
+    }
     return Result("few_shot", metrics, pd.concat(said, ignore_index=True), details)

@@ -20,6 +20,7 @@ from PIL import Image
 from ..core import InputError, progress
 from ..datasets.manifest import Manifest
 from ..datasets.studies import series_paths
+from .results import Result, bootstrap_groups, provenance
 from ..images.reading import FORMATS, read_image
 from ..images.studies import labels_at, pad_studies
 from ..metrics.localization import CUTS, enlarge, localize, overlaps, pointing, summarize_maps, within
@@ -27,7 +28,6 @@ from ..metrics.resampling import bootstrap
 from ..models.clip import ClipModel
 from ..models.maps import choose_method, item_maps, moved, upsample_to_image
 from ..models.study_clip import StudyModel
-from .results import Result, provenance, bootstrap_groups
 
 # %% ../../nbs/evaluators/12_grounding.ipynb #83f47dfd
 def read_mask(
@@ -38,14 +38,22 @@ def read_mask(
     "Read the mask of an image; raises `InputError` for another size, and for values without an item"
     try:
         with Image.open(path, formats=FORMATS) as image: mask = np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error: raise InputError(f"{path}: cannot be read as a mask ({type(error).__name__}: {error}). Check the mask column and the data root.") from None
-    if mask.shape != tuple(size): raise InputError(f"{path}: a mask of shape {mask.shape} for an image of {size[0]} x {size[1]} pixels. A mask has one number a pixel of its image.")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(
+            f"{path}: cannot be read as a mask ({type(error).__name__}: {error}). Check the mask column and the data root."
+        ) from None
+    if mask.shape != tuple(size):
+        raise InputError(
+            f"{path}: a mask of shape {mask.shape} for an image of {size[0]} x {size[1]} pixels. A mask has one number a pixel of its image."
+        )
     return _checked_values(mask, items, path)
 
 def _checked_values(mask: np.ndarray, items: int, path: str | Path) -> np.ndarray:
     "A mask whose values are items"
     if (most := int(mask.max(initial=0))) > items:
-        raise InputError(f"{path}: a value of {most} in the mask of a row with {items} items. Item k of the row, counted from 1, is marked with the value k.")
+        raise InputError(
+            f"{path}: a value of {most} in the mask of a row with {items} items. Item k of the row, counted from 1, is marked with the value k."
+        )
     return mask
 
 def items_of(
@@ -53,7 +61,10 @@ def items_of(
 ) -> list[list[str]]: # One list a row
     "What is said about each row: its items, or its caption alone"
     column = next((c for c in ("items", "caption") if c in manifest), None)
-    if column is None: raise InputError(f"{manifest.dataset}: the manifest has neither a column 'items' nor 'caption'; it has {', '.join(map(str, manifest.columns))}.")
+    if column is None:
+        raise InputError(
+            f"{manifest.dataset}: the manifest has neither a column 'items' nor 'caption'; it has {', '.join(map(str, manifest.columns))}."
+        )
     return [[cell] if isinstance(cell, str) else list(cell) for cell in manifest[column]]
 
 # %% ../../nbs/evaluators/12_grounding.ipynb #3659e2a6
@@ -72,7 +83,11 @@ class ItemMap:
 
 def _named(manifest: Manifest) -> pd.Series: # (rows,) of bool
     "Whether each row names a mask"
-    return manifest["mask"].fillna("").astype(str).str.strip() != "" if "mask" in manifest else pd.Series(False, manifest.index)
+    return (
+        manifest["mask"].fillna("").astype(str).str.strip() != ""
+        if "mask" in manifest
+        else pd.Series(False, manifest.index)
+    )
 
 def has_masks(manifest: Manifest) -> int: # 0 where there is no column mask
     "How many rows name a mask"
@@ -82,9 +97,15 @@ def with_masks(
     manifest: Manifest, # With a column mask
 ) -> Manifest: # Its rows with a mask
     "The rows that can be measured; raises `InputError` where there is none"
-    if "mask" not in manifest: raise InputError(f"{manifest.dataset}: the manifest has no column 'mask'; it has {', '.join(map(str, manifest.columns))}.")
+    if "mask" not in manifest:
+        raise InputError(
+            f"{manifest.dataset}: the manifest has no column 'mask'; it has {', '.join(map(str, manifest.columns))}."
+        )
     rows = manifest[_named(manifest)]
-    if not len(rows): raise InputError(f"{manifest.dataset}: none of {len(manifest)} rows names a mask, so there is nothing to hold a map against.")
+    if not len(rows):
+        raise InputError(
+            f"{manifest.dataset}: none of {len(manifest)} rows names a mask, so there is nothing to hold a map against."
+        )
     return rows
 
 # %% ../../nbs/evaluators/12_grounding.ipynb #e325ead6
@@ -111,7 +132,11 @@ def look_at_images(
     every: bool = False, # Whether to ask for items that a mask does not show as well
 ) -> list[list[ItemMap]]: # The items of each
     "Where a model looks for items in their images, and where they are"
-    asked = [(i, k, mask) for i, own in enumerate(texts) for k, mask in _asked(own, None if labels is None else labels[i], every)]
+    asked = [
+        (i, k, mask)
+        for i, own in enumerate(texts)
+        for k, mask in _asked(own, None if labels is None else labels[i], every)
+    ]
     found = [[] for _ in images]
     if not asked: return found
     pixels, of, said = clip.pixels(list(images)), [i for i, _, _ in asked], [texts[i][k] for i, k, _ in asked]
@@ -122,8 +147,17 @@ def look_at_images(
         by = [(half[0], 0), (-half[0], 0), (0, half[1]), (0, -half[1])]
         views |= {shift: item_maps(clip, moved(pixels, *shift), said, method, of=of).maps for shift in by}
     for n, ((i, k, mask), zero, similarity) in enumerate(zip(asked, maps.zero_mass.tolist(), maps.similarity.tolist())):
-        shown = _together([upsample_to_image(m[n:n + 1], images[i].size[::-1], clip, "spline" if len(views) > 1 else upsample, shift)[0] for shift, m in views.items()])
-        found[i].append(ItemMap(k, texts[i][k], shown, mask, [(pixel_mm,) * 2] if pixel_mm else [], [], zero, similarity))
+        shown = _together(
+            [
+                upsample_to_image(
+                    m[n : n + 1], images[i].size[::-1], clip, "spline" if len(views) > 1 else upsample, shift
+                )[0]
+                for shift, m in views.items()
+            ]
+        )
+        found[i].append(
+            ItemMap(k, texts[i][k], shown, mask, [(pixel_mm,) * 2] if pixel_mm else [], [], zero, similarity)
+        )
     return found
 
 # %% ../../nbs/evaluators/12_grounding.ipynb #7eefa6a9
@@ -138,12 +172,31 @@ def look_at_study(
 ) -> list[ItemMap]:
     "Where a model looks for items in a study, and where they are"
     volumes = [clip.preprocess.volume(path, window, **read) for _, path, window in clip.preprocess._parts(series)]
-    labels = None if mask is None else _checked_values(np.stack([labels_at(mask, volume) for volume in volumes]), len(texts), mask)
+    labels = (
+        None
+        if mask is None
+        else _checked_values(np.stack([labels_at(mask, volume) for volume in volumes]), len(texts), mask)
+    )
     if not (asked := _asked(texts, labels, every)): return []
-    maps = item_maps(clip, pad_studies([clip.preprocess(series, **read)]), [texts[k] for k, _ in asked], method, of=[0] * len(asked))
+    maps = item_maps(
+        clip, pad_studies([clip.preprocess(series, **read)]), [texts[k] for k, _ in asked], method, of=[0] * len(asked)
+    )
     spacing, size = [volume.spacing for volume in volumes if volume.spacing], volumes[0].array.shape[-3:]
-    return [ItemMap(k, texts[k], enlarge(tokens, size), inside, spacing, [volume.orientation for volume in volumes], zero, similarity)
-            for (k, inside), tokens, zero, similarity in zip(asked, maps.maps, maps.zero_mass.tolist(), maps.similarity.tolist())]
+    return [
+        ItemMap(
+            k,
+            texts[k],
+            enlarge(tokens, size),
+            inside,
+            spacing,
+            [volume.orientation for volume in volumes],
+            zero,
+            similarity,
+        )
+        for (k, inside), tokens, zero, similarity in zip(
+            asked, maps.maps, maps.zero_mass.tolist(), maps.similarity.tolist()
+        )
+    ]
 
 # %% ../../nbs/evaluators/12_grounding.ipynb #46fc0619
 def look_at_row(
@@ -158,7 +211,8 @@ def look_at_row(
     one = manifest.loc[[row]]
     own = items_of(one)[0] if texts is None else list(texts)
     mask = Path(one.root, one["mask"].iloc[0]) if texts is None and has_masks(one) else None
-    if isinstance(clip, StudyModel): found = look_at_study(clip, series_paths(one)[0], own, method, mask, True, **one.read)
+    if isinstance(clip, StudyModel):
+        found = look_at_study(clip, series_paths(one)[0], own, method, mask, True, **one.read)
     else:
         image = read_image(one.paths()[0], **one.read)
         labels = None if mask is None else [read_mask(mask, image.size[::-1], len(own))]
@@ -174,27 +228,60 @@ def described(
 ) -> Result: # Metrics named `attention_zero_mass`; predictions with a column `method`
     "What can be told without masks: similarity, and the share of the attention on nothing"
     groups = pd.Series(bootstrap_groups(manifest), index=manifest.index).astype(str)
-    rows = pd.DataFrame([{"row": a.row, "group": groups[a.row], "item": a.item, "text": a.text, "zero_mass": a.zero_mass, "similarity": a.similarity, "method": method}
-                         for method, own in found.items() for a in own])
-    tables = [summarize_maps(part[["zero_mass", "similarity"]].dropna(axis=1, how="all"), part["group"], n_boot, seed).assign(method=method) for method, part in rows.groupby("method", sort=False)]
+    rows = pd.DataFrame(
+        [
+            {
+                "row": a.row,
+                "group": groups[a.row],
+                "item": a.item,
+                "text": a.text,
+                "zero_mass": a.zero_mass,
+                "similarity": a.similarity,
+                "method": method,
+            }
+            for method, own in found.items()
+            for a in own
+        ]
+    )
+    tables = [
+        summarize_maps(part[["zero_mass", "similarity"]].dropna(axis=1, how="all"), part["group"], n_boot, seed).assign(
+            method=method
+        )
+        for method, part in rows.groupby("method", sort=False)
+    ]
     metrics = pd.concat(tables, ignore_index=True)
     metrics["name"] = metrics.pop("method") + "_" + metrics["name"]
-    return Result("grounding", metrics, rows, provenance(clip, manifest, n_boot, seed) | {"masks": False, "headline": metrics["name"].head(2).tolist()})
+    return Result(
+        "grounding",
+        metrics,
+        rows,
+        provenance(clip, manifest, n_boot, seed) | {"masks": False, "headline": metrics["name"].head(2).tolist()},
+    )
 
 # %% ../../nbs/evaluators/12_grounding.ipynb #18b7e4db
-def _on_images(clip: ClipModel, rows: Manifest, method: str, pixel_mm: float, upsample: str, batch_size: int) -> Iterator[ItemMap]:
+def _on_images(
+    clip: ClipModel, rows: Manifest, method: str, pixel_mm: float, upsample: str, batch_size: int
+) -> Iterator[ItemMap]:
     "Items of images"
     for start in progress(range(0, len(rows), batch_size), desc="maps", unit="batch"):
         part = rows.iloc[start:start + batch_size]
         images, said = [read_image(path, **rows.read) for path in part.paths()], items_of(part)
-        labels = [read_mask(Path(rows.root, mask), image.size[::-1], len(own)) for mask, image, own in zip(part["mask"], images, said)]
+        labels = [
+            read_mask(Path(rows.root, mask), image.size[::-1], len(own))
+            for mask, image, own in zip(part["mask"], images, said)
+        ]
         for row, items in zip(part.index, look_at_images(clip, images, said, method, labels, pixel_mm, upsample)):
             yield from (replace(found, row=row) for found in items)
 
 def _on_studies(clip: StudyModel, rows: Manifest, method: str) -> Iterator[ItemMap]:
     "Items of studies"
-    for row, series, mask, own in progress(list(zip(rows.index, series_paths(rows), rows["mask"], items_of(rows))), desc="maps", unit="study"):
-        yield from (replace(found, row=row) for found in look_at_study(clip, series, own, method, Path(rows.root, mask), **rows.read))
+    for row, series, mask, own in progress(
+        list(zip(rows.index, series_paths(rows), rows["mask"], items_of(rows))), desc="maps", unit="study"
+    ):
+        yield from (
+            replace(found, row=row)
+            for found in look_at_study(clip, series, own, method, Path(rows.root, mask), **rows.read)
+        )
 
 def attended(
     clip: ClipModel, # A StudyModel for studies
@@ -207,8 +294,14 @@ def attended(
     "Every item that a mask shows, with its map"
     rows, method = with_masks(manifest), choose_method(clip, method)
     if isinstance(clip, StudyModel) != ("series" in rows):
-        raise InputError(f"Model {clip.spec!r} takes {'studies' if isinstance(clip, StudyModel) else 'images'}, and {manifest.dataset} has {'studies' if 'series' in rows else 'images'}.")
-    return _on_studies(clip, rows, method) if isinstance(clip, StudyModel) else _on_images(clip, rows, method, pixel_mm, upsample, batch_size)
+        raise InputError(
+            f"Model {clip.spec!r} takes {'studies' if isinstance(clip, StudyModel) else 'images'}, and {manifest.dataset} has {'studies' if 'series' in rows else 'images'}."
+        )
+    return (
+        _on_studies(clip, rows, method)
+        if isinstance(clip, StudyModel)
+        else _on_images(clip, rows, method, pixel_mm, upsample, batch_size)
+    )
 
 # %% ../../nbs/evaluators/12_grounding.ipynb #33e27e22
 def tolerance_mask(
@@ -220,7 +313,9 @@ def tolerance_mask(
     if in_mm and not found.spacing: raise InputError("A tolerance in mm needs the size of a pixel: give pixel_mm.")
     scans = found.mask if found.mask.ndim == 4 else found.mask[None]
     spacing = found.spacing if in_mm else [1.0] * len(scans)
-    return np.concatenate([within(scan[None], tolerance, step) for scan, step in zip(scans, spacing)]).reshape(found.mask.shape)
+    return np.concatenate([within(scan[None], tolerance, step) for scan, step in zip(scans, spacing)]).reshape(
+        found.mask.shape
+    )
 
 def diameter(
     found: ItemMap, # An item
@@ -235,11 +330,26 @@ def _numbers(found: ItemMap, tolerance: float, in_mm: bool, threshold: float | N
     "What is measured of an item"
     close, known = tolerance_mask(found, tolerance, in_mm), np.isfinite(found.map)
     row = localize(found.map[None], found.mask[None], threshold).iloc[0].to_dict()
-    more = {"pointing_within": float(pointing(found.map[None], close[None])[0]), "near_share": float(close[known].mean()), "zero_mass": found.zero_mass, "similarity": found.similarity}
+    more = {
+        "pointing_within": float(pointing(found.map[None], close[None])[0]),
+        "near_share": float(close[known].mean()),
+        "zero_mass": found.zero_mass,
+        "similarity": found.similarity,
+    }
     return {"row": found.row, "item": found.item, "text": found.text, **row, **more, "diameter": diameter(found)}
 
 # %% ../../nbs/evaluators/12_grounding.ipynb #bc043969
-GROUNDING_METRICS = ("pointing", "pointing_within", "mass", "mask_share", "near_share", "pixel_auroc", "iou", "zero_mass", "similarity")
+GROUNDING_METRICS = (
+    "pointing",
+    "pointing_within",
+    "mass",
+    "mask_share",
+    "near_share",
+    "pixel_auroc",
+    "iou",
+    "zero_mass",
+    "similarity",
+)
 
 def choose_grounding_threshold(
     clip: ClipModel, # The model that is measured
@@ -249,8 +359,16 @@ def choose_grounding_threshold(
     batch_size: int = 32, # Images at a time
 ) -> dict: # threshold, as a share of each map's maximum; items it was chosen on; split
     "Where to cut maps, for the best mean overlap on validation rows"
-    shares = np.array([overlaps(found.map[None], found.mask[None], CUTS)[0] for found in attended(clip, valid, method, 0.0, upsample, batch_size)])
-    if not len(shares): raise InputError(f"{valid.dataset}: no mask of the validation rows marks a pixel, so no threshold can be chosen.")
+    shares = np.array(
+        [
+            overlaps(found.map[None], found.mask[None], CUTS)[0]
+            for found in attended(clip, valid, method, 0.0, upsample, batch_size)
+        ]
+    )
+    if not len(shares):
+        raise InputError(
+            f"{valid.dataset}: no mask of the validation rows marks a pixel, so no threshold can be chosen."
+        )
     return {"threshold": CUTS[int(shares.mean(0).argmax())], "items": len(shares), "split": sorted(set(valid["split"]))}
 
 # %% ../../nbs/evaluators/12_grounding.ipynb #c43ee911
@@ -261,8 +379,15 @@ def counts(
     "What could be measured and what not"
     there, masked = sum(map(len, items_of(manifest))), with_masks(manifest)
     told = sum(map(len, items_of(masked)))
-    return {"items": len(rows), "without_mask": {"rows": len(manifest) - len(masked), "items_of_these": there - told, "items_of_other_rows": told - len(rows)},
-            "never_shown": int((rows["mask_share"] == 0).sum())}
+    return {
+        "items": len(rows),
+        "without_mask": {
+            "rows": len(manifest) - len(masked),
+            "items_of_these": there - told,
+            "items_of_other_rows": told - len(rows),
+        },
+        "never_shown": int((rows["mask_share"] == 0).sum()),
+    }
 
 # %% ../../nbs/evaluators/12_grounding.ipynb #22bbf97c
 def evaluate_grounding(
@@ -280,18 +405,52 @@ def evaluate_grounding(
 ) -> Result: # Predictions hold one row an item; metrics are means over items with intervals over groups
     "Hold the maps of a manifest's items against their masks; raises `InputError` where nothing can be measured"
     method = choose_method(clip, method)
-    if valid is not None and (same := set(valid["split"]) & set(manifest["split"])): raise InputError(f"The threshold would be chosen on the split that is measured ({', '.join(sorted(same))}). Give valid another.")
+    if valid is not None and (same := set(valid["split"]) & set(manifest["split"])):
+        raise InputError(
+            f"The threshold would be chosen on the split that is measured ({', '.join(sorted(same))}). Give valid another."
+        )
     cut = {} if valid is None else choose_grounding_threshold(clip, valid, method, upsample, batch_size)
     reach, in_mm = (tolerance_mm, True) if tolerance_mm else (tolerance, False)
-    rows = pd.DataFrame([_numbers(found, reach, in_mm, cut.get("threshold")) for found in attended(clip, manifest, method, pixel_mm, upsample, batch_size)])
-    if not len(rows): raise InputError(f"{manifest.dataset}: no mask marks a pixel of an item, so nothing can be measured.")
+    rows = pd.DataFrame(
+        [
+            _numbers(found, reach, in_mm, cut.get("threshold"))
+            for found in attended(clip, manifest, method, pixel_mm, upsample, batch_size)
+        ]
+    )
+    if not len(rows):
+        raise InputError(f"{manifest.dataset}: no mask marks a pixel of an item, so nothing can be measured.")
     groups = pd.Series(bootstrap_groups(manifest), index=manifest.index).loc[rows["row"]].to_numpy()
-    names = manifest["image"] if "image" in manifest else manifest["series"].map(lambda series: next(iter(series.values())))
-    predictions = pd.DataFrame({"row": rows["row"], "image": names.loc[rows["row"]].to_numpy(), "group": groups.astype(str), **rows.drop(columns="row")})
+    names = (
+        manifest["image"] if "image" in manifest else manifest["series"].map(lambda series: next(iter(series.values())))
+    )
+    predictions = pd.DataFrame(
+        {
+            "row": rows["row"],
+            "image": names.loc[rows["row"]].to_numpy(),
+            "group": groups.astype(str),
+            **rows.drop(columns="row"),
+        }
+    )
     measures = [name for name in GROUNDING_METRICS if name in rows and rows[name].notna().any()]
-    chance = {"pointing": rows["mask_share"].mean(), "pointing_within": rows["near_share"].mean(), "mass": rows["mask_share"].mean(), "pixel_auroc": 0.5}
-    how = {"method": method, "tolerance": reach, "unit": "mm" if in_mm else "pixels", "pixel_mm": pixel_mm, "upsample": upsample, "cut": cut}
-    details = provenance(clip, manifest, n_boot, seed) | how | {"chance": chance, "headline": ["pointing", "pointing_within"], **counts(manifest, rows)}
+    chance = {
+        "pointing": rows["mask_share"].mean(),
+        "pointing_within": rows["near_share"].mean(),
+        "mass": rows["mask_share"].mean(),
+        "pixel_auroc": 0.5,
+    }
+    how = {
+        "method": method,
+        "tolerance": reach,
+        "unit": "mm" if in_mm else "pixels",
+        "pixel_mm": pixel_mm,
+        "upsample": upsample,
+        "cut": cut,
+    }
+    details = (
+        provenance(clip, manifest, n_boot, seed)
+        | how
+        | {"chance": chance, "headline": ["pointing", "pointing_within"], **counts(manifest, rows)}
+    )
     return Result("grounding", summarize_maps(rows[measures], groups, n_boot, seed), predictions, details)
 
 # %% ../../nbs/evaluators/12_grounding.ipynb #c47beeda
@@ -306,19 +465,41 @@ def method_differences(
     rows, key = [], ["row", "item"]
     for name, other in others:
         both = one.predictions.merge(other.predictions, on=key, suffixes=("", "_other"))
-        if len(both) != len(one.predictions): raise InputError(f"{first} and {name} were not measured on the same items.")
+        if len(both) != len(one.predictions):
+            raise InputError(f"{first} and {name} were not measured on the same items.")
         for measure in (m for m in measures if m in one.predictions and m in other.predictions):
             gaps = (both[measure] - both[f"{measure}_other"]).to_numpy(float)
-            rows.append((first, name, measure, float(np.nanmean(gaps)), *bootstrap(gaps, n=n_boot, seed=seed, groups=both["group"].to_numpy()), int((~np.isnan(gaps)).sum())))
+            rows.append(
+                (
+                    first,
+                    name,
+                    measure,
+                    float(np.nanmean(gaps)),
+                    *bootstrap(gaps, n=n_boot, seed=seed, groups=both["group"].to_numpy()),
+                    int((~np.isnan(gaps)).sum()),
+                )
+            )
     return pd.DataFrame(rows, columns=["of", "against", "measure", "value", "low", "high", "n"])
 
 def join_methods(
     results: Mapping[str, Result], # Method -> from `evaluate_grounding`
 ) -> Result: # Metrics named `attention_pointing`, predictions with a column `method`
     "Several methods as one result"
-    metrics = pd.concat([r.metrics.assign(name=[f"{method}_{name}" for name in r.metrics["name"]]) for method, r in results.items()], ignore_index=True)
+    metrics = pd.concat(
+        [r.metrics.assign(name=[f"{method}_{name}" for name in r.metrics["name"]]) for method, r in results.items()],
+        ignore_index=True,
+    )
     predictions = pd.concat([r.predictions.assign(method=method) for method, r in results.items()], ignore_index=True)
     own, first = ("method", "cut", "chance"), next(iter(results.values()))
-    details = {name: value for name, value in first.details.items() if name not in own} | {"methods": {method: {name: r.details[name] for name in own} for method, r in results.items()}}
-    details["chance"] = {f"{method}_{name}": value for method, r in results.items() for name, value in r.details["chance"].items()}
-    return Result(first.task, metrics, predictions, details | {"headline": [f"{next(iter(results))}_{name}" for name in first.details["headline"]]})
+    details = {name: value for name, value in first.details.items() if name not in own} | {
+        "methods": {method: {name: r.details[name] for name in own} for method, r in results.items()}
+    }
+    details["chance"] = {
+        f"{method}_{name}": value for method, r in results.items() for name, value in r.details["chance"].items()
+    }
+    return Result(
+        first.task,
+        metrics,
+        predictions,
+        details | {"headline": [f"{next(iter(results))}_{name}" for name in first.details["headline"]]},
+    )

@@ -19,10 +19,10 @@ from scipy.sparse.csgraph import connected_components
 from ..core import InputError, close_matches
 from ..datasets.manifest import Manifest
 from ..embeddings.features import embed
+from .results import Result, bootstrap_groups, metric_table, provenance
 from ..metrics.resampling import bootstrap_weights
 from ..metrics.retrieval import chance_recall, query_metrics, retrieval_queries
 from ..models.clip import ClipModel
-from .results import Result, metric_table, provenance, bootstrap_groups
 
 # %% ../../nbs/evaluators/09_image_text_retrieval.ipynb #aed45e4d
 def caption_pairs(
@@ -32,14 +32,21 @@ def caption_pairs(
 ) -> tuple[np.ndarray, np.ndarray, csr_array]: # Which image and which caption each row has (rows,), and which of them belong together (images, captions)
     "Distinct images, distinct captions, right pairs; raises `InputError` for an unknown column or an empty caption"
     for column in ("image", "caption", pair_column or "image"):
-        if column not in manifest: raise InputError(f"{manifest.dataset}: no column {column!r}. {close_matches(column, manifest.columns)}")
+        if column not in manifest:
+            raise InputError(f"{manifest.dataset}: no column {column!r}. {close_matches(column, manifest.columns)}")
     for column in ("caption", pair_column or "image"):
         empty = manifest.index[manifest[column].isna() | (manifest[column].astype(str).str.strip() == "")]
-        if len(empty): raise InputError(f"{manifest.dataset}: row {empty[0]} has an empty {column} ({len(empty)} such rows); fill or remove it.")
+        if len(empty):
+            raise InputError(
+                f"{manifest.dataset}: row {empty[0]} has an empty {column} ({len(empty)} such rows); fill or remove it."
+            )
     rows = np.arange(len(manifest))
     image, text = pd.factorize(manifest["image"])[0], pd.factorize(manifest["caption"])[0] if merge_duplicates else rows
     unit = pd.factorize(manifest[pair_column])[0] if pair_column else rows
-    of = [csr_array((np.ones(len(rows), np.int32), (code, unit)), shape=(code.max() + 1, unit.max() + 1)) for code in (image, text)]
+    of = [
+        csr_array((np.ones(len(rows), np.int32), (code, unit)), shape=(code.max() + 1, unit.max() + 1))
+        for code in (image, text)
+    ]
     return image, text, (of[0] @ of[1].T > 0).tocsr()
 
 # %% ../../nbs/evaluators/09_image_text_retrieval.ipynb #f854e9db
@@ -62,14 +69,33 @@ def _sorted_strip(scores: torch.Tensor, own: torch.Tensor, ks: Sequence[int], ti
     ranks, real = place + scores.shape[1] - behind / 2, place <= positives[:, None]
     precision = (place / ranks.double()).where(real, 0).sum(1) / positives
     found = {f"found@{k}": ((ranks <= k) & real).sum(1).numpy() for k in ks}
-    return pd.DataFrame({"positives": positives.numpy(), "rank": ranks[:, 0].double().numpy(), "average_precision": precision.numpy(), **found})
+    return pd.DataFrame(
+        {
+            "positives": positives.numpy(),
+            "rank": ranks[:, 0].double().numpy(),
+            "average_precision": precision.numpy(),
+            **found,
+        }
+    )
 
-def _ask_again(table: pd.DataFrame, queries: np.ndarray, gallery: np.ndarray, right: csr_array, again: np.ndarray, ks: Sequence[int], ties: str, chunk: int = 256) -> pd.DataFrame:
+def _ask_again(
+    table: pd.DataFrame,
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    right: csr_array,
+    again: np.ndarray,
+    ks: Sequence[int],
+    ties: str,
+    chunk: int = 256,
+) -> pd.DataFrame:
     "The table with the lines of some queries replaced by those of their own right answers"
     dtype = torch.float64 if len(queries) * len(gallery) <= 4e6 else torch.float32
     unit = [torch.nn.functional.normalize(torch.as_tensor(x).to(dtype), dim=1) for x in (queries, gallery)]
     strips = [again[i:i + chunk] for i in range(0, len(again), chunk)]
-    parts = [_sorted_strip(unit[0][rows] @ unit[1].T, torch.from_numpy(right[rows].toarray()), ks, ties).set_index(rows) for rows in strips]
+    parts = [
+        _sorted_strip(unit[0][rows] @ unit[1].T, torch.from_numpy(right[rows].toarray()), ks, ties).set_index(rows)
+        for rows in strips
+    ]
     return pd.concat([table.drop(index=again), *parts]).sort_index()
 
 def rank_pairs(
@@ -83,7 +109,11 @@ def rank_pairs(
     images, texts, whole = _linked(right)
     tables = retrieval_queries(image_features, text_features, images, texts, ks, ties=ties)
     sides = [(image_features, text_features, right, images), (text_features, image_features, right.T.tocsr(), texts)]
-    if not whole.all(): tables = [_ask_again(table, queries, gallery, own, np.flatnonzero(~whole[ids]), ks, ties) for table, (queries, gallery, own, ids) in zip(tables, sides)]
+    if not whole.all():
+        tables = [
+            _ask_again(table, queries, gallery, own, np.flatnonzero(~whole[ids]), ks, ties)
+            for table, (queries, gallery, own, ids) in zip(tables, sides)
+        ]
     return dict(zip(("image_to_text", "text_to_image"), tables))
 
 # %% ../../nbs/evaluators/09_image_text_retrieval.ipynb #414f437c
@@ -95,13 +125,20 @@ def best_answers(
 ) -> tuple[np.ndarray, np.ndarray]: # (images, top) captions and (captions, top) images, best first; fewer where there are not so many
     "Positions of the nearest entries, in both directions"
     images, texts = torch.from_numpy(image_features), torch.from_numpy(text_features)
-    to_text, score, place = [], torch.full((top, len(texts)), -torch.inf), torch.zeros(top, len(texts), dtype=torch.long)
+    to_text, score, place = (
+        [],
+        torch.full((top, len(texts)), -torch.inf),
+        torch.zeros(top, len(texts), dtype=torch.long),
+    )
     for start in range(0, len(images), chunk):
         tile = images[start:start + chunk] @ texts.T
         to_text.append(tile.topk(min(top, len(texts)), dim=1).indices)
         nearer = (tile.amax(0) > score[-1]).nonzero()[:, 0]
         best, own = torch.cat([score[:, nearer], tile[:, nearer]]).topk(top, dim=0)
-        score[:, nearer], place[:, nearer] = best, torch.where(own < top, place[:, nearer].gather(0, own.clamp(max=top - 1)), start + own - top)
+        score[:, nearer], place[:, nearer] = (
+            best,
+            torch.where(own < top, place[:, nearer].gather(0, own.clamp(max=top - 1)), start + own - top),
+        )
     return torch.cat(to_text).numpy(), place[:min(top, len(images))].T.numpy()
 
 # %% ../../nbs/evaluators/09_image_text_retrieval.ipynb #03062b2a
@@ -115,26 +152,54 @@ def chance_levels(
     harmonic = digamma(gallery + 1) - digamma(1)
     mean = np.mean(positives)
     found = {f"{name}@{k}": chance_recall(positives, gallery, k) for name in ("R", "hit") for k in ks}
-    found |= {f"recall@{k}": min(k, gallery) / gallery for k in ks} | {f"precision@{k}": mean * min(k, gallery) / (gallery * k) for k in ks}
-    return {k: float(v) for k, v in found.items()} | {"mAP": float((harmonic + (mean - 1) / max(gallery - 1, 1) * (gallery - harmonic)) / gallery)}
+    found |= {f"recall@{k}": min(k, gallery) / gallery for k in ks} | {
+        f"precision@{k}": mean * min(k, gallery) / (gallery * k) for k in ks
+    }
+    return {k: float(v) for k, v in found.items()} | {
+        "mAP": float((harmonic + (mean - 1) / max(gallery - 1, 1) * (gallery - harmonic)) / gallery)
+    }
 
 # %% ../../nbs/evaluators/09_image_text_retrieval.ipynb #f011357a
-def _direction(way: str, table: pd.DataFrame, code: np.ndarray, asks: np.ndarray, gallery: int, ks: Sequence[int], weights: np.ndarray) -> tuple[pd.DataFrame, dict[str, float]]:
+def _direction(
+    way: str,
+    table: pd.DataFrame,
+    code: np.ndarray,
+    asks: np.ndarray,
+    gallery: int,
+    ks: Sequence[int],
+    weights: np.ndarray,
+) -> tuple[pd.DataFrame, dict[str, float]]:
     "Metrics of one direction, and their chance levels"
     asked = table.iloc[code[asks]]
     metrics = metric_table(query_metrics(asked), query_metrics(asked, weights[:, asks]), int(asks.sum()))
     chance = chance_levels(asked["positives"].to_numpy(), gallery, ks)
-    return metrics.assign(name=[f"{way}_{name}" for name in metrics["name"]]), {f"{way}_{name}": value for name, value in chance.items()}
+    return metrics.assign(name=[f"{way}_{name}" for name in metrics["name"]]), {
+        f"{way}_{name}": value for name, value in chance.items()
+    }
 
-def _answers(manifest: Manifest, features: tuple[np.ndarray, np.ndarray], codes: Mapping[str, np.ndarray], first: Mapping[str, np.ndarray], right: csr_array, top: int) -> dict[str, list]:
+def _answers(
+    manifest: Manifest,
+    features: tuple[np.ndarray, np.ndarray],
+    codes: Mapping[str, np.ndarray],
+    first: Mapping[str, np.ndarray],
+    right: csr_array,
+    top: int,
+) -> dict[str, list]:
     "Rows that hold the best answers of each row, and whether each is right"
     texts, images = best_answers(*features, top)
     rows, pairs, (n, m) = manifest.index.to_numpy(), right.tocoo(), right.shape
     known = pairs.row.astype(np.int64) * m + pairs.col
-    right_texts, right_images = np.isin(np.arange(n)[:, None] * m + texts, known), np.isin(images * m + np.arange(m)[:, None], known)
+    right_texts, right_images = (
+        np.isin(np.arange(n)[:, None] * m + texts, known),
+        np.isin(images * m + np.arange(m)[:, None], known),
+    )
     by_image, by_text = codes["image_to_text"], codes["text_to_image"]
-    return {"best_texts": list(rows[first["text_to_image"]][texts][by_image]), "best_images": list(rows[first["image_to_text"]][images][by_text]),
-            "best_texts_right": list(right_texts[by_image]), "best_images_right": list(right_images[by_text])}
+    return {
+        "best_texts": list(rows[first["text_to_image"]][texts][by_image]),
+        "best_images": list(rows[first["image_to_text"]][images][by_text]),
+        "best_texts_right": list(right_texts[by_image]),
+        "best_images_right": list(right_images[by_text]),
+    }
 
 def retrieval(
     clip: ClipModel, # The model to ask
@@ -159,11 +224,29 @@ def retrieval(
     pair = pd.DataFrame({"image": image, "text": text})
     asks = {"image_to_text": ~pair["image"].duplicated().to_numpy(), "text_to_image": ~pair.duplicated().to_numpy()}
     weights = bootstrap_weights(bootstrap_groups(manifest), n_boot, seed)
-    ways = [_direction(way, table, codes[way], asks[way], right.shape[way == "image_to_text"], ks, weights) for way, table in queries.items()]
-    predictions = pd.DataFrame({"row": manifest.index, "image": manifest["image"].to_numpy(), "group": bootstrap_groups(manifest).astype(str), "caption": manifest["caption"].to_numpy(),
-                                **{f"{way}_rank": table["rank"].to_numpy()[codes[way]] for way, table in queries.items()}, **_answers(manifest, features, codes, first, right, top)})
-    details = provenance(clip, manifest, n_boot, seed) | {"merge_duplicates": merge_duplicates, "pair_column": pair_column, "ties": ties, "images": right.shape[0], "captions": right.shape[1],
-                                                      "pairs": int(right.nnz), "chance": ways[0][1] | ways[1][1]}
+    ways = [
+        _direction(way, table, codes[way], asks[way], right.shape[way == "image_to_text"], ks, weights)
+        for way, table in queries.items()
+    ]
+    predictions = pd.DataFrame(
+        {
+            "row": manifest.index,
+            "image": manifest["image"].to_numpy(),
+            "group": bootstrap_groups(manifest).astype(str),
+            "caption": manifest["caption"].to_numpy(),
+            **{f"{way}_rank": table["rank"].to_numpy()[codes[way]] for way, table in queries.items()},
+            **_answers(manifest, features, codes, first, right, top),
+        }
+    )
+    details = provenance(clip, manifest, n_boot, seed) | {
+        "merge_duplicates": merge_duplicates,
+        "pair_column": pair_column,
+        "ties": ties,
+        "images": right.shape[0],
+        "captions": right.shape[1],
+        "pairs": int(right.nnz),
+        "chance": ways[0][1] | ways[1][1],
+    }
     return Result("retrieval", pd.concat([table for table, _ in ways], ignore_index=True), predictions, details)
 
 # %% ../../nbs/evaluators/09_image_text_retrieval.ipynb #945ae788
@@ -176,7 +259,16 @@ def rank_captions(
     if not len(texts): raise InputError("There is no text to rank.")
     cosine = (clip.encode_texts(texts) @ clip.encode_images([image])[0])
     order = cosine.argsort(descending=True, stable=True)
-    table = pd.DataFrame({"rank": range(1, len(texts) + 1), "text": [texts[i] for i in order], "cosine": cosine[order].numpy(),
-                          "probability": torch.softmax(clip.logit_scale * cosine, 0)[order].numpy()})
-    metrics = pd.DataFrame([("best_cosine", float(cosine.max()), np.nan, np.nan, len(texts))], columns=["name", "value", "low", "high", "n"])
+    table = pd.DataFrame(
+        {
+            "rank": range(1, len(texts) + 1),
+            "text": [texts[i] for i in order],
+            "cosine": cosine[order].numpy(),
+            "probability": torch.softmax(clip.logit_scale * cosine, 0)[order].numpy(),
+        }
+    )
+    metrics = pd.DataFrame(
+        [("best_cosine", float(cosine.max()), np.nan, np.nan, len(texts))],
+        columns=["name", "value", "low", "high", "n"],
+    )
     return Result("rank_captions", metrics, table, {"model": clip.spec, "weights": clip.weights_hash()})

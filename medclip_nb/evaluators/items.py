@@ -20,16 +20,23 @@ from ..core import InputError, close_matches
 from ..datasets.items import text_id
 from ..datasets.manifest import Manifest
 from ..datasets.studies import name_studies
+from .image_text_retrieval import chance_levels
+from .labels import finding_labels, label_classes
+from .questions import Question, class_question, finding_question
+from medclip_nb.evaluators.results import (
+    Result,
+    bootstrap_groups,
+    classification,
+    finding_result,
+    metric_table,
+    provenance,
+)
+from .scores import check_mode, item_scores
 from ..metrics.curves import choose_thresholds
 from ..metrics.multilabel import multilabel_metrics
 from ..metrics.resampling import bootstrap_weights, weighted_means
 from ..metrics.retrieval import query_metrics, query_table
 from ..models.clip import ClipModel
-from .image_text_retrieval import chance_levels
-from .labels import finding_labels, label_classes
-from .questions import Question, class_question, finding_question
-from .results import Result, classification, finding_result, metric_table, provenance, bootstrap_groups
-from .scores import check_mode, item_scores
 
 # %% ../../nbs/evaluators/11_items.ipynb #1e25b2d8
 def item_pairs(
@@ -37,17 +44,25 @@ def item_pairs(
     column: str = "items", # A list of texts in each row, or one text
 ) -> tuple[list[str], csr_array]: # m distinct texts, as first written; (n, m) true where a text belongs to an image
     "What is ranked; raises `InputError` for a missing column, a repeated image, or no text at all"
-    if column not in manifest: raise InputError(f"{manifest.dataset}: no column {column!r}. {close_matches(column, manifest.columns)}")
+    if column not in manifest:
+        raise InputError(f"{manifest.dataset}: no column {column!r}. {close_matches(column, manifest.columns)}")
     if "image" in manifest and (twice := manifest["image"].duplicated()).any():
-        raise InputError(f"{manifest.dataset}: row {manifest.index[twice][0]}: {manifest['image'][twice].iloc[0]} is there twice ({int(twice.sum())} such rows). "
-                         "Give one row an image, its texts in a list (rows='images' for captions).")
-    lists = [[cell] if isinstance(cell, str) else cell if isinstance(cell, (list, tuple, np.ndarray)) else [] for cell in manifest[column]]
+        raise InputError(
+            f"{manifest.dataset}: row {manifest.index[twice][0]}: {manifest['image'][twice].iloc[0]} is there twice ({int(twice.sum())} such rows). "
+            "Give one row an image, its texts in a list (rows='images' for captions)."
+        )
+    lists = [
+        [cell] if isinstance(cell, str) else cell if isinstance(cell, (list, tuple, np.ndarray)) else []
+        for cell in manifest[column]
+    ]
     said = [(row, str(text).strip()) for row, texts in enumerate(lists) for text in texts if str(text).strip()]
     if not said: raise InputError(f"{manifest.dataset}: no row has a text in column {column!r}.")
     code, first = pd.factorize(np.array([text_id(text) for _, text in said]))
     written = dict(zip(reversed(code.tolist()), reversed([text for _, text in said])))
     pairs = np.unique(np.stack([[row for row, _ in said], code], 1), axis=0)
-    return [written[c] for c in range(len(first))], csr_array((np.ones(len(pairs), bool), tuple(pairs.T)), shape=(len(manifest), len(first)))
+    return [written[c] for c in range(len(first))], csr_array(
+        (np.ones(len(pairs), bool), tuple(pairs.T)), shape=(len(manifest), len(first))
+    )
 
 # %% ../../nbs/evaluators/11_items.ipynb #a07b32c7
 def right_ranks(
@@ -56,15 +71,34 @@ def right_ranks(
     cells: int = 4_000_000, # Scores sorted at once
 ) -> pd.DataFrame: # One line a right answer: query, answer, rank; by query, best first
     "Where every right answer stands; raises `InputError` for scores that are no numbers"
-    if not np.isfinite(scores).all(): raise InputError(f"Query {int(np.flatnonzero(~np.isfinite(scores).all(1))[0])} has a score that is not a number.")
+    if not np.isfinite(scores).all():
+        raise InputError(
+            f"Query {int(np.flatnonzero(~np.isfinite(scores).all(1))[0])} has a score that is not a number."
+        )
     level, step, parts = 8 * float(np.finfo(scores.dtype).eps), max(1, cells // scores.shape[1]), []
     for start in range(0, len(scores), step):
-        strip, own = torch.from_numpy(np.ascontiguousarray(scores[start:start + step])), torch.from_numpy(right[start:start + step].toarray())
+        strip, own = (
+            torch.from_numpy(np.ascontiguousarray(scores[start : start + step])),
+            torch.from_numpy(right[start : start + step].toarray()),
+        )
         best = strip.masked_fill(~own, -torch.inf).topk(int(own.sum(1).max()), dim=1)
         others = strip.masked_fill(own, -torch.inf).sort(dim=1).values
-        behind = torch.searchsorted(others, best.values + level, right=True) + torch.searchsorted(others, best.values - level)
-        ranks, real = 1 + torch.arange(best.values.shape[1]) + scores.shape[1] - behind.double() / 2, best.values > -torch.inf
-        parts.append(pd.DataFrame({"query": start + real.nonzero()[:, 0].numpy(), "answer": best.indices[real].numpy(), "rank": ranks[real].numpy()}))
+        behind = torch.searchsorted(others, best.values + level, right=True) + torch.searchsorted(
+            others, best.values - level
+        )
+        ranks, real = (
+            1 + torch.arange(best.values.shape[1]) + scores.shape[1] - behind.double() / 2,
+            best.values > -torch.inf,
+        )
+        parts.append(
+            pd.DataFrame(
+                {
+                    "query": start + real.nonzero()[:, 0].numpy(),
+                    "answer": best.indices[real].numpy(),
+                    "rank": ranks[real].numpy(),
+                }
+            )
+        )
     return pd.concat(parts, ignore_index=True)
 
 # %% ../../nbs/evaluators/11_items.ipynb #019433f1
@@ -85,20 +119,38 @@ def query_ranks(
     "Ranks, query by query"
     query, rank = ranks["query"].to_numpy(), ranks["rank"].to_numpy()
     by_query = ranks.groupby("query")["rank"]
-    return query_table(query, rank, queries, ks).assign(item_rank=by_query.mean().reindex(range(queries)).to_numpy(), worst_rank=by_query.max().reindex(range(queries)).to_numpy())
+    return query_table(query, rank, queries, ks).assign(
+        item_rank=by_query.mean().reindex(range(queries)).to_numpy(),
+        worst_rank=by_query.max().reindex(range(queries)).to_numpy(),
+    )
 
 # %% ../../nbs/evaluators/11_items.ipynb #214e3c19
 def _summed(table: pd.DataFrame, complete_ks: Sequence[int] | None, weights: np.ndarray | None) -> dict[str, Any]:
     "Metrics of queries that all have a right answer; with cut-offs, of all their answers too"
     if complete_ks is None: return query_metrics(table, weights)
-    extra = {"mean_item_rank": table["item_rank"], "mean_worst_rank": table["worst_rank"]} | {f"COMPLETE@{k}": table["worst_rank"] <= k for k in complete_ks}
-    means = weighted_means(np.stack(list(extra.values()), 1), np.ones((1, len(table))) if weights is None else weights).T
-    return query_metrics(table, weights) | {name: float(v[0]) if weights is None else v for name, v in zip(extra, means)}
+    extra = {"mean_item_rank": table["item_rank"], "mean_worst_rank": table["worst_rank"]} | {
+        f"COMPLETE@{k}": table["worst_rank"] <= k for k in complete_ks
+    }
+    means = weighted_means(
+        np.stack(list(extra.values()), 1), np.ones((1, len(table))) if weights is None else weights
+    ).T
+    return query_metrics(table, weights) | {
+        name: float(v[0]) if weights is None else v for name, v in zip(extra, means)
+    }
 
-def _way(name: str, table: pd.DataFrame, complete_ks: Sequence[int] | None, gallery: int, ks: Sequence[int], weights: np.ndarray) -> tuple[pd.DataFrame, dict[str, float]]:
+def _way(
+    name: str,
+    table: pd.DataFrame,
+    complete_ks: Sequence[int] | None,
+    gallery: int,
+    ks: Sequence[int],
+    weights: np.ndarray,
+) -> tuple[pd.DataFrame, dict[str, float]]:
     "Metrics of one direction, and their chance levels"
     found = metric_table(_summed(table, complete_ks, None), _summed(table, complete_ks, weights), len(table))
-    chance = chance_levels(table["positives"].to_numpy(), gallery, ks) | {f"COMPLETE@{k}": complete_chance(table["positives"].to_numpy(), gallery, k) for k in complete_ks or ()}
+    chance = chance_levels(table["positives"].to_numpy(), gallery, ks) | {
+        f"COMPLETE@{k}": complete_chance(table["positives"].to_numpy(), gallery, k) for k in complete_ks or ()
+    }
     return found.assign(name=[f"{name}_{n}" for n in found["name"]]), {f"{name}_{n}": v for n, v in chance.items()}
 
 # %% ../../nbs/evaluators/11_items.ipynb #d4daea68
@@ -115,7 +167,10 @@ def item_retrieval_result(
     details: Mapping[str, Any] = {}, # What produced the scores
 ) -> Result: # Predictions hold each image's items, best first, with their ranks, and its best texts
     "Metrics of item retrieval from scores"
-    if scores.shape != right.shape: raise InputError(f"Scores are {scores.shape}; {right.shape[0]} images and {right.shape[1]} texts need {right.shape}.")
+    if scores.shape != right.shape:
+        raise InputError(
+            f"Scores are {scores.shape}; {right.shape[0]} images and {right.shape[1]} texts need {right.shape}."
+        )
     ranks = [right_ranks(scores, right), right_ranks(scores.T, right.T.tocsr())]
     tables = [query_ranks(found, size, ks) for found, size in zip(ranks, scores.shape)]
     weights, pairs = bootstrap_weights(bootstrap_groups(manifest), n_boot, seed), right.tocoo()
@@ -124,13 +179,38 @@ def item_retrieval_result(
             _way("text_to_image", tables[1].iloc[pairs.col], None, scores.shape[0], ks, weights[:, pairs.row])]
     best = torch.from_numpy(scores).topk(min(top, scores.shape[1]), dim=1)
     mine = ranks[0].groupby("query").agg(list).reindex(range(len(scores)))
-    lists = {"items": [[texts[a] for a in v] if isinstance(v, list) else [] for v in mine["answer"]], "item_ranks": [v if isinstance(v, list) else [] for v in mine["rank"]]}
-    predictions = pd.DataFrame({"row": manifest.index, "image": name_studies(manifest)["image"].to_numpy(), "group": bootstrap_groups(manifest).astype(str), **lists,
-                                "image_to_text_rank": tables[0]["rank"], "worst_rank": tables[0]["worst_rank"],
-                                "best_texts": [[texts[a] for a in line] for line in best.indices.tolist()], "best_scores": best.values.tolist()})
-    facts = {"images": len(scores), "images_without_items": int((~asks).sum()), "items": len(texts), "pairs": int(right.nnz), "ties": "mean", "chance": ways[0][1] | ways[1][1],
-             "headline": [f"image_to_text_R@{min(ks)}", f"text_to_image_R@{min(ks)}", *(f"image_to_text_COMPLETE@{k}" for k in complete_ks[:1])]}
-    return Result("item_retrieval", pd.concat([found for found, _ in ways], ignore_index=True), predictions, {**details, **facts})
+    lists = {
+        "items": [[texts[a] for a in v] if isinstance(v, list) else [] for v in mine["answer"]],
+        "item_ranks": [v if isinstance(v, list) else [] for v in mine["rank"]],
+    }
+    predictions = pd.DataFrame(
+        {
+            "row": manifest.index,
+            "image": name_studies(manifest)["image"].to_numpy(),
+            "group": bootstrap_groups(manifest).astype(str),
+            **lists,
+            "image_to_text_rank": tables[0]["rank"],
+            "worst_rank": tables[0]["worst_rank"],
+            "best_texts": [[texts[a] for a in line] for line in best.indices.tolist()],
+            "best_scores": best.values.tolist(),
+        }
+    )
+    facts = {
+        "images": len(scores),
+        "images_without_items": int((~asks).sum()),
+        "items": len(texts),
+        "pairs": int(right.nnz),
+        "ties": "mean",
+        "chance": ways[0][1] | ways[1][1],
+        "headline": [
+            f"image_to_text_R@{min(ks)}",
+            f"text_to_image_R@{min(ks)}",
+            *(f"image_to_text_COMPLETE@{k}" for k in complete_ks[:1]),
+        ],
+    }
+    return Result(
+        "item_retrieval", pd.concat([found for found, _ in ways], ignore_index=True), predictions, {**details, **facts}
+    )
 
 # %% ../../nbs/evaluators/11_items.ipynb #a2fdf7de
 def item_retrieval(
@@ -150,7 +230,11 @@ def item_retrieval(
     "Rank all distinct items for each image and all images for each item; raises `InputError` for a mode that the model does not have"
     (texts, right), mode = item_pairs(manifest, column), check_mode(clip, mode)
     scores = item_scores(clip, manifest, texts, mode, top_k, batch_size=batch_size, num_workers=num_workers)
-    details = provenance(clip, manifest, n_boot, seed) | {"mode": mode, "column": column} | ({"top_k": top_k} if mode == "top-k" else {})
+    details = (
+        provenance(clip, manifest, n_boot, seed)
+        | {"mode": mode, "column": column}
+        | ({"top_k": top_k} if mode == "top-k" else {})
+    )
     return item_retrieval_result(scores, manifest, texts, right, ks, complete_ks, top, n_boot, seed, details)
 
 # %% ../../nbs/evaluators/11_items.ipynb #61ee1178
@@ -185,10 +269,14 @@ def check_apart(
 ) -> None:
     "Raise `InputError` where both have rows of one group"
     key = "group" if "group" in manifest and "group" in valid else "image"
-    names = lambda rows: {str(v) if key == "group" else str(Path(rows.root, v)) for v in name_studies(rows)[key].dropna()}
+    names = lambda rows: {
+        str(v) if key == "group" else str(Path(rows.root, v)) for v in name_studies(rows)[key].dropna()
+    }
     if shared := names(manifest) & names(valid):
-        raise InputError(f"{len(shared)} values of {key!r}, such as {min(shared)!r}, are in the validation rows and in those that are measured; "
-                         "what is chosen there flatters the result. Give other validation rows.")
+        raise InputError(
+            f"{len(shared)} values of {key!r}, such as {min(shared)!r}, are in the validation rows and in those that are measured; "
+            "what is chosen there flatters the result. Give other validation rows."
+        )
 
 def class_rows(
     result: Result, # Of a classification or of findings
@@ -196,7 +284,11 @@ def class_rows(
 ) -> pd.DataFrame: # name (class/metric), value, low, high, n
     "Metrics of single classes, as rows for the table of metrics"
     known = lambda c: c["positives"] + c["negatives"] if "positives" in c else len(result.predictions)
-    rows = [(f"{c['class']}/{m}", c[m], c[f"{m}_low"], c[f"{m}_high"], known(c)) for c in result.details["per_class"] for m in metrics]
+    rows = [
+        (f"{c['class']}/{m}", c[m], c[f"{m}_low"], c[f"{m}_high"], known(c))
+        for c in result.details["per_class"]
+        for m in metrics
+    ]
     return pd.DataFrame(rows, columns=["name", "value", "low", "high", "n"])
 
 # %% ../../nbs/evaluators/11_items.ipynb #0f36e1a6
@@ -218,15 +310,37 @@ def findings_scored(
     names, thresholds, chosen = list(labels), None, None
     if valid is not None:
         check_apart(manifest, valid)
-        chosen = {"rule": rule, "chosen_on": " and ".join(sorted(set(valid["split"]))), "rows": len(valid), "manifest": valid.fingerprint()}
+        chosen = {
+            "rule": rule,
+            "chosen_on": " and ".join(sorted(set(valid["split"]))),
+            "rows": len(valid),
+            "manifest": valid.fingerprint(),
+        }
         thresholds = choose_thresholds(valid_labels, valid_scores, names, rule, chosen["chosen_on"])
-    result = finding_result("zero_shot", name_studies(manifest), labels, scores, kind, thresholds, n_boot, seed, {**details, "score": kind, "thresholds": chosen})
+    result = finding_result(
+        "zero_shot",
+        name_studies(manifest),
+        labels,
+        scores,
+        kind,
+        thresholds,
+        n_boot,
+        seed,
+        {**details, "score": kind, "thresholds": chosen},
+    )
     more = [class_rows(result, ["auroc"])]
     if test_tuned:
-        tuned, weights = choose_thresholds(labels, scores, names, rule, "the measured rows"), bootstrap_weights(bootstrap_groups(manifest), n_boot, seed)
+        tuned, weights = (
+            choose_thresholds(labels, scores, names, rule, "the measured rows"),
+            bootstrap_weights(bootstrap_groups(manifest), n_boot, seed),
+        )
         values, samples = (multilabel_metrics(labels, scores, names, tuned, w) for w in (None, weights))
         wanted = [m for m in values if m.endswith("_macro") and m not in ("auroc_macro", "average_precision_macro")]
-        more.append(metric_table({m + TEST_TUNED: values[m] for m in wanted}, {m + TEST_TUNED: samples[m] for m in wanted}, values["n"]))
+        more.append(
+            metric_table(
+                {m + TEST_TUNED: values[m] for m in wanted}, {m + TEST_TUNED: samples[m] for m in wanted}, values["n"]
+            )
+        )
     result.metrics = pd.concat([result.metrics, *more], ignore_index=True)
     return result
 
@@ -253,12 +367,40 @@ def item_zero_shot(
     "Ask a model about classes or findings in any mode; raises `InputError` for unknown columns, and for a mode that it does not have"
     mode, how = check_mode(clip, mode), dict(top_k=top_k, batch_size=batch_size, num_workers=num_workers)
     one = isinstance(labels, str)
-    question = class_question(label_classes(manifest, labels, class_names), templates, prompts) if one else finding_question(labels, templates, negatives, prompts)
+    question = (
+        class_question(label_classes(manifest, labels, class_names), templates, prompts)
+        if one
+        else finding_question(labels, templates, negatives, prompts)
+    )
     details = provenance(clip, manifest, n_boot, seed) | {"prompts": question.prompts, "mode": mode}
-    answers = lambda rows: score_predictions(question, question_scores(clip, rows, question, mode, **how), clip.logit_scale)
-    if question.exclusive: return classification("zero_shot", name_studies(manifest), labels, question.classes, *answers(manifest), positive, n_boot, seed, details)
+    answers = lambda rows: score_predictions(
+        question, question_scores(clip, rows, question, mode, **how), clip.logit_scale
+    )
+    if question.exclusive:
+        return classification(
+            "zero_shot",
+            name_studies(manifest),
+            labels,
+            question.classes,
+            *answers(manifest),
+            positive,
+            n_boot,
+            seed,
+            details,
+        )
     known, of_valid = finding_labels(manifest, labels), (None, None, None)
     if valid is not None:
         check_apart(manifest, valid)
         of_valid = (valid, finding_labels(valid, labels), answers(valid)[0])
-    return findings_scored(manifest, known, answers(manifest)[0], "p" if question.absent else "cosine", *of_valid, rule, test_tuned, n_boot, seed, details)
+    return findings_scored(
+        manifest,
+        known,
+        answers(manifest)[0],
+        "p" if question.absent else "cosine",
+        *of_valid,
+        rule,
+        test_tuned,
+        n_boot,
+        seed,
+        details,
+    )

@@ -25,7 +25,10 @@ def validation_split(
 ) -> str: # Empty for none
     "The split to fit on; raises `InputError` for the one that is measured, and for a name that does not exist"
     if valid_split == "auto": return "valid" if split != "valid" and (manifest["split"] == "valid").any() else ""
-    if valid_split == split: raise InputError(f"valid_split is {split!r}, the split that is measured; what is fitted there flatters the result. Name another, or leave it empty.")
+    if valid_split == split:
+        raise InputError(
+            f"valid_split is {split!r}, the split that is measured; what is fitted there flatters the result. Name another, or leave it empty."
+        )
     return manifest.part(valid_split)["split"].iloc[0] if valid_split else ""
 
 # %% ../../nbs/evaluators/02_labels.ipynb #d2df5dd2
@@ -41,9 +44,13 @@ def label_classes(
     class_names: Sequence[str] | None = None, # Classes in the order wanted; None sorts those of the column
 ) -> list[str]: # At least two
     "The classes of a label column, in order; raises `InputError` for an unknown column or one class only"
-    if label not in rows: raise InputError(f"{rows.dataset}: no label column {label!r}. {close_matches(label, rows.columns)}")
+    if label not in rows:
+        raise InputError(f"{rows.dataset}: no label column {label!r}. {close_matches(label, rows.columns)}")
     classes = list(map(label_name, class_names or sorted(rows[label].dropna().unique())))
-    if len(classes) < 2: raise InputError(f"{rows.dataset}: column {label!r} has one class only ({classes}); there is nothing to tell apart.")
+    if len(classes) < 2:
+        raise InputError(
+            f"{rows.dataset}: column {label!r} has one class only ({classes}); there is nothing to tell apart."
+        )
     return classes
 
 # %% ../../nbs/evaluators/02_labels.ipynb #3ff87a4a
@@ -53,7 +60,9 @@ def _states(rows: Manifest, column: str) -> pd.Series:
     "1 present, 0 absent, NaN unknown; raises `InputError` for anything else"
     told = rows[column].map(lambda v: label_name(v).strip().lower(), na_action="ignore")
     if len(odd := told[told.notna() & ~told.isin(list(STATES))]):
-        raise InputError(f"{rows.dataset}: column {column!r}, row {odd.index[0]}: {rows[column].loc[odd.index[0]]!r} is neither present or absent nor 1 or 0 ({len(odd)} such rows).")
+        raise InputError(
+            f"{rows.dataset}: column {column!r}, row {odd.index[0]}: {rows[column].loc[odd.index[0]]!r} is neither present or absent nor 1 or 0 ({len(odd)} such rows)."
+        )
     return told.map(STATES).astype(float)
 
 def _listed(cell: Any) -> list[str] | None:
@@ -69,12 +78,28 @@ def finding_labels(
 ) -> pd.DataFrame: # (rows, findings) 1 present, 0 absent, NaN unknown
     "Which findings each row has; raises `InputError` for an unknown column, or a value that says neither"
     for column in columns:
-        if column not in rows: raise InputError(f"{rows.dataset}: no label column {column!r}. {close_matches(column, rows.columns)}")
+        if column not in rows:
+            raise InputError(f"{rows.dataset}: no label column {column!r}. {close_matches(column, rows.columns)}")
     cells = rows[columns[0]]
-    told = cells.map(lambda v: isinstance(v, (list, tuple, np.ndarray)) or label_name(v).strip().lower() not in STATES, na_action="ignore") if len(columns) == 1 else cells.isna()
+    told = (
+        cells.map(
+            lambda v: isinstance(v, (list, tuple, np.ndarray)) or label_name(v).strip().lower() not in STATES,
+            na_action="ignore",
+        )
+        if len(columns) == 1
+        else cells.isna()
+    )
     if len(columns) > 1 or not told.fillna(False).any(): return pd.DataFrame({c: _states(rows, c) for c in columns})
     lists = cells.map(_listed)
-    names = sorted({name for found in lists if found is not None for name in found}) if findings is None else list(findings)
+    names = (
+        sorted({name for found in lists if found is not None for name in found}) if findings is None else list(findings)
+    )
     for row, found in lists.items():
-        if odd := [name for name in found or [] if name not in names]: raise InputError(f"{rows.dataset}: column {columns[0]!r}, row {row}: {odd[0]!r} is not one of the findings. {close_matches(odd[0], names)}")
-    return pd.DataFrame({name: [np.nan if found is None else float(name in found) for found in lists] for name in names}, index=rows.index)
+        if odd := [name for name in found or [] if name not in names]:
+            raise InputError(
+                f"{rows.dataset}: column {columns[0]!r}, row {row}: {odd[0]!r} is not one of the findings. {close_matches(odd[0], names)}"
+            )
+    return pd.DataFrame(
+        {name: [np.nan if found is None else float(name in found) for found in lists] for name in names},
+        index=rows.index,
+    )

@@ -68,12 +68,15 @@ def _direction(gradient: Tensor, inverse: Tensor, pairs: UpdateHistory) -> Tenso
         shares.append((step * rest).sum() / (step * change).sum())
         rest -= shares[-1] * change
     out = rest @ inverse
-    if pairs: out *= (step_change := (pairs[-1][0] * pairs[-1][1]).sum()) / ((pairs[-1][1] @ inverse) * pairs[-1][1]).sum()
+    if pairs:
+        out *= (step_change := (pairs[-1][0] * pairs[-1][1]).sum()) / ((pairs[-1][1] @ inverse) * pairs[-1][1]).sum()
     for (step, change), share in zip(pairs, reversed(shares)):
         out += (share - (change * out).sum() / (step * change).sum()) * step
     return out
 
-def _backtrack(loss: _Loss, theta: Tensor, value: float, penalty: Tensor, move: Tensor, slope: float) -> tuple[Tensor, float, Tensor] | None:
+def _backtrack(
+    loss: _Loss, theta: Tensor, value: float, penalty: Tensor, move: Tensor, slope: float
+) -> tuple[Tensor, float, Tensor] | None:
     "Go along a direction, half as far until the loss falls enough; None when no step lowers it"
     for halvings in range(25):
         new = theta - move / 2**halvings
@@ -81,7 +84,16 @@ def _backtrack(loss: _Loss, theta: Tensor, value: float, penalty: Tensor, move: 
         if new_value <= value - 1e-4 * slope / 2**halvings + 1e-6 * abs(value): return new, new_value, gradient
 
 # %% ../../nbs/evaluators/06_logistic.ipynb #f322f30d
-def _minimise(loss: _Loss, theta: Tensor, penalty: Tensor, inverse: Tensor, pairs: UpdateHistory, tol: float, max_iter: int, memory: int = 20) -> Tensor:
+def _minimise(
+    loss: _Loss,
+    theta: Tensor,
+    penalty: Tensor,
+    inverse: Tensor,
+    pairs: UpdateHistory,
+    tol: float,
+    max_iter: int,
+    memory: int = 20,
+) -> Tensor:
     "Preconditioned L-BFGS; `pairs` are read and added to"
     value, gradient = loss(theta, penalty)
     for _ in range(max_iter):
@@ -108,17 +120,26 @@ def logistic_path(
     "Multinomial logistic regression for several strengths; raises `InputError` for a class without rows or a C that is not positive"
     Cs = sorted(map(float, Cs))
     if not Cs or Cs[0] <= 0: raise InputError(f"C must be positive, got {Cs}.")
-    if missing := set(range(classes)) - set(codes.tolist()): raise InputError(f"No row for class number {min(missing)}; leave the class out.")
+    if missing := set(range(classes)) - set(codes.tolist()):
+        raise InputError(f"No row for class number {min(missing)}; leave the class out.")
     if classes < 2: raise InputError("Logistic regression needs two classes or more.")
     weights = features.new_ones(len(features)) if weights is None else weights.to(features)
     total = float(weights.sum())
     weights = weights / total
     mean = weights @ features
     x = torch.cat([features - mean, features.new_ones(len(features), 1)], 1)
-    penalties = [(2 if classes == 2 else 1) / (C * total) * (torch.arange(x.shape[1]) < x.shape[1] - 1).to(x) for C in Cs]
+    penalties = [
+        (2 if classes == 2 else 1) / (C * total) * (torch.arange(x.shape[1]) < x.shape[1] - 1).to(x) for C in Cs
+    ]
     loss, theta, pairs, path = _Loss(x, codes, weights), x.new_zeros(classes, x.shape[1]), [], {}
-    for C, penalty, before, inverse in zip(Cs, penalties, [penalties[0], *penalties], _inverse_bounds(x, weights, penalties)):
-        pairs = [(step, change) for step, change in ((s, c + (penalty - before) * s) for s, c in pairs) if (step * change).sum() > 0]
+    for C, penalty, before, inverse in zip(
+        Cs, penalties, [penalties[0], *penalties], _inverse_bounds(x, weights, penalties)
+    ):
+        pairs = [
+            (step, change)
+            for step, change in ((s, c + (penalty - before) * s) for s, c in pairs)
+            if (step * change).sum() > 0
+        ]
         theta = _minimise(loss, theta, penalty, inverse, pairs, tol, max_iter)
         path[C] = Linear(theta[:, :-1], theta[:, -1] - theta[:, :-1] @ mean)
     return path

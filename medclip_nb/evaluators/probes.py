@@ -7,7 +7,6 @@ __all__ = ['Predict', 'Fit', 'C_GRID', 'IPCLIP', 'NEIGHBORS', 'labeled_parts', '
            'choose', 'linear_probe', 'neighbor_votes', 'knn']
 
 # %% ../../nbs/evaluators/07_probes.ipynb #06e84194
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ from torch import Tensor
 from ..core import InputError, close_matches
 from ..datasets.manifest import Manifest
 from ..embeddings.features import embed
-from ..metrics.classification import classification_metrics, label_codes
-from ..models.clip import ClipModel
 from .labels import label_classes, named_labels
 from .logistic import balanced_weights, logistic_path
-from .results import Result, classification, provenance, bootstrap_groups
+from .results import Result, bootstrap_groups, classification, provenance
+from ..metrics.classification import classification_metrics, label_codes
+from ..models.clip import ClipModel
 
 # %% ../../nbs/evaluators/07_probes.ipynb #41a80ded
 def labeled_parts(
@@ -35,11 +34,18 @@ def labeled_parts(
     classes: list[str], # Those of the training rows
 ) -> dict[str, Manifest]: # train, valid where there is one, test
     "The labelled rows of each split; raises `InputError` for a label that training has not seen or a split without labels"
-    parts = {name: rows[rows[label].notna()] for name, rows in (("train", train), ("valid", valid), ("test", test)) if rows is not None}
+    parts = {
+        name: rows[rows[label].notna()]
+        for name, rows in (("train", train), ("valid", valid), ("test", test))
+        if rows is not None
+    }
     for name, rows in parts.items():
         unseen = rows[~np.isin(named_labels(rows[label]).astype(str), classes)]
-        if len(unseen): raise InputError(f"{rows.dataset}: {len(unseen)} rows of the {name} split have labels that training has not seen, "
-                                         f"first row {unseen.index[0]} ({unseen[label].iloc[0]!r}).")
+        if len(unseen):
+            raise InputError(
+                f"{rows.dataset}: {len(unseen)} rows of the {name} split have labels that training has not seen, "
+                f"first row {unseen.index[0]} ({unseen[label].iloc[0]!r})."
+            )
         if not len(rows): raise InputError(f"{train.dataset}: no row of the {name} split has a label in {label!r}.")
     return parts
 
@@ -65,7 +71,8 @@ def _folds(y: np.ndarray, groups: np.ndarray, seed: int) -> list:
     owner = pd.factorize(pd.Series(groups, dtype=object))[0]
     owner = np.where(owner < 0, len(y) + np.arange(len(y)), owner)
     fewest = min(pd.Series(owner).groupby(y).nunique())
-    if fewest < 2: raise InputError("Choosing needs a validation split, or two groups of every class in the training split.")
+    if fewest < 2:
+        raise InputError("Choosing needs a validation split, or two groups of every class in the training split.")
     return list(StratifiedGroupKFold(min(5, fewest), shuffle=True, random_state=seed).split(y, y, owner))
 
 def balanced_accuracy_of(said: Tensor, true: Tensor) -> float:
@@ -75,7 +82,10 @@ def balanced_accuracy_of(said: Tensor, true: Tensor) -> float:
 def _held_out(fit: Fit, x: Tensor, y: Tensor, held_x: Tensor, held_y: Tensor) -> dict[float, float]:
     "Balanced accuracy of each value on held-out rows; a class without a training row is never said"
     kinds, codes = y.unique(return_inverse=True)
-    return {value: balanced_accuracy_of(kinds[scores.argmax(1)], held_y) for value, scores in fit(x, codes, len(kinds))(held_x).items()}
+    return {
+        value: balanced_accuracy_of(kinds[scores.argmax(1)], held_y)
+        for value, scores in fit(x, codes, len(kinds))(held_x).items()
+    }
 
 # %% ../../nbs/evaluators/07_probes.ipynb #b50128d6
 def choose(
@@ -87,12 +97,28 @@ def choose(
 ) -> tuple[float, dict, Predict]: # The best value; the balanced accuracy of each and where it was measured; what was fitted on all training rows
     "The value that does best on the validation rows, or else over folds of the training groups"
     predict = fit(x["train"], y["train"], int(y["train"].max()) + 1)
-    if "valid" in x: found, where = [{value: balanced_accuracy_of(scores.argmax(1), y["valid"]) for value, scores in predict(x["valid"]).items()}], "valid"
+    if "valid" in x:
+        found, where = (
+            [
+                {
+                    value: balanced_accuracy_of(scores.argmax(1), y["valid"])
+                    for value, scores in predict(x["valid"]).items()
+                }
+            ],
+            "valid",
+        )
     else:
         parts = [(torch.from_numpy(a), torch.from_numpy(b)) for a, b in _folds(y["train"].numpy(), groups, seed)]
-        found, where = [_held_out(fit, x["train"][a], y["train"][a], x["train"][b], y["train"][b]) for a, b in parts], f"{len(parts)} folds of train"
+        found, where = (
+            [_held_out(fit, x["train"][a], y["train"][a], x["train"][b], y["train"][b]) for a, b in parts],
+            f"{len(parts)} folds of train",
+        )
     path = {value: float(np.mean([scores[value] for scores in found])) for value in sorted(found[0])}
-    return max(path, key=path.get), {"path": {f"{value:.3g}": score for value, score in path.items()}, "chosen_on": where}, predict
+    return (
+        max(path, key=path.get),
+        {"path": {f"{value:.3g}": score for value, score in path.items()}, "chosen_on": where},
+        predict,
+    )
 
 # %% ../../nbs/evaluators/07_probes.ipynb #4c85781f
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
@@ -123,10 +149,21 @@ def _sgd(x: Tensor, codes: Tensor, class_weight: str | None) -> tuple[Callable, 
 # %% ../../nbs/evaluators/07_probes.ipynb #1f8536ce
 def _checked(method: str, class_weight: str | None) -> None:
     "Raise `InputError` for an unknown method or class weight"
-    if method not in ("logistic", "sgd"): raise InputError(f"Unknown method {method!r}. {close_matches(method, ('logistic', 'sgd'))}")
-    if class_weight not in ("balanced", None): raise InputError(f"class_weight must be 'balanced' or None, got {class_weight!r}.")
+    if method not in ("logistic", "sgd"):
+        raise InputError(f"Unknown method {method!r}. {close_matches(method, ('logistic', 'sgd'))}")
+    if class_weight not in ("balanced", None):
+        raise InputError(f"class_weight must be 'balanced' or None, got {class_weight!r}.")
 
-def _fit_probe(x: Mapping[str, Tensor], y: Mapping[str, Tensor], classes: int, groups: np.ndarray, method: str, Cs: Sequence[float], class_weight: str | None, seed: int) -> tuple[Callable, Callable, dict]:
+def _fit_probe(
+    x: Mapping[str, Tensor],
+    y: Mapping[str, Tensor],
+    classes: int,
+    groups: np.ndarray,
+    method: str,
+    Cs: Sequence[float],
+    class_weight: str | None,
+    seed: int,
+) -> tuple[Callable, Callable, dict]:
     "Scores, probabilities, and how they came about"
     if method == "sgd": return *_sgd(x["train"], y["train"], class_weight), {"C": None, "settings": IPCLIP}
     fit = _logistic(Cs, class_weight)
@@ -134,7 +171,11 @@ def _fit_probe(x: Mapping[str, Tensor], y: Mapping[str, Tensor], classes: int, g
     else: best, found, predict = float(Cs[0]), {"path": {}, "chosen_on": "fixed"}, fit(x["train"], y["train"], classes)
     scores = lambda features: predict(features)[best]
     edge = len(Cs) > 1 and best in (min(Cs), max(Cs))
-    return scores, lambda features: scores(features).softmax(1), {"C": best, "C_path": found["path"], "C_at_edge": edge, "chosen_on": found["chosen_on"]}
+    return (
+        scores,
+        lambda features: scores(features).softmax(1),
+        {"C": best, "C_path": found["path"], "C_at_edge": edge, "chosen_on": found["chosen_on"]},
+    )
 
 def linear_probe(
     clip: ClipModel, # Its image features are classified
@@ -158,10 +199,35 @@ def linear_probe(
     parts = labeled_parts(train, valid, test, label, classes)
     x, y = labeled_features(clip, parts, label, classes, cache, batch_size)
     if standardise := standardise and method == "logistic": x = _standardised(x)
-    scores, probabilities, chosen = _fit_probe(x, y, len(classes), bootstrap_groups(parts["train"]), method, Cs, class_weight, seed)
-    fitted = classification_metrics(named_labels(parts["train"][label]), scores(x["train"]).numpy(), classes, positive=positive)
-    details = provenance(clip, test, n_boot, seed) | {"method": method, "class_weight": class_weight, "standardised": standardise, "train_rows": len(x["train"]), "train_metrics": fitted} | chosen
-    return classification("linear_probe", parts["test"], label, classes, scores(x["test"]).numpy(), probabilities(x["test"]).numpy(), positive, n_boot, seed, details)
+    scores, probabilities, chosen = _fit_probe(
+        x, y, len(classes), bootstrap_groups(parts["train"]), method, Cs, class_weight, seed
+    )
+    fitted = classification_metrics(
+        named_labels(parts["train"][label]), scores(x["train"]).numpy(), classes, positive=positive
+    )
+    details = (
+        provenance(clip, test, n_boot, seed)
+        | {
+            "method": method,
+            "class_weight": class_weight,
+            "standardised": standardise,
+            "train_rows": len(x["train"]),
+            "train_metrics": fitted,
+        }
+        | chosen
+    )
+    return classification(
+        "linear_probe",
+        parts["test"],
+        label,
+        classes,
+        scores(x["test"]).numpy(),
+        probabilities(x["test"]).numpy(),
+        positive,
+        n_boot,
+        seed,
+        details,
+    )
 
 # %% ../../nbs/evaluators/07_probes.ipynb #f9d0bfa6
 NEIGHBORS = (1, 3, 5, 10, 20, 50)
@@ -179,7 +245,10 @@ def neighbor_votes(
     out = {k: [] for k in ks}
     for part in features.split(chunk):
         cosines, nearest = (part @ support.T).topk(min(max(ks), len(support)), dim=1)
-        votes = torch.nn.functional.one_hot(codes[nearest], classes) * ((cosines - cosines[:, :1]) / temperature).exp()[..., None]
+        votes = (
+            torch.nn.functional.one_hot(codes[nearest], classes)
+            * ((cosines - cosines[:, :1]) / temperature).exp()[..., None]
+        )
         for k in ks: out[k].append(votes[:, :k].sum(1) / votes[:, :k].sum((1, 2))[:, None])
     return {k: torch.cat(parts) for k, parts in out.items()}
 
@@ -199,7 +268,8 @@ def knn(
     seed: int = 0, # Of folds and resampling
 ) -> Result: # Probabilities are shares of the votes; details hold k and how it was chosen
     "Let the nearest training images vote on the class; raises `InputError` for one class only or a label that training has not seen"
-    if not ks or min(ks) < 1 or temperature <= 0: raise InputError(f"ks and temperature must be positive, got {list(ks)} and {temperature}.")
+    if not ks or min(ks) < 1 or temperature <= 0:
+        raise InputError(f"ks and temperature must be positive, got {list(ks)} and {temperature}.")
     classes = label_classes(train, label, None)
     parts = labeled_parts(train, valid, test, label, classes)
     x, y = labeled_features(clip, parts, label, classes, cache, batch_size)
@@ -207,5 +277,11 @@ def knn(
     if len(ks) > 1: best, found, predict = choose(fit, x, y, bootstrap_groups(parts["train"]), seed)
     else: best, found, predict = ks[0], {"path": {}, "chosen_on": "fixed"}, fit(x["train"], y["train"], len(classes))
     scores = predict(x["test"])[best].numpy()
-    details = provenance(clip, test, n_boot, seed) | {"k": best, "k_path": found["path"], "chosen_on": found["chosen_on"], "temperature": temperature, "train_rows": len(x["train"])}
+    details = provenance(clip, test, n_boot, seed) | {
+        "k": best,
+        "k_path": found["path"],
+        "chosen_on": found["chosen_on"],
+        "temperature": temperature,
+        "train_rows": len(x["train"]),
+    }
     return classification("knn", parts["test"], label, classes, scores, scores, positive, n_boot, seed, details)

@@ -27,7 +27,8 @@ def class_sentences(
     templates: Sequence[str], # Sentences with {} where the class goes
 ) -> list[list[str]]: # For each class, its sentences
     "Write every name of every class into every template; raises `InputError` for a template without {}"
-    if isinstance(templates, str) or not len(templates): raise InputError(f"Templates are a list of sentences with {{}} for the class, not {templates!r}.")
+    if isinstance(templates, str) or not len(templates):
+        raise InputError(f"Templates are a list of sentences with {{}} for the class, not {templates!r}.")
     for template in templates:
         if "{}" not in template: raise InputError(f"Template {template!r} has no {{}} for the class to go into.")
     names = [[name] if isinstance(name, str) else list(name) for name in class_names]
@@ -48,12 +49,19 @@ def finding_sentences(
 ) -> tuple[list[list[str]], list[list[str]]]: # Sentences of presence and of absence, a list each a finding; no absence at all without negatives
     "Write findings into templates and negative templates; raises `InputError` where only some have a sentence for absence"
     words = [finding_words(w) for w in findings]
-    if len(negatives) not in (0, len(templates)): raise InputError(f"{len(templates)} templates and {len(negatives)} negatives; each template needs its own.")
+    if len(negatives) not in (0, len(templates)):
+        raise InputError(f"{len(templates)} templates and {len(negatives)} negatives; each template needs its own.")
     said = class_sentences([w["present"] for w in words], templates)
     apart = [w for w in words if "absent" in w]
     if not negatives and not apart: return said, []
-    if not negatives and len(apart) < len(words): raise InputError("Some findings have words for absence and others none; give negative templates, or words to all.")
-    return said, [class_sentences([w["absent"]], templates)[0] if "absent" in w else class_sentences([w["present"]], negatives)[0] for w in words]
+    if not negatives and len(apart) < len(words):
+        raise InputError(
+            "Some findings have words for absence and others none; give negative templates, or words to all."
+        )
+    return said, [
+        class_sentences([w["absent"]], templates)[0] if "absent" in w else class_sentences([w["present"]], negatives)[0]
+        for w in words
+    ]
 
 # %% ../../nbs/evaluators/03_prompts.ipynb #c5e96e6d
 @dataclass(frozen=True)
@@ -93,24 +101,45 @@ def check_pack(
     columns: Iterable[str] | None = None, # Only these of its columns; None for all
 ) -> list[str]: # The columns
     "See that a pack has words for every label of a table; raises `InputError` naming the column, the label and the remedy"
-    how = f" It is meant for {pack.dataset!r}" + (f" with the options {json.dumps(pack.options)}." if pack.options else ".")
+    how = f" It is meant for {pack.dataset!r}" + (
+        f" with the options {json.dumps(pack.options)}." if pack.options else "."
+    )
     for column in (columns := list(columns or pack.columns)):
-        if column not in pack.columns: raise InputError(f"Pack {pack.id} has no label {column!r}. {close_matches(column, pack.columns)}")
-        if column not in manifest: raise InputError(f"Pack {pack.id} asks about a column {column!r}, which the data do not have. {close_matches(column, manifest.columns)}{how}")
+        if column not in pack.columns:
+            raise InputError(f"Pack {pack.id} has no label {column!r}. {close_matches(column, pack.columns)}")
+        if column not in manifest:
+            raise InputError(
+                f"Pack {pack.id} asks about a column {column!r}, which the data do not have. {close_matches(column, manifest.columns)}{how}"
+            )
         if pack.findings: continue
         labels = manifest[column].dropna().map(label_name)
         if len(other := labels[~labels.isin(list(pack.labels[column]))]):
-            raise InputError(f"Pack {pack.id} has no words for {other.iloc[0]!r} in column {column!r} ({len(other)} rows). {close_matches(other.iloc[0], pack.labels[column])}{how} "
-                             "Give a pack of your own with all classes, or remove the rows.")
+            raise InputError(
+                f"Pack {pack.id} has no words for {other.iloc[0]!r} in column {column!r} ({len(other)} rows). {close_matches(other.iloc[0], pack.labels[column])}{how} "
+                "Give a pack of your own with all classes, or remove the rows."
+            )
     return columns
 
 # %% ../../nbs/evaluators/03_prompts.ipynb #1257bda9
-PACK_KEYS = ("name", "version", "dataset", "origin", "source", "templates", "labels", "findings", "negatives", "positive", "options")
+PACK_KEYS = (
+    "name",
+    "version",
+    "dataset",
+    "origin",
+    "source",
+    "templates",
+    "labels",
+    "findings",
+    "negatives",
+    "positive",
+    "options",
+)
 ORIGINS = ("published", "convention")
 
 def _texts_fault(key: str, found: Any) -> str:
     "What is wrong with a list of texts, or an empty string"
-    if not isinstance(found, list) or not found or not all(isinstance(t, str) and t.strip() for t in found): return f"{key} should be a list of texts, not {found!r}"
+    if not isinstance(found, list) or not found or not all(isinstance(t, str) and t.strip() for t in found):
+        return f"{key} should be a list of texts, not {found!r}"
     twice = next((t for t in found if found.count(t) > 1), None)
     return f"{key} has {twice!r} twice" if twice else ""
 
@@ -125,9 +154,11 @@ def _classes_fault(where: str, found: Any) -> str:
     owner: dict[str, str] = {}
     for name, words in found.items():
         if not isinstance(name, str): return f"{where} has a class {name!r} that is not text; put quotes around it"
-        if fault := _texts_fault(f"{where}, class {name!r},", [words] if isinstance(words, str) else words): return fault
+        if fault := _texts_fault(f"{where}, class {name!r},", [words] if isinstance(words, str) else words):
+            return fault
         for word in [words] if isinstance(words, str) else words:
-            if owner.setdefault(word, name) != name: return f"{where} says {word!r} of {owner[word]!r} and of {name!r}, which could not be told apart"
+            if owner.setdefault(word, name) != name:
+                return f"{where} says {word!r} of {owner[word]!r} and of {name!r}, which could not be told apart"
     return ""
 
 # %% ../../nbs/evaluators/03_prompts.ipynb #df4f71ae
@@ -136,8 +167,11 @@ def _findings_fault(found: Any) -> str:
     if not isinstance(found, dict) or not found: return "findings should have a column each"
     for name, words in found.items():
         if not isinstance(name, str): return f"findings has a column {name!r} that is not text; put quotes around it"
-        if isinstance(words, dict) and set(words) != {"present", "absent"}: return f"finding {name!r} should have words for present and absent, not for {', '.join(sorted(map(str, words)))}"
-        for state, said in finding_words(words).items() if isinstance(words, (str, list, dict)) else [("present", words)]:
+        if isinstance(words, dict) and set(words) != {"present", "absent"}:
+            return f"finding {name!r} should have words for present and absent, not for {', '.join(sorted(map(str, words)))}"
+        for state, said in (
+            finding_words(words).items() if isinstance(words, (str, list, dict)) else [("present", words)]
+        ):
             if fault := _texts_fault(f"finding {name!r}, {state},", said): return fault
     return ""
 
@@ -145,26 +179,38 @@ def _positive_fault(found: Mapping[str, Any]) -> str:
     "What is wrong with the classes that count as positive"
     for column, name in found.get("positive", {}).items():
         classes = found.get("labels", {}).get(column)
-        if classes is None: return f"positive names a label {column!r}. {close_matches(column, found.get('labels', {}))}"
+        if classes is None:
+            return f"positive names a label {column!r}. {close_matches(column, found.get('labels', {}))}"
         if name not in classes: return f"positive names a class {name!r} of {column!r}. {close_matches(name, classes)}"
-        if len(classes) != 2: return f"positive names {column!r}, which has {len(classes)} classes; only one of two can be positive"
+        if len(classes) != 2:
+            return f"positive names {column!r}, which has {len(classes)} classes; only one of two can be positive"
     return ""
 
 # %% ../../nbs/evaluators/03_prompts.ipynb #9534e597
 def _pack_fault(found: Any) -> str:
     "What is wrong with the content of a pack, or an empty string"
     if not isinstance(found, dict): return "a pack is a list of keys and values"
-    if extra := [str(k) for k in found if k not in PACK_KEYS]: return f"unknown key {extra[0]!r}. {close_matches(extra[0], PACK_KEYS)}"
+    if extra := [str(k) for k in found if k not in PACK_KEYS]:
+        return f"unknown key {extra[0]!r}. {close_matches(extra[0], PACK_KEYS)}"
     if missing := [k for k in PACK_KEYS[:6] if not found.get(k)]: return f"the pack lacks {', '.join(missing)}"
-    if wrong := [k for k in PACK_KEYS[:5] if not isinstance(found[k], str)]: return f"{wrong[0]!r} should be text, not {found[wrong[0]]!r}; put quotes around a number"
-    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", found["name"]): return f"the name {found['name']!r} should be small letters, digits and single hyphens"
-    if not re.fullmatch(r"[1-9]\d*", found["version"]): return f"the version {found['version']!r} should be a whole number"
+    if wrong := [k for k in PACK_KEYS[:5] if not isinstance(found[k], str)]:
+        return f"{wrong[0]!r} should be text, not {found[wrong[0]]!r}; put quotes around a number"
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", found["name"]):
+        return f"the name {found['name']!r} should be small letters, digits and single hyphens"
+    if not re.fullmatch(r"[1-9]\d*", found["version"]):
+        return f"the version {found['version']!r} should be a whole number"
     if found["origin"] not in ORIGINS: return f"the origin should be published or convention, not {found['origin']!r}"
-    if found["dataset"] not in (known := {*card_names(), *READERS}): return f"unknown dataset {found['dataset']!r}. {close_matches(found['dataset'], known)}"
+    if found["dataset"] not in (known := {*card_names(), *READERS}):
+        return f"unknown dataset {found['dataset']!r}. {close_matches(found['dataset'], known)}"
     if bool(found.get("labels")) == bool(found.get("findings")): return "a pack has either labels or findings"
-    if "negatives" in found and not found.get("findings"): return "negatives are for findings; classes of a label exclude each other"
-    if wrong := [k for k in ("labels", "findings", "positive", "options") if not isinstance(found.get(k, {}), dict)]: return f"{wrong[0]!r} should be names with values"
-    faults = [_templates_fault("templates", found["templates"]), *(_classes_fault(f"label {k!r}", v) for k, v in found.get("labels", {}).items())]
+    if "negatives" in found and not found.get("findings"):
+        return "negatives are for findings; classes of a label exclude each other"
+    if wrong := [k for k in ("labels", "findings", "positive", "options") if not isinstance(found.get(k, {}), dict)]:
+        return f"{wrong[0]!r} should be names with values"
+    faults = [
+        _templates_fault("templates", found["templates"]),
+        *(_classes_fault(f"label {k!r}", v) for k, v in found.get("labels", {}).items()),
+    ]
     if "findings" in found: faults.append(_findings_fault(found["findings"]))
     if "negatives" in found: faults.append(_templates_fault("negatives", found["negatives"]))
     return next(filter(None, [*faults, _positive_fault(found)]), "")
@@ -176,10 +222,12 @@ def _parse_yaml(path: Path) -> Any:
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node, deep=False):
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            if twice := next((k for k in keys if keys.count(k) > 1), None): raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands twice", node.start_mark)
+            if twice := next((k for k in keys if keys.count(k) > 1), None):
+                raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands twice", node.start_mark)
             return super().construct_mapping(node, deep)
     try: return yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error: raise InputError(f"{path}: not YAML ({' '.join(str(error).split())}).") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())}).") from None
     except OSError as error: raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
 
 def read_pack(
@@ -193,8 +241,18 @@ def read_pack(
         except InputError as error: fault = str(error)
     if fault: raise InputError(f"{path}: {fault}{'' if fault[-1] in '?.' else '.'}")
     words = lambda said: [said] if isinstance(said, str) else list(said)
-    labels = {column: {name: words(said) for name, said in classes.items()} for column, classes in found.get("labels", {}).items()}
-    return Pack(**found | {"source": found["source"].strip(), "labels": labels, "findings": {name: finding_words(said) for name, said in found.get("findings", {}).items()}})
+    labels = {
+        column: {name: words(said) for name, said in classes.items()}
+        for column, classes in found.get("labels", {}).items()
+    }
+    return Pack(
+        **found
+        | {
+            "source": found["source"].strip(),
+            "labels": labels,
+            "findings": {name: finding_words(said) for name, said in found.get("findings", {}).items()},
+        }
+    )
 
 # %% ../../nbs/evaluators/03_prompts.ipynb #1b5ee399
 def pack_folder() -> Path: # Holds NAME@VERSION.yaml
@@ -211,11 +269,16 @@ def load_pack(
     if str(name).endswith((".yaml", ".yml")): return read_pack(name)
     name, _, tag = str(name).partition("@")
     wanted, there = str(version or tag), {}
-    for path in pack_folder().glob("*@*.yaml"): there.setdefault(path.stem.partition("@")[0], []).append(path.stem.partition("@")[2])
+    for path in pack_folder().glob("*@*.yaml"):
+        there.setdefault(path.stem.partition("@")[0], []).append(path.stem.partition("@")[2])
     if name not in there: raise InputError(f"No prompt pack {name!r}. {close_matches(name, there)}")
-    if wanted and wanted not in there[name]: raise InputError(f"Prompt pack {name!r} has no version {wanted!r}. There is: {', '.join(sorted(there[name], key=int))}.")
+    if wanted and wanted not in there[name]:
+        raise InputError(
+            f"Prompt pack {name!r} has no version {wanted!r}. There is: {', '.join(sorted(there[name], key=int))}."
+        )
     path = pack_folder()/f"{name}@{wanted or max(there[name], key=int)}.yaml"
-    if (pack := read_pack(path)).id != path.stem: raise InputError(f"{path}: the pack is {pack.id}; file and name should agree.")
+    if (pack := read_pack(path)).id != path.stem:
+        raise InputError(f"{path}: the pack is {pack.id}; file and name should agree.")
     return pack
 
 # %% ../../nbs/evaluators/03_prompts.ipynb #f0565c35
@@ -223,7 +286,23 @@ def list_packs(
     dataset: str | None = None, # Only those for this dataset
 ) -> pd.DataFrame: # One row a pack: name, version, dataset, kind, classes, templates, origin, source
     "Every prompt pack that comes with the package, in all versions"
-    packs = sorted((load_pack(path.stem) for path in pack_folder().glob("*@*.yaml")), key=lambda p: (p.name, int(p.version)))
-    rows = [(p.name, p.version, p.dataset, "multi-label" if p.findings else "single-label", len(p.findings) or sum(map(len, p.labels.values())),
-             len(p.templates), p.origin, p.source) for p in packs if dataset in (None, p.dataset)]
-    return pd.DataFrame(rows, columns=["name", "version", "dataset", "kind", "classes", "templates", "origin", "source"])
+    packs = sorted(
+        (load_pack(path.stem) for path in pack_folder().glob("*@*.yaml")), key=lambda p: (p.name, int(p.version))
+    )
+    rows = [
+        (
+            p.name,
+            p.version,
+            p.dataset,
+            "multi-label" if p.findings else "single-label",
+            len(p.findings) or sum(map(len, p.labels.values())),
+            len(p.templates),
+            p.origin,
+            p.source,
+        )
+        for p in packs
+        if dataset in (None, p.dataset)
+    ]
+    return pd.DataFrame(
+        rows, columns=["name", "version", "dataset", "kind", "classes", "templates", "origin", "source"]
+    )

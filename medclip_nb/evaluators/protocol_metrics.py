@@ -19,16 +19,26 @@ from scipy.sparse import csr_array
 from ..core import InputError
 from ..datasets.manifest import Manifest
 from ..datasets.studies import name_studies
-from ..metrics.curves import choose_thresholds, class_areas
-from medclip_nb.metrics.resampling import (
-    bootstrap_weights, interval, mean_defined, ratio, resample_blocks, weighted_means,
-)
 from medclip_nb.evaluators.items import (
-    TEST_TUNED, findings_scored, item_pairs, item_retrieval_result, score_predictions, right_ranks,
+    TEST_TUNED,
+    findings_scored,
+    item_pairs,
+    item_retrieval_result,
+    right_ranks,
+    score_predictions,
 )
 from .labels import finding_labels
 from .questions import Question
-from .results import Result, classification, join_results, metric_table, bootstrap_groups
+from .results import Result, bootstrap_groups, classification, join_results, metric_table
+from ..metrics.curves import choose_thresholds, class_areas
+from medclip_nb.metrics.resampling import (
+    bootstrap_weights,
+    interval,
+    mean_defined,
+    ratio,
+    resample_blocks,
+    weighted_means,
+)
 
 # %% ../../nbs/evaluators/13_protocol_metrics.ipynb #04ae77c1
 AS_PUBLISHED = "_as_published" # Ends the name of a number that repeats a published script with its slip
@@ -52,7 +62,9 @@ class Scored:
 
     def part(self, keep: np.ndarray, label: pd.Series | None = None) -> "Scored": # Some rows, with another column label if given
         rows = self.manifest[keep]
-        return replace(self, manifest=rows if label is None else rows.assign(label=label[keep]), scores=self.scores[keep])
+        return replace(
+            self, manifest=rows if label is None else rows.assign(label=label[keep]), scores=self.scores[keep]
+        )
 
 def with_published(
     result: Result, # Right numbers
@@ -60,7 +72,10 @@ def with_published(
 ) -> Result:
     "Add numbers as published where they differ from the right ones, or have none to stand beside"
     right = result.metrics.set_index("name")["value"]
-    other = [name not in right or not np.isclose(right[name], value, rtol=0, atol=1e-12, equal_nan=True) for name, value in zip(published["name"], published["value"])]
+    other = [
+        name not in right or not np.isclose(right[name], value, rtol=0, atol=1e-12, equal_nan=True)
+        for name, value in zip(published["name"], published["value"])
+    ]
     more = published[other].assign(name=lambda rows: rows["name"] + AS_PUBLISHED)
     return replace(result, metrics=pd.concat([result.metrics, more], ignore_index=True).astype({"n": int}))
 
@@ -74,7 +89,9 @@ def only(
 
 # %% ../../nbs/evaluators/13_protocol_metrics.ipynb #0fad9c58
 BRAIN_TASKS = {disease: ("normal", disease) for disease in ("stroke", "glioma", "meningioma", "metastasis")} | {
-    "tumour": ("glioma", "meningioma", "metastasis"), "disease": ("normal", "stroke", "glioma", "meningioma", "metastasis")}
+    "tumour": ("glioma", "meningioma", "metastasis"),
+    "disease": ("normal", "stroke", "glioma", "meningioma", "metastasis"),
+}
 BRAIN_PATHS = {disease: (disease, "open_bhb") for disease in ("stroke", "glioma", "meningioma")} | {
     "metastasis": ("metastasis", "nyu_mets", "ucsf_mets", "open_bhb"), "tumour": ("brats23", "nyu_mets", "ucsf_mets")}
 TWO_WAY = ("balanced_accuracy", "f1_weighted", "recall", "precision", "auroc")
@@ -85,10 +102,27 @@ def _brain_task(scored: Scored, classes: Sequence[str]) -> Result:
     from scipy.special import softmax
     cosines = scored.scores[:, [scored.question.classes.index(c) for c in classes]].astype(float)
     p, two = softmax(scored.scale * cosines, axis=1), len(classes) == 2
-    result = classification("zero_shot", name_studies(scored.manifest), "label", list(classes), cosines if two else p, p, classes[-1] if two else None, scored.n_boot, scored.seed, scored.details)
+    result = classification(
+        "zero_shot",
+        name_studies(scored.manifest),
+        "label",
+        list(classes),
+        cosines if two else p,
+        p,
+        classes[-1] if two else None,
+        scored.n_boot,
+        scored.seed,
+        scored.details,
+    )
     if not two: return only(result, MANY_WAY)
     disease = result.details["per_class"][1]
-    more = pd.DataFrame([(m, disease[m], disease[f"{m}_low"], disease[f"{m}_high"], result.metrics["n"].max()) for m in ("recall", "precision")], columns=list(result.metrics))
+    more = pd.DataFrame(
+        [
+            (m, disease[m], disease[f"{m}_low"], disease[f"{m}_high"], result.metrics["n"].max())
+            for m in ("recall", "precision")
+        ],
+        columns=list(result.metrics),
+    )
     return only(replace(result, metrics=pd.concat([result.metrics, more])), TWO_WAY)
 
 def _by_path(scored: Scored, task: str) -> tuple[np.ndarray, pd.Series]:
@@ -110,18 +144,32 @@ def brain_result(
         if keep.any(): found[task] = _brain_task(scored.part(keep), classes)
         if not (by_path and scored.as_published and task in BRAIN_PATHS): continue
         keep, label = _by_path(scored, task)
-        if keep.any(): published.append(_brain_task(scored.part(keep, label), classes).metrics.assign(name=lambda rows: task + "/" + rows["name"]))
-    if not found: raise InputError(f"{scored.manifest.dataset}: no row has one of the labels {', '.join(BRAIN_TASKS['disease'])}.")
+        if keep.any():
+            published.append(
+                _brain_task(scored.part(keep, label), classes).metrics.assign(
+                    name=lambda rows: task + "/" + rows["name"]
+                )
+            )
+    if not found:
+        raise InputError(
+            f"{scored.manifest.dataset}: no row has one of the labels {', '.join(BRAIN_TASKS['disease'])}."
+        )
     result = join_results(found)
-    if len(found) == 1: result = replace(result, metrics=result.metrics.assign(name=next(iter(found)) + "/" + result.metrics["name"]))
-    result.details |= {"left_out": [task for task in BRAIN_TASKS if task not in found], "headline": [f"{task}/balanced_accuracy" for task in found]}
+    if len(found) == 1:
+        result = replace(result, metrics=result.metrics.assign(name=next(iter(found)) + "/" + result.metrics["name"]))
+    result.details |= {
+        "left_out": [task for task in BRAIN_TASKS if task not in found],
+        "headline": [f"{task}/balanced_accuracy" for task in found],
+    }
     return with_published(result, pd.concat(published)) if published else result
 
 # %% ../../nbs/evaluators/13_protocol_metrics.ipynb #0df1dd77
 def _area_rows(labels: pd.DataFrame, scores: np.ndarray, weights: np.ndarray, n: int) -> pd.DataFrame:
     "finding/auroc and their mean, as rows of metrics"
     once, many = (class_areas(labels, scores, w)[0] for w in (None, weights))
-    values = {f"{name}/auroc": (a[0], b) for name, a, b in zip(labels, once.T, many.T)} | {"auroc_macro": (mean_defined(once)[0], mean_defined(many))}
+    values = {f"{name}/auroc": (a[0], b) for name, a, b in zip(labels, once.T, many.T)} | {
+        "auroc_macro": (mean_defined(once)[0], mean_defined(many))
+    }
     return metric_table({k: v for k, (v, _) in values.items()}, {k: s for k, (_, s) in values.items()}, n)
 
 def areas_result(
@@ -131,11 +179,15 @@ def areas_result(
 ) -> Result: # Metrics auroc_macro, average_precision_macro and finding/auroc
     "An area under the ROC curve for each finding, and their mean"
     names = scored.question.classes
-    labels, answers = finding_labels(scored.manifest, names), score_predictions(scored.question, scored.scores, scored.scale)[0]
+    labels, answers = (
+        finding_labels(scored.manifest, names),
+        score_predictions(scored.question, scored.scores, scored.scale)[0],
+    )
     how = dict(n_boot=scored.n_boot, seed=scored.seed, details=scored.details)
     result = findings_scored(scored.manifest, labels, answers, "p" if scored.question.absent else "cosine", **how)
     result.details["headline"], taken = ["auroc_macro"], np.ones(len(labels), bool)
-    if first_scans and {"study", "series"} <= set(scored.manifest): taken = ~scored.manifest["study"].duplicated().to_numpy()
+    if first_scans and {"study", "series"} <= set(scored.manifest):
+        taken = ~scored.manifest["study"].duplicated().to_numpy()
     if not scored.as_published or taken.all() and not exchanged: return result
     theirs = labels.rename(columns=dict(zip(exchanged, reversed(exchanged))))[names][taken]
     return with_published(result, _area_rows(theirs, answers[taken], scored.weights[:, taken], len(theirs)))
@@ -154,9 +206,17 @@ def called_metrics(
     sums = [block.T @ kinds for block in resample_blocks(weights)]
     tp, positives, fp, negatives = np.split(np.concatenate(sums) if sums else np.empty((0, kinds.shape[1])), 4, axis=1)
     tn, all_of_them = negatives - fp, positives + negatives
-    f1 = [np.nan_to_num(ratio(2 * right, called_so + there)) for right, called_so, there in ((tp, tp + fp, positives), (tn, all_of_them - tp - fp, negatives))]
-    values = {"accuracy": ratio(tp + tn, all_of_them), "balanced_accuracy": (ratio(tp, positives) + ratio(tn, negatives)) / 2,
-              "f1_weighted": ratio(positives * f1[0] + negatives * f1[1], all_of_them), "recall": ratio(tp, positives), "precision": ratio(tp, tp + fp)}
+    f1 = [
+        np.nan_to_num(ratio(2 * right, called_so + there))
+        for right, called_so, there in ((tp, tp + fp, positives), (tn, all_of_them - tp - fp, negatives))
+    ]
+    values = {
+        "accuracy": ratio(tp + tn, all_of_them),
+        "balanced_accuracy": (ratio(tp, positives) + ratio(tn, negatives)) / 2,
+        "f1_weighted": ratio(positives * f1[0] + negatives * f1[1], all_of_them),
+        "recall": ratio(tp, positives),
+        "precision": ratio(tp, tp + fp),
+    }
     return {name: value * usable for name, value in values.items()}
 
 # %% ../../nbs/evaluators/13_protocol_metrics.ipynb #69dc075d
@@ -164,19 +224,31 @@ def _called(labels: pd.DataFrame, called: np.ndarray, weights: np.ndarray, zero:
     "Means over the findings, and the findings; undefined values are left out, or count zero"
     once, many = (called_metrics(labels.to_numpy(), called, w) for w in (np.ones((1, len(labels))), weights))
     if zero: once, many = ({m: np.nan_to_num(v) for m, v in found.items()} for found in (once, many))
-    rows = metric_table({f"{m}_macro": mean_defined(once[m])[0] for m in CALLED}, {f"{m}_macro": mean_defined(many[m]) for m in CALLED}, len(labels))
-    table = {m: once[m][0] for m in CALLED} | {f"{m}{end}": [interval(s)[i] for s in many[m].T] for m in CALLED for i, end in enumerate(("_low", "_high"))}
+    rows = metric_table(
+        {f"{m}_macro": mean_defined(once[m])[0] for m in CALLED},
+        {f"{m}_macro": mean_defined(many[m]) for m in CALLED},
+        len(labels),
+    )
+    table = {m: once[m][0] for m in CALLED} | {
+        f"{m}{end}": [interval(s)[i] for s in many[m].T] for m in CALLED for i, end in enumerate(("_low", "_high"))
+    }
     return rows, pd.DataFrame(table, index=pd.Index(labels.columns, name="class"))
 
 def _over(scores: np.ndarray, limits: np.ndarray) -> np.ndarray: # 1, 0, NaN without a limit
     return np.where(np.isnan(limits), np.nan, scores >= limits)
 
-def _tuned(labels: pd.DataFrame, scores: np.ndarray, weights: np.ndarray, grid: np.ndarray) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def _tuned(
+    labels: pd.DataFrame, scores: np.ndarray, weights: np.ndarray, grid: np.ndarray
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     "As published: thresholds from the measured rows, above a step of the grid; the true balanced accuracy beside; and the findings"
-    limits = choose_thresholds(labels, scores, list(labels), "corner", "the measured rows", np.nextafter(grid, np.inf))["value"]
+    limits = choose_thresholds(labels, scores, list(labels), "corner", "the measured rows", np.nextafter(grid, np.inf))[
+        "value"
+    ]
     rows, table = _called(labels, _over(scores, limits.to_numpy()), weights, zero=True)
     honest = rows[rows["name"] == "balanced_accuracy_macro"].assign(name="balanced_accuracy_macro" + TEST_TUNED)
-    published = rows[rows["name"] != "balanced_accuracy_macro"].replace({"name": {"accuracy_macro": "balanced_accuracy_macro"}})
+    published = rows[rows["name"] != "balanced_accuracy_macro"].replace(
+        {"name": {"accuracy_macro": "balanced_accuracy_macro"}}
+    )
     return published, honest, table.assign(threshold=limits)
 
 # %% ../../nbs/evaluators/13_protocol_metrics.ipynb #ebfe714a
@@ -188,14 +260,36 @@ def threshold_result(
     names, valid = scored.question.classes, scored.valid
     answer = lambda cosines: score_predictions(scored.question, cosines, scored.scale)[0]
     labels, scores, weights = finding_labels(scored.manifest, names), answer(scored.scores), scored.weights
-    of_valid = (valid, finding_labels(valid, names), answer(scored.valid_scores)) if valid is not None else (None, None, None)
-    result = findings_scored(scored.manifest, labels, scores, "p" if scored.question.absent else "cosine", *of_valid, "corner", False, scored.n_boot, scored.seed, scored.details)
-    parts, per_class = [result.metrics[result.metrics["name"].str.contains("auroc|average_precision")]], pd.DataFrame(result.details["per_class"]).set_index("class")
+    of_valid = (
+        (valid, finding_labels(valid, names), answer(scored.valid_scores)) if valid is not None else (None, None, None)
+    )
+    result = findings_scored(
+        scored.manifest,
+        labels,
+        scores,
+        "p" if scored.question.absent else "cosine",
+        *of_valid,
+        "corner",
+        False,
+        scored.n_boot,
+        scored.seed,
+        scored.details,
+    )
+    parts, per_class = (
+        [result.metrics[result.metrics["name"].str.contains("auroc|average_precision")]],
+        pd.DataFrame(result.details["per_class"]).set_index("class"),
+    )
     if valid is not None:
         rows, table = _called(labels, _over(scores, per_class["threshold"].to_numpy()), weights)
         parts, per_class = [*parts, rows], per_class[[c for c in per_class if c not in table]].join(table)
-    if scored.question.absent: parts.append(_called(labels, (scores > 0.5).astype(float), weights)[0].assign(name=lambda rows: rows["name"] + "_argmax"))
-    result.details |= {"headline": ["auroc_macro"] + ["balanced_accuracy_macro"] * (valid is not None), "per_class": per_class.reset_index().to_dict("records")}
+    if scored.question.absent:
+        parts.append(
+            _called(labels, (scores > 0.5).astype(float), weights)[0].assign(name=lambda rows: rows["name"] + "_argmax")
+        )
+    result.details |= {
+        "headline": ["auroc_macro"] + ["balanced_accuracy_macro"] * (valid is not None),
+        "per_class": per_class.reset_index().to_dict("records"),
+    }
     if not scored.as_published: return replace(result, metrics=pd.concat(parts, ignore_index=True))
     published, honest, table = _tuned(labels, scores, weights, grid)
     result.details["as_published"] = table.reset_index().to_dict("records")
@@ -207,7 +301,18 @@ def scenes_result(
 ) -> Result: # accuracy, top5_accuracy, mean_rank
     "One of many classes by cosine"
     cosines, p = score_predictions(scored.question, scored.scores, scored.scale)
-    result = classification("zero_shot", name_studies(scored.manifest), "label", scored.question.classes, cosines, p, None, scored.n_boot, scored.seed, scored.details)
+    result = classification(
+        "zero_shot",
+        name_studies(scored.manifest),
+        "label",
+        scored.question.classes,
+        cosines,
+        p,
+        None,
+        scored.n_boot,
+        scored.seed,
+        scored.details,
+    )
     result.details["headline"] = ["accuracy", "mean_rank"]
     return only(result, ("accuracy", "top5_accuracy", "mean_rank"))
 
@@ -218,14 +323,27 @@ def bootstrap_means(
 ) -> pd.DataFrame: # name, value, low, high, n
     "Means with intervals, as rows of metrics"
     many = weighted_means(np.stack(list(columns.values()), 1), weights)
-    return metric_table({k: float(np.mean(v)) for k, v in columns.items()}, dict(zip(columns, many.T)), weights.shape[1])
+    return metric_table(
+        {k: float(np.mean(v)) for k, v in columns.items()}, dict(zip(columns, many.T)), weights.shape[1]
+    )
 
-def _published_ranks(right_numbers: pd.DataFrame, scored: Scored, right: csr_array, ks: Sequence[int], from_zero: bool) -> pd.DataFrame:
+def _published_ranks(
+    right_numbers: pd.DataFrame, scored: Scored, right: csr_array, ks: Sequence[int], from_zero: bool
+) -> pd.DataFrame:
     "Ranks as published scripts count them"
     ranks, metrics, rows = right_ranks(scored.scores.T, right.T.tocsr()), right_numbers.set_index("name"), []
-    single = bootstrap_means({f"text_to_image_R@{k}": ranks["rank"].to_numpy() <= k for k in ks}, scored.weights[:, ranks["answer"]])
-    changed = {f"image_to_text_{m}": lambda v: v - 1 for m in ("mean_item_rank", "mean_worst_rank")} if from_zero else {f"{way}_median_rank": np.floor for way in ("image_to_text", "text_to_image")}
-    for name, change in changed.items(): rows.append({"name": name, **metrics.loc[name], **{k: change(metrics.loc[name, k]) for k in ("value", "low", "high")}})
+    single = bootstrap_means(
+        {f"text_to_image_R@{k}": ranks["rank"].to_numpy() <= k for k in ks}, scored.weights[:, ranks["answer"]]
+    )
+    changed = (
+        {f"image_to_text_{m}": lambda v: v - 1 for m in ("mean_item_rank", "mean_worst_rank")}
+        if from_zero
+        else {f"{way}_median_rank": np.floor for way in ("image_to_text", "text_to_image")}
+    )
+    for name, change in changed.items():
+        rows.append(
+            {"name": name, **metrics.loc[name], **{k: change(metrics.loc[name, k]) for k in ("value", "low", "high")}}
+        )
     return pd.concat([single, pd.DataFrame(rows)], ignore_index=True)
 
 # %% ../../nbs/evaluators/13_protocol_metrics.ipynb #3536013f
@@ -238,7 +356,21 @@ def retrieval_result(
 ) -> Result: # R@k, MRR, mean, median and worst rank, COMPLETE@k
     "Retrieval of texts and images in both directions"
     texts, right = item_pairs(scored.manifest, column)
-    found = item_retrieval_result(scored.scores, scored.manifest, texts, right, ks, complete_ks, 5, scored.n_boot, scored.seed, scored.details)
-    ends = [*(f"R@{k}" for k in ks), "MRR", "mean_rank", "median_rank", "mean_item_rank", "mean_worst_rank", *(f"COMPLETE@{k}" for k in complete_ks)]
+    found = item_retrieval_result(
+        scored.scores, scored.manifest, texts, right, ks, complete_ks, 5, scored.n_boot, scored.seed, scored.details
+    )
+    ends = [
+        *(f"R@{k}" for k in ks),
+        "MRR",
+        "mean_rank",
+        "median_rank",
+        "mean_item_rank",
+        "mean_worst_rank",
+        *(f"COMPLETE@{k}" for k in complete_ks),
+    ]
     result = only(found, [f"{way}_{end}" for way in ("image_to_text", "text_to_image") for end in ends])
-    return with_published(result, _published_ranks(found.metrics, scored, right, ks, from_zero)) if scored.as_published else result
+    return (
+        with_published(result, _published_ranks(found.metrics, scored, right, ks, from_zero))
+        if scored.as_published
+        else result
+    )

@@ -17,16 +17,22 @@ import pandas as pd
 
 from ..core import InputError, close_matches
 from ..datasets.manifest import Manifest
-from ..models.clip import ClipModel
 from .items import check_apart, item_pairs, question_scores
 from .labels import finding_labels
 from .prompts import check_pack, load_pack
 from medclip_nb.evaluators.protocol_metrics import (
-    AS_PUBLISHED, Scored, areas_result, brain_result, retrieval_result, scenes_result, threshold_result,
+    AS_PUBLISHED,
+    Scored,
+    areas_result,
+    brain_result,
+    retrieval_result,
+    scenes_result,
+    threshold_result,
 )
 from .questions import Question, pack_questions
 from .results import Result, provenance
 from .scores import check_mode, item_scores
+from ..models.clip import ClipModel
 
 # %% ../../nbs/evaluators/14_protocols.ipynb #08f4182f
 @dataclass(frozen=True)
@@ -53,34 +59,83 @@ class Protocol:
     def record(self) -> dict[str, Any]:
         "What a report keeps of it"
         return {key: getattr(self, key) for key in ("name", "dataset", "task", "source")} | {
-            "mode_as_published": self.mode, "pack": load_pack(self.pack).record() if self.pack else None, "departures": list(self.departures), "suffix_as_published": AS_PUBLISHED}
+            "mode_as_published": self.mode,
+            "pack": load_pack(self.pack).record() if self.pack else None,
+            "departures": list(self.departures),
+            "suffix_as_published": AS_PUBLISHED,
+        }
 
 # %% ../../nbs/evaluators/14_protocols.ipynb #7a67d356
 ITEMIZED, HLIP = "ItemizedCLIP (arXiv 2512.11141)", "HLIP (arXiv 2505.21862)"
 RAW = "Texts and image tokens meet the pooling as in training; the published script normalises both first, which changes cosines in the fourth decimal."
 LABELS = "Labels are found by the name of their column, not by its number."
 EMPTY = "Precision is undefined where nothing is called; it is left out of means here, and counts zero as published."
-TUNED = ("Thresholds come from validation rows of other patients (every score that occurs is tried); without such rows, nothing that needs a threshold is reported. "
-         f"The script tunes them on the measured labels: metrics that end in {AS_PUBLISHED}.")
-BALANCED = (f"What the script calls balanced accuracy after tuning is plain accuracy: balanced_accuracy_macro{AS_PUBLISHED}; "
-            "the balanced accuracy at the same thresholds is balanced_accuracy_macro_test_tuned.")
-ONCE = (f"Equal texts are one text, right for all its images. The script counts every occurrence, with one right image each: text_to_image_R@k{AS_PUBLISHED}. "
-        "The larger gallery that images meet there is not repeated here.")
+TUNED = (
+    "Thresholds come from validation rows of other patients (every score that occurs is tried); without such rows, nothing that needs a threshold is reported. "
+    f"The script tunes them on the measured labels: metrics that end in {AS_PUBLISHED}."
+)
+BALANCED = (
+    f"What the script calls balanced accuracy after tuning is plain accuracy: balanced_accuracy_macro{AS_PUBLISHED}; "
+    "the balanced accuracy at the same thresholds is balanced_accuracy_macro_test_tuned."
+)
+ONCE = (
+    f"Equal texts are one text, right for all its images. The script counts every occurrence, with one right image each: text_to_image_R@k{AS_PUBLISHED}. "
+    "The larger gallery that images meet there is not repeated here."
+)
 LEVEL = "A wrong answer level with a right one is half ahead; the script takes the order of its sort."
 
 # %% ../../nbs/evaluators/14_protocols.ipynb #fffbc6f4
-_BRAIN = dict(dataset="pub-brain-5", source=ITEMIZED, pack="pub-brain-5-itemized", measure=brain_result, task="four diseases against normal, three tumours, five classes",
-              metrics="balanced accuracy, weighted F1, recall, precision, AUROC; balanced accuracy of 3 and 5 classes",
-              departures=(RAW, "Weighted F1 and macro AUROC (one against the rest, on the softmax) of the 3- and 5-way tasks are added.", EMPTY))
-_BRAIN_HLIP = _BRAIN | dict(source=HLIP, pack="pub-brain-5-hlip", measure=partial(brain_result, by_path=True), mode="global", scaled=True, departures=(
-    f"Rows of a task are chosen by label; the script chooses by a part of the path, with open_bhb for normal: metrics that end in {AS_PUBLISHED}.",
-    "One template stands for the ensemble of the script.", "Weighted F1 of the 3- and 5-way tasks is added.", EMPTY))
-_CHEST = dict(thresholds=True, metrics="AUROC and, at a threshold, accuracy, balanced accuracy, weighted F1, recall, precision: means over findings")
-_CHEST_HLIP = _CHEST | dict(source=HLIP, mode="global", scaled=True, measure=partial(threshold_result, grid=np.linspace(0, 1, 100)),
-                            departures=("Metrics that end in _argmax call a finding more likely than its absence, as the script also does.", TUNED, BALANCED, EMPTY))
-_CAPTIONS = dict(column="captions", task="captions of images, images of captions", metrics="R@1, 5, 10, 50, 100, mean and median rank, mean rank of the worst caption", source=ITEMIZED,
-                 measure=partial(retrieval_result, column="captions", ks=(1, 5, 10, 50, 100)), options={"rows": "images"},
-                 departures=(RAW, ONCE, f"The script takes the floor of the median: median_rank{AS_PUBLISHED}.", LEVEL))
+_BRAIN = dict(
+    dataset="pub-brain-5",
+    source=ITEMIZED,
+    pack="pub-brain-5-itemized",
+    measure=brain_result,
+    task="four diseases against normal, three tumours, five classes",
+    metrics="balanced accuracy, weighted F1, recall, precision, AUROC; balanced accuracy of 3 and 5 classes",
+    departures=(
+        RAW,
+        "Weighted F1 and macro AUROC (one against the rest, on the softmax) of the 3- and 5-way tasks are added.",
+        EMPTY,
+    ),
+)
+_BRAIN_HLIP = _BRAIN | dict(
+    source=HLIP,
+    pack="pub-brain-5-hlip",
+    measure=partial(brain_result, by_path=True),
+    mode="global",
+    scaled=True,
+    departures=(
+        f"Rows of a task are chosen by label; the script chooses by a part of the path, with open_bhb for normal: metrics that end in {AS_PUBLISHED}.",
+        "One template stands for the ensemble of the script.",
+        "Weighted F1 of the 3- and 5-way tasks is added.",
+        EMPTY,
+    ),
+)
+_CHEST = dict(
+    thresholds=True,
+    metrics="AUROC and, at a threshold, accuracy, balanced accuracy, weighted F1, recall, precision: means over findings",
+)
+_CHEST_HLIP = _CHEST | dict(
+    source=HLIP,
+    mode="global",
+    scaled=True,
+    measure=partial(threshold_result, grid=np.linspace(0, 1, 100)),
+    departures=(
+        "Metrics that end in _argmax call a finding more likely than its absence, as the script also does.",
+        TUNED,
+        BALANCED,
+        EMPTY,
+    ),
+)
+_CAPTIONS = dict(
+    column="captions",
+    task="captions of images, images of captions",
+    metrics="R@1, 5, 10, 50, 100, mean and median rank, mean rank of the worst caption",
+    source=ITEMIZED,
+    measure=partial(retrieval_result, column="captions", ks=(1, 5, 10, 50, 100)),
+    options={"rows": "images"},
+    departures=(RAW, ONCE, f"The script takes the floor of the median: median_rank{AS_PUBLISHED}.", LEVEL),
+)
 
 # %% ../../nbs/evaluators/14_protocols.ipynb #7f6da73d
 _ALL = (
@@ -88,27 +143,96 @@ _ALL = (
     Protocol("pub-brain-5-gt", **_BRAIN, options={"gt": True}),
     Protocol("pub-brain-5-hlip", **_BRAIN_HLIP),
     Protocol("pub-brain-5-gt-hlip", **_BRAIN_HLIP, options={"gt": True}),
-    Protocol("rsna", "rsna-ich", "haemorrhage and four of its kinds", "AUROC of each finding, and the mean", ITEMIZED, partial(areas_result, first_scans=True), "rsna-ich-itemized", departures=(
-        RAW, LABELS, f"Every scan is a row, and those of a study are resampled together; the script takes the first scan of each study: metrics that end in {AS_PUBLISHED}.",
-        "The published number is of training, validation and test studies together: give all splits.")),
-    Protocol("cq500", "cq500", "haemorrhage, five of its kinds, two sides, midline shift, mass effect", "AUROC of each finding, and the mean", ITEMIZED,
-             partial(areas_result, exchanged=("MidlineShift", "MassEffect")), "cq500-itemized",
-             departures=(RAW, f"{LABELS} The script scores midline shift against the labels of mass effect and the other way round: metrics that end in {AS_PUBLISHED}.",
-                         "Where the readers have no majority, a finding is unknown and left out.")),
-    Protocol("ct-rate", "ct-rate", "16 findings", source=ITEMIZED, measure=partial(threshold_result, grid=np.linspace(-1, 1, 1000)),
-             pack="ct-rate-itemized", departures=(RAW, TUNED, BALANCED, EMPTY), **_CHEST),
-    Protocol("rad-chestct", "rad-chestct", "15 findings", source=ITEMIZED, measure=partial(threshold_result, grid=np.linspace(-1, 1, 4000)),
-             pack="rad-chestct-itemized", departures=(RAW, TUNED, BALANCED, EMPTY), **_CHEST),
+    Protocol(
+        "rsna",
+        "rsna-ich",
+        "haemorrhage and four of its kinds",
+        "AUROC of each finding, and the mean",
+        ITEMIZED,
+        partial(areas_result, first_scans=True),
+        "rsna-ich-itemized",
+        departures=(
+            RAW,
+            LABELS,
+            f"Every scan is a row, and those of a study are resampled together; the script takes the first scan of each study: metrics that end in {AS_PUBLISHED}.",
+            "The published number is of training, validation and test studies together: give all splits.",
+        ),
+    ),
+    Protocol(
+        "cq500",
+        "cq500",
+        "haemorrhage, five of its kinds, two sides, midline shift, mass effect",
+        "AUROC of each finding, and the mean",
+        ITEMIZED,
+        partial(areas_result, exchanged=("MidlineShift", "MassEffect")),
+        "cq500-itemized",
+        departures=(
+            RAW,
+            f"{LABELS} The script scores midline shift against the labels of mass effect and the other way round: metrics that end in {AS_PUBLISHED}.",
+            "Where the readers have no majority, a finding is unknown and left out.",
+        ),
+    ),
+    Protocol(
+        "ct-rate",
+        "ct-rate",
+        "16 findings",
+        source=ITEMIZED,
+        measure=partial(threshold_result, grid=np.linspace(-1, 1, 1000)),
+        pack="ct-rate-itemized",
+        departures=(RAW, TUNED, BALANCED, EMPTY),
+        **_CHEST,
+    ),
+    Protocol(
+        "rad-chestct",
+        "rad-chestct",
+        "15 findings",
+        source=ITEMIZED,
+        measure=partial(threshold_result, grid=np.linspace(-1, 1, 4000)),
+        pack="rad-chestct-itemized",
+        departures=(RAW, TUNED, BALANCED, EMPTY),
+        **_CHEST,
+    ),
     Protocol("ct-rate-hlip", "ct-rate", "16 findings, each against its absence", pack="ct-rate-hlip", **_CHEST_HLIP),
-    Protocol("rad-chestct-hlip", "rad-chestct", "15 findings, each against its absence", pack="rad-chestct-hlip", **_CHEST_HLIP),
-    Protocol("rsicd-30", "rsicd", "30 kinds of scenes", "accuracy, accuracy among five, mean rank", ITEMIZED, scenes_result, "rsicd-itemized",
-             departures=(RAW, "The mean direction of both sentences gets the mean length of their features.", LEVEL, "Images of unknown kind abstain.")),
+    Protocol(
+        "rad-chestct-hlip",
+        "rad-chestct",
+        "15 findings, each against its absence",
+        pack="rad-chestct-hlip",
+        **_CHEST_HLIP,
+    ),
+    Protocol(
+        "rsicd-30",
+        "rsicd",
+        "30 kinds of scenes",
+        "accuracy, accuracy among five, mean rank",
+        ITEMIZED,
+        scenes_result,
+        "rsicd-itemized",
+        departures=(
+            RAW,
+            "The mean direction of both sentences gets the mean length of their features.",
+            LEVEL,
+            "Images of unknown kind abstain.",
+        ),
+    ),
     Protocol("coco", "coco-captions", **_CAPTIONS),
     Protocol("flickr", "flickr30k", **_CAPTIONS),
-    Protocol("item-retrieval", "any with items", "items of reports for images, images for items", "R@1, 10, 100, mean rank of all items and of the worst, COMPLETE@10, 100, 1000", ITEMIZED,
-             partial(retrieval_result, column="items", ks=(1, 10, 100), complete_ks=(10, 100, 1000), from_zero=True), column="items",
-             departures=(RAW, ONCE, f"Ranks count from 1; the script counts from 0: mean_item_rank{AS_PUBLISHED} and mean_worst_rank{AS_PUBLISHED}.", LEVEL,
-                         "All items are ranked; the script keeps seven an image.")),
+    Protocol(
+        "item-retrieval",
+        "any with items",
+        "items of reports for images, images for items",
+        "R@1, 10, 100, mean rank of all items and of the worst, COMPLETE@10, 100, 1000",
+        ITEMIZED,
+        partial(retrieval_result, column="items", ks=(1, 10, 100), complete_ks=(10, 100, 1000), from_zero=True),
+        column="items",
+        departures=(
+            RAW,
+            ONCE,
+            f"Ranks count from 1; the script counts from 0: mean_item_rank{AS_PUBLISHED} and mean_worst_rank{AS_PUBLISHED}.",
+            LEVEL,
+            "All items are ranked; the script keeps seven an image.",
+        ),
+    ),
 )
 PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in _ALL}
 
@@ -116,8 +240,13 @@ PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in _ALL}
 def list_protocols() -> pd.DataFrame: # One row a protocol: name, dataset, options, task, classes, pack, mode, metrics, source
     "Every published evaluation that `evaluate_protocol` knows"
     classes = lambda p: len(p.question.classes) if p.pack else 0
-    rows = [(p.name, p.dataset, dict(p.options), p.task, classes(p), p.pack, p.mode, p.metrics, p.source) for p in PROTOCOLS.values()]
-    return pd.DataFrame(rows, columns=["name", "dataset", "options", "task", "classes", "pack", "mode", "metrics", "source"])
+    rows = [
+        (p.name, p.dataset, dict(p.options), p.task, classes(p), p.pack, p.mode, p.metrics, p.source)
+        for p in PROTOCOLS.values()
+    ]
+    return pd.DataFrame(
+        rows, columns=["name", "dataset", "options", "task", "classes", "pack", "mode", "metrics", "source"]
+    )
 
 # %% ../../nbs/evaluators/14_protocols.ipynb #7eb532e8
 def find_protocol(
@@ -133,14 +262,17 @@ def check_protocol(
     valid: Manifest | None = None, # Validation rows
 ) -> None:
     "Raise `InputError` where rows lack what a protocol needs, before any is scored"
-    if valid is not None and not protocol.thresholds: raise InputError(f"Protocol {protocol.name!r} chooses no thresholds; leave valid out.")
+    if valid is not None and not protocol.thresholds:
+        raise InputError(f"Protocol {protocol.name!r} chooses no thresholds; leave valid out.")
     if valid is not None: check_apart(manifest, valid)
     for rows in (manifest,) if valid is None else (manifest, valid):
         if protocol.pack: check_pack(pack := load_pack(protocol.pack), rows)
         if protocol.pack and pack.findings: finding_labels(rows, pack.columns)
     if "by_path" in getattr(protocol.measure, "keywords", {}) and "study" not in manifest:
-        raise InputError(f"Protocol {protocol.name!r} needs a column 'study' with the path of each study, which {manifest.dataset} lacks. "
-                         f"Read the data with load_manifest({protocol.dataset!r}, ...).")
+        raise InputError(
+            f"Protocol {protocol.name!r} needs a column 'study' with the path of each study, which {manifest.dataset} lacks. "
+            f"Read the data with load_manifest({protocol.dataset!r}, ...)."
+        )
 
 # %% ../../nbs/evaluators/14_protocols.ipynb #aed80f9a
 def protocol_result(
@@ -161,9 +293,22 @@ def protocol_result(
     question = protocol.question
     for rows, found in ((manifest, scores), (valid, valid_scores)) if protocol.pack else ():
         width = len(question.present) + len(question.absent)
-        if rows is not None and np.shape(found) != (len(rows), width): raise InputError(f"Protocol {name!r} needs scores ({len(rows)}, {width}), got {np.shape(found)}.")
-    return protocol.measure(Scored(manifest, scores, question, scale if protocol.scaled else 1.0, valid, valid_scores, as_published, n_boot, seed,
-                                   {**details, "protocol": protocol.record()} | ({"prompts": question.prompts} if question else {})))
+        if rows is not None and np.shape(found) != (len(rows), width):
+            raise InputError(f"Protocol {name!r} needs scores ({len(rows)}, {width}), got {np.shape(found)}.")
+    return protocol.measure(
+        Scored(
+            manifest,
+            scores,
+            question,
+            scale if protocol.scaled else 1.0,
+            valid,
+            valid_scores,
+            as_published,
+            n_boot,
+            seed,
+            {**details, "protocol": protocol.record()} | ({"prompts": question.prompts} if question else {}),
+        )
+    )
 
 # %% ../../nbs/evaluators/14_protocols.ipynb #32d2f8d5
 def evaluate_protocol(
@@ -181,8 +326,26 @@ def evaluate_protocol(
 ) -> Result: # As from `protocol_result`
     "Evaluate a model as published; raises `InputError` for an unknown protocol, rows that do not fit, or a mode that the model does not have"
     protocol = find_protocol(name)
-    mode, how = check_mode(clip, mode or protocol.mode), dict(top_k=top_k, batch_size=batch_size, num_workers=num_workers)
+    mode, how = (
+        check_mode(clip, mode or protocol.mode),
+        dict(top_k=top_k, batch_size=batch_size, num_workers=num_workers),
+    )
     check_protocol(protocol, manifest, valid)
-    ask = lambda rows: question_scores(clip, rows, protocol.question, mode, **how) if protocol.pack else item_scores(clip, rows, item_pairs(rows, protocol.column)[0], mode, **how)
+    ask = lambda rows: (
+        question_scores(clip, rows, protocol.question, mode, **how)
+        if protocol.pack
+        else item_scores(clip, rows, item_pairs(rows, protocol.column)[0], mode, **how)
+    )
     details = provenance(clip, manifest, n_boot, seed) | {"mode": mode} | ({"top_k": top_k} if mode == "top-k" else {})
-    return protocol_result(name, manifest, ask(manifest), clip.logit_scale, valid, None if valid is None else ask(valid), as_published, n_boot, seed, details)
+    return protocol_result(
+        name,
+        manifest,
+        ask(manifest),
+        clip.logit_scale,
+        valid,
+        None if valid is None else ask(valid),
+        as_published,
+        n_boot,
+        seed,
+        details,
+    )

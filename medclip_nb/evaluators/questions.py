@@ -35,7 +35,10 @@ class PromptSpec:
         if not self.multilabel: return self
         found = list(finding_labels(manifest, self.columns, self.findings))
         for name in self.prompts:
-            if name not in found: raise InputError(f"Prompts name a finding {name!r} that the data do not have. {close_matches(name, found)}")
+            if name not in found:
+                raise InputError(
+                    f"Prompts name a finding {name!r} that the data do not have. {close_matches(name, found)}"
+                )
         return replace(self, findings=found)
 
 # %% ../../nbs/evaluators/04_questions.ipynb #5a6a8abc
@@ -50,17 +53,39 @@ def prompt_spec(
 ) -> PromptSpec:
     "Bring the parameters of an experiment into one form; raises `InputError` for words beside a pack"
     if not pack:
-        if negatives and not multilabel: raise InputError("Negatives are for findings: set multilabel, or leave them out.")
-        return PromptSpec(list(labels), list(templates), dict(prompts or {}), list(negatives), dict(positive or {}), multilabel)
-    if prompts or negatives: raise InputError(f"Pack {pack!r} brings its own words; leave prompts and negatives out, or write a pack of your own.")
+        if negatives and not multilabel:
+            raise InputError("Negatives are for findings: set multilabel, or leave them out.")
+        return PromptSpec(
+            list(labels), list(templates), dict(prompts or {}), list(negatives), dict(positive or {}), multilabel
+        )
+    if prompts or negatives:
+        raise InputError(
+            f"Pack {pack!r} brings its own words; leave prompts and negatives out, or write a pack of your own."
+        )
     found = load_pack(pack)
     columns = found.columns if list(labels) == ["label"] else list(labels)
     for column in columns:
-        if column not in found.columns: raise InputError(f"Pack {found.id} has no label {column!r}. {close_matches(column, found.columns)}")
+        if column not in found.columns:
+            raise InputError(f"Pack {found.id} has no label {column!r}. {close_matches(column, found.columns)}")
     facts = found.record() | {"file": found.id if not str(pack).endswith((".yaml", ".yml")) else str(pack)}
-    if found.findings: return PromptSpec(columns, found.templates, {c: found.findings[c] for c in columns}, found.negatives, multilabel=True, findings=columns, pack=facts)
-    return PromptSpec(columns, found.templates, {c: found.labels[c] for c in columns}, positive={**found.positive, **(positive or {})},
-                   classes={c: list(found.labels[c]) for c in columns}, pack=facts)
+    if found.findings:
+        return PromptSpec(
+            columns,
+            found.templates,
+            {c: found.findings[c] for c in columns},
+            found.negatives,
+            multilabel=True,
+            findings=columns,
+            pack=facts,
+        )
+    return PromptSpec(
+        columns,
+        found.templates,
+        {c: found.labels[c] for c in columns},
+        positive={**found.positive, **(positive or {})},
+        classes={c: list(found.labels[c]) for c in columns},
+        pack=facts,
+    )
 
 # %% ../../nbs/evaluators/04_questions.ipynb #56ee3dfa
 @dataclass(frozen=True)
@@ -101,7 +126,8 @@ def finding_question(
 def _written(classes: Sequence[str], prompts: Mapping[str, Any] | None) -> list:
     "What is written for each class"
     for name in prompts or {}:
-        if name not in classes: raise InputError(f"Prompts name a class {name!r} that there is not. {close_matches(name, classes)}")
+        if name not in classes:
+            raise InputError(f"Prompts name a class {name!r} that there is not. {close_matches(name, classes)}")
     return [(prompts or {}).get(c, c) for c in classes]
 
 # %% ../../nbs/evaluators/04_questions.ipynb #0007c2b8
@@ -111,7 +137,9 @@ def pack_questions(
 ) -> dict[str, Question]: # By label column; findings are one question, named ''
     "The questions of a prompt pack; raises `InputError` for a column that it does not ask about"
     for column in columns or ():
-        if column not in pack.columns: raise InputError(f"Pack {pack.id} has no label {column!r}. {close_matches(column, pack.columns)}")
+        if column not in pack.columns:
+            raise InputError(f"Pack {pack.id} has no label {column!r}. {close_matches(column, pack.columns)}")
     wanted = [c for c in pack.columns if columns is None or c in columns]
-    if pack.findings: return {"": finding_question(wanted, pack.templates, pack.negatives, {c: pack.findings[c] for c in wanted})}
+    if pack.findings:
+        return {"": finding_question(wanted, pack.templates, pack.negatives, {c: pack.findings[c] for c in wanted})}
     return {c: class_question(list(pack.labels[c]), pack.templates, pack.labels[c]) for c in wanted}

@@ -19,11 +19,11 @@ import pandas as pd
 
 from ..core import InputError, atomic_path, close_matches, write_json
 from ..datasets.manifest import Manifest
+from .labels import named_labels
 from ..metrics.classification import classification_metrics, per_class_metrics
 from ..metrics.multilabel import multilabel_metrics, multilabel_table
 from ..metrics.resampling import bootstrap_weights, interval
 from ..models.clip import ClipModel
-from .labels import named_labels
 
 # %% ../../nbs/evaluators/01_results.ipynb #adf81dae
 SCHEMA = 1
@@ -50,26 +50,48 @@ class Result:
     def save(self, out_dir: str | Path) -> None:
         "Write metrics.json and predictions.parquet"
         out_dir = Path(out_dir)
-        metrics = {row["name"]: {k: row[k] for k in ("value", "low", "high", "n")} for row in self.metrics.to_dict("records")}
-        with atomic_path(out_dir/"predictions.parquet") as path: pd.DataFrame(self.predictions).to_parquet(path, index=False)
-        write_json(out_dir/"metrics.json", {"schema": SCHEMA, "task": self.task, "metrics": metrics, "details": self.details})
+        metrics = {
+            row["name"]: {k: row[k] for k in ("value", "low", "high", "n")} for row in self.metrics.to_dict("records")
+        }
+        with atomic_path(out_dir/"predictions.parquet") as path:
+            pd.DataFrame(self.predictions).to_parquet(path, index=False)
+        write_json(
+            out_dir / "metrics.json", {"schema": SCHEMA, "task": self.task, "metrics": metrics, "details": self.details}
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> "Result":
         "Read what `save` wrote; raises `InputError` where there is no result"
         folder = Path(folder)
-        if not (folder/"metrics.json").is_file(): raise InputError(f"{folder}: no metrics.json; is it the folder of a finished run?")
+        if not (folder/"metrics.json").is_file():
+            raise InputError(f"{folder}: no metrics.json; is it the folder of a finished run?")
         found = json.loads((folder/"metrics.json").read_text(encoding="utf-8"))
-        rows = [{"name": name, **{k: np.nan if v is None else v for k, v in row.items()}} for name, row in found["metrics"].items()]
-        return cls(found["task"], pd.DataFrame(rows, columns=["name", "value", "low", "high", "n"]), pd.read_parquet(folder/"predictions.parquet"), found["details"])
+        rows = [
+            {"name": name, **{k: np.nan if v is None else v for k, v in row.items()}}
+            for name, row in found["metrics"].items()
+        ]
+        return cls(
+            found["task"],
+            pd.DataFrame(rows, columns=["name", "value", "low", "high", "n"]),
+            pd.read_parquet(folder / "predictions.parquet"),
+            found["details"],
+        )
 
-    def __repr__(self) -> str: return f"{self.task}, {len(self.predictions)} predictions\n{self.metrics.round(3).to_string(index=False)}"
+    def __repr__(self) -> str:
+        return f"{self.task}, {len(self.predictions)} predictions\n{self.metrics.round(3).to_string(index=False)}"
 
     def _repr_html_(self) -> str:
         show = lambda v: "–" if pd.isna(v) else f"{v:.3f}" if abs(v) < 100 else f"{v:.0f}"
-        rows = [f"<tr><th style='text-align:left'>{html.escape(r['name'].replace('_', ' '))}</th><td>{show(r['value'])}</td>"
-                f"<td>{'–' if pd.isna(r['low']) else show(r['low']) + ' to ' + show(r['high'])}</td><td>{r['n']:.0f}</td></tr>" for r in self.metrics.to_dict("records")]
-        return "<table><thead><tr><th></th><th>value</th><th>95 % interval</th><th>n</th></tr></thead><tbody>" + "".join(rows) + "</tbody></table>"
+        rows = [
+            f"<tr><th style='text-align:left'>{html.escape(r['name'].replace('_', ' '))}</th><td>{show(r['value'])}</td>"
+            f"<td>{'–' if pd.isna(r['low']) else show(r['low']) + ' to ' + show(r['high'])}</td><td>{r['n']:.0f}</td></tr>"
+            for r in self.metrics.to_dict("records")
+        ]
+        return (
+            "<table><thead><tr><th></th><th>value</th><th>95 % interval</th><th>n</th></tr></thead><tbody>"
+            + "".join(rows)
+            + "</tbody></table>"
+        )
 
 # %% ../../nbs/evaluators/01_results.ipynb #065377d1
 def metric_table(
@@ -94,7 +116,11 @@ def skipped_rows(
 ) -> dict: # counts by kind, and the rows themselves
     "What was left out of a manifest, for the record of a run"
     rows = manifest.skipped
-    return {"rows": len(rows), "kinds": pd.Series([r["kind"] for r in rows], dtype=str).value_counts().to_dict(), "list": rows[:most]}
+    return {
+        "rows": len(rows),
+        "kinds": pd.Series([r["kind"] for r in rows], dtype=str).value_counts().to_dict(),
+        "list": rows[:most],
+    }
 
 def provenance(
     clip: ClipModel, # The model that was asked
@@ -103,9 +129,19 @@ def provenance(
     seed: int, # Of the resampling
 ) -> dict: # Data, model, precision, seeds
     "What produced a result"
-    return {"dataset": manifest.dataset, "split": sorted(set(manifest["split"])), "manifest": manifest.fingerprint(), "rows": len(manifest), "skipped": skipped_rows(manifest), "read": manifest.read,
-            "model": clip.spec, "weights": clip.weights_hash(), "precision": clip.precision, "seed": seed,
-            "bootstrap": {"resamples": n_boot, "unit": "group" if "group" in manifest else "row"}}
+    return {
+        "dataset": manifest.dataset,
+        "split": sorted(set(manifest["split"])),
+        "manifest": manifest.fingerprint(),
+        "rows": len(manifest),
+        "skipped": skipped_rows(manifest),
+        "read": manifest.read,
+        "model": clip.spec,
+        "weights": clip.weights_hash(),
+        "precision": clip.precision,
+        "seed": seed,
+        "bootstrap": {"resamples": n_boot, "unit": "group" if "group" in manifest else "row"},
+    }
 
 # %% ../../nbs/evaluators/01_results.ipynb #a0275173
 def classification(
@@ -127,10 +163,25 @@ def classification(
     samples = classification_metrics(true, scores, classes, weights, positive=positive)
     predicted = np.array(classes)[scores.argmax(1)]
     known = rows[label].notna().to_numpy()
-    predictions = pd.DataFrame({"row": rows.index, "image": rows["image"].to_numpy(), "group": bootstrap_groups(rows).astype(str), "label": true, "predicted": predicted,
-                                "correct": np.where(known, predicted == true, None), **{f"p({c})": p for c, p in zip(classes, probabilities.T)}})
+    predictions = pd.DataFrame(
+        {
+            "row": rows.index,
+            "image": rows["image"].to_numpy(),
+            "group": bootstrap_groups(rows).astype(str),
+            "label": true,
+            "predicted": predicted,
+            "correct": np.where(known, predicted == true, None),
+            **{f"p({c})": p for c, p in zip(classes, probabilities.T)},
+        }
+    )
     table = per_class_metrics(true, scores, classes, weights).reset_index()
-    chance = {"classes": classes, "chance": 1 / len(classes), "label": label, "unlabelled": int((~known).sum()), "per_class": table.to_dict("records")}
+    chance = {
+        "classes": classes,
+        "chance": 1 / len(classes),
+        "label": label,
+        "unlabelled": int((~known).sum()),
+        "per_class": table.to_dict("records"),
+    }
     if len(classes) == 2: chance["positive"] = positive or classes[-1]
     return Result(task, metric_table(values, samples, int(values["n"])), predictions, {**details, **chance})
 
@@ -148,15 +199,29 @@ def finding_result(
 ) -> Result: # Predictions hold true(finding), the score and, with thresholds, predicted(finding)
     "Metrics with intervals and predictions of findings that do not exclude each other; raises `InputError` where none is known"
     names, weights = list(labels), bootstrap_weights(bootstrap_groups(rows), n_boot, seed)
-    if not labels.notna().any(axis=None): raise InputError(f"{rows.dataset}: none of the findings is known in any row; check the names of the columns.")
+    if not labels.notna().any(axis=None):
+        raise InputError(f"{rows.dataset}: none of the findings is known in any row; check the names of the columns.")
     values, samples = (multilabel_metrics(labels, scores, names, thresholds, w) for w in (None, weights))
     judged = {name.removesuffix("_classes"): values.pop(name) for name in list(values) if name.endswith("_classes")}
     table = multilabel_table(labels, scores, names, thresholds, weights)
     cells = {f"true({c})": labels[c].to_numpy() for c in names} | {f"{kind}({c})": s for c, s in zip(names, scores.T)}
-    if thresholds is not None: cells |= {f"predicted({c})": np.where(np.isnan(t), np.nan, s >= t) for c, s, t in zip(names, scores.T, table["threshold"])}
-    predictions = pd.DataFrame({"row": rows.index, "image": rows["image"].to_numpy(), "group": bootstrap_groups(rows).astype(str), **cells})
-    facts = {"classes": names, "multilabel": True, "judged": judged, "unlabelled": int(labels.isna().all(axis=1).sum()), "per_class": table.reset_index().to_dict("records"),
-             "chance": {"auroc_macro": 0.5}, "headline": ["auroc_macro", "average_precision_macro"]}
+    if thresholds is not None:
+        cells |= {
+            f"predicted({c})": np.where(np.isnan(t), np.nan, s >= t)
+            for c, s, t in zip(names, scores.T, table["threshold"])
+        }
+    predictions = pd.DataFrame(
+        {"row": rows.index, "image": rows["image"].to_numpy(), "group": bootstrap_groups(rows).astype(str), **cells}
+    )
+    facts = {
+        "classes": names,
+        "multilabel": True,
+        "judged": judged,
+        "unlabelled": int(labels.isna().all(axis=1).sum()),
+        "per_class": table.reset_index().to_dict("records"),
+        "chance": {"auroc_macro": 0.5},
+        "headline": ["auroc_macro", "average_precision_macro"],
+    }
     return Result(task, metric_table(values, samples, values["n"]), predictions, {**details, **facts})
 
 # %% ../../nbs/evaluators/01_results.ipynb #bb7bdeb7
@@ -165,11 +230,31 @@ def join_results(
 ) -> Result: # Metrics named `label/metric`, predictions with a column `task_label`
     "Put results on several label columns together; one alone keeps its names"
     if len(results) == 1: return next(iter(results.values()))
-    metrics = pd.concat([r.metrics.assign(name=[f"{label}/{name}" for name in r.metrics["name"]]) for label, r in results.items()], ignore_index=True)
+    metrics = pd.concat(
+        [r.metrics.assign(name=[f"{label}/{name}" for name in r.metrics["name"]]) for label, r in results.items()],
+        ignore_index=True,
+    )
     predictions = pd.concat([r.predictions.assign(task_label=label) for label, r in results.items()], ignore_index=True)
-    own = ("classes", "chance", "label", "unlabelled", "positive", "per_class", "prompts", "sensitivity", "calibration", "C", "C_path")
+    own = (
+        "classes",
+        "chance",
+        "label",
+        "unlabelled",
+        "positive",
+        "per_class",
+        "prompts",
+        "sensitivity",
+        "calibration",
+        "C",
+        "C_path",
+    )
     parts = list(results.items())
     shared = {k: v for k, v in parts[0][1].details.items() if k not in own}
     details = shared | {"labels": {label: {k: r.details[k] for k in own if k in r.details} for label, r in parts}}
-    details["headline"] = [f"{label}/{name}" for label, r in parts for name in ("balanced_accuracy", "auroc") if name in set(r.metrics["name"])]
+    details["headline"] = [
+        f"{label}/{name}"
+        for label, r in parts
+        for name in ("balanced_accuracy", "auroc")
+        if name in set(r.metrics["name"])
+    ]
     return Result(parts[0][1].task, metrics, predictions, details)

@@ -25,7 +25,10 @@ def _sentence_features(clip: ClipModel, sentences: Sequence[str], batch_size: in
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
     parts = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     with clip.inference():
-        found = [clip.forward_texts(clip.tokenize([sentences[i] for i in part], clip.long_text)).float().cpu() for part in progress(parts, desc="encoding texts", unit="batch")]
+        found = [
+            clip.forward_texts(clip.tokenize([sentences[i] for i in part], clip.long_text)).float().cpu()
+            for part in progress(parts, desc="encoding texts", unit="batch")
+        ]
     return torch.cat(found)[torch.tensor(order).argsort()]
 
 def text_queries(
@@ -35,8 +38,15 @@ def text_queries(
 ) -> Tensor: # (m, d) float32 on the CPU, not normalised
     "One feature a text; raises `InputError` where there is none"
     said = [[text] if isinstance(text, str) else list(text) for text in texts]
-    if not said or not all(said): raise InputError("There is no text to compare images with." if not said else f"Text {said.index([])} of {len(said)} has no sentence.")
-    features = _sentence_features(clip, [s for group in said for s in group], batch_size).split([len(group) for group in said])
+    if not said or not all(said):
+        raise InputError(
+            "There is no text to compare images with."
+            if not said
+            else f"Text {said.index([])} of {len(said)} has no sentence."
+        )
+    features = _sentence_features(clip, [s for group in said for s in group], batch_size).split(
+        [len(group) for group in said]
+    )
     mean = lambda part: F.normalize(F.normalize(part, dim=1).mean(0), dim=0) * part.norm(dim=1).mean()
     return torch.stack([part[0] if len(part) == 1 else mean(part) for part in features])
 
@@ -52,10 +62,13 @@ def check_mode(
     mode = mode or ("global" if clip.pooling is None else "text-conditioned")
     if mode not in MODES: raise InputError(f"Unknown mode {mode!r}. {close_matches(mode, MODES)}")
     if mode != "global" and clip.pooling is None:
-        raise InputError(f"Model {clip.spec!r} has no text-conditioned pooling for mode {mode!r}. Use mode='global', which compares one feature an image.")
+        raise InputError(
+            f"Model {clip.spec!r} has no text-conditioned pooling for mode {mode!r}. Use mode='global', which compares one feature an image."
+        )
     return mode
 
-def _cosines(features: Tensor, queries: Tensor) -> Tensor: return F.normalize(features.float(), dim=1) @ F.normalize(queries, dim=1).T
+def _cosines(features: Tensor, queries: Tensor) -> Tensor:
+    return F.normalize(features.float(), dim=1) @ F.normalize(queries, dim=1).T
 
 # %% ../../nbs/evaluators/10_scores.ipynb #80ea0904
 @torch.no_grad()
@@ -73,14 +86,22 @@ def item_scores(
     "Every image with every text; raises `InputError` for a mode that the model does not have"
     mode, how = check_mode(clip, mode), dict(batch_size=batch_size, num_workers=num_workers)
     queries = (texts if isinstance(texts, Tensor) else text_queries(clip, texts)).to(clip.device, torch.float32)
-    if queries.ndim != 2 or queries.shape[1] != clip.dim: raise InputError(f"texts should be (m, {clip.dim}) features, got {tuple(queries.shape)}.")
+    if queries.ndim != 2 or queries.shape[1] != clip.dim:
+        raise InputError(f"texts should be (m, {clip.dim}) features, got {tuple(queries.shape)}.")
     scores, kept = np.empty((len(manifest), len(queries)), np.float32), None
     if mode == "top-k" and per != "image":
-        positions, features = zip(*((rows, features.float()) for rows, features, _ in encoded_images(clip, manifest, tokens=False, **how)))
+        positions, features = zip(
+            *((rows, features.float()) for rows, features, _ in encoded_images(clip, manifest, tokens=False, **how))
+        )
         kept = top_candidates(torch.cat(features)[torch.cat(positions).argsort()], queries, top_k, per).cpu()
     for rows, features, tokens in encoded_images(clip, manifest, tokens=mode != "global", **how):
-        if mode == "top-k": own = top_candidates(features.float(), queries, top_k, per) if kept is None else kept[rows].to(clip.device)
-        found = _cosines(features, queries) if mode == "global" else item_similarity(tokens, queries, clip.pooling, chunk, own if mode == "top-k" else None)
+        if mode == "top-k":
+            own = top_candidates(features.float(), queries, top_k, per) if kept is None else kept[rows].to(clip.device)
+        found = (
+            _cosines(features, queries)
+            if mode == "global"
+            else item_similarity(tokens, queries, clip.pooling, chunk, own if mode == "top-k" else None)
+        )
         if mode == "top-k": found = torch.where(own, found, _cosines(features, queries) - BELOW)
         scores[rows] = found.cpu().numpy()
     return scores

@@ -13,9 +13,9 @@ import pandas as pd
 
 from ..core import InputError, close_matches
 from ..datasets.manifest import Manifest
-from ..metrics.significance import subgroup_table
 from .differences import OUTCOMES, balanced_accuracy, classes_of
 from .results import Result
+from ..metrics.significance import subgroup_table
 
 # %% ../../nbs/evaluators/16_subgroup_tables.ipynb #e413d635
 def with_columns(
@@ -25,11 +25,15 @@ def with_columns(
 ) -> pd.DataFrame: # The predictions with those columns
     "Predictions with columns of the manifest; raises `InputError` for an unknown column or another table"
     for column in columns:
-        if column not in manifest: raise InputError(f"{manifest.dataset}: no column {column!r}. {close_matches(column, manifest.columns)}")
+        if column not in manifest:
+            raise InputError(f"{manifest.dataset}: no column {column!r}. {close_matches(column, manifest.columns)}")
     rows = result.predictions
     other = ~rows["row"].isin(manifest.index).to_numpy()
     other[~other] = manifest["image"].reindex(rows["row"][~other]).to_numpy() != rows["image"][~other].to_numpy()
-    if other.any(): raise InputError(f"{other.sum()} of {len(rows)} predictions are not of this table, first row {rows['row'][other].iloc[0]} ({rows['image'][other].iloc[0]!r}). Load the manifest that was measured.")
+    if other.any():
+        raise InputError(
+            f"{other.sum()} of {len(rows)} predictions are not of this table, first row {rows['row'][other].iloc[0]} ({rows['image'][other].iloc[0]!r}). Load the manifest that was measured."
+        )
     found = manifest.loc[rows["row"], list(columns)]
     return rows.assign(**{column: found[column].to_numpy() for column in columns})
 
@@ -42,7 +46,13 @@ def _measures(result: Result, rows: pd.DataFrame, label: str) -> Iterator[tuple[
     classes, _ = classes_of(result, label)
     if not classes or not {"label", "predicted"} <= set(rows): return
     code = lambda part, column: pd.Categorical(part[column], classes).codes
-    yield "balanced_accuracy", rows[rows["label"].isin(classes)], lambda part, weights: balanced_accuracy(np.stack([code(part, "label"), code(part, "predicted")], 1), weights, len(classes))
+    yield (
+        "balanced_accuracy",
+        rows[rows["label"].isin(classes)],
+        lambda part, weights: balanced_accuracy(
+            np.stack([code(part, "label"), code(part, "predicted")], 1), weights, len(classes)
+        ),
+    )
 
 def subgroups(
     result: Result, # Of a classification or a retrieval

@@ -22,16 +22,16 @@ from torch import Tensor
 
 from ..datasets.manifest import Manifest
 from ..embeddings.features import embed
+from .labels import finding_labels, label_classes, named_labels
+from .prompts import class_sentences
+from .questions import PromptSpec, Question, class_question, finding_question
+from .results import Result, bootstrap_groups, classification, finding_result, provenance
 from ..metrics.calibration import Temperature, calibration_metrics, fit_temperature, reliability_table
 from ..metrics.classification import classification_metrics
 from ..metrics.curves import choose_thresholds
 from ..metrics.multilabel import multilabel_metrics
 from ..metrics.resampling import bootstrap_weights, interval
 from ..models.clip import ClipModel
-from .labels import finding_labels, label_classes, named_labels
-from .prompts import class_sentences
-from .questions import Question, PromptSpec, class_question, finding_question
-from .results import Result, classification, finding_result, provenance, bootstrap_groups
 
 # %% ../../nbs/evaluators/05_zero_shot_classification.ipynb #122ddfd0
 @dataclass(frozen=True)
@@ -46,9 +46,16 @@ class TextClassifier:
         template: int | None = None, # Position of the one template to use; None uses all
     ) -> tuple[Tensor, Tensor | None]: # (classes, d) unit-norm each
         "One embedding a class, and one for its absence"
-        step, count = slice(template, None, len(self.question.templates) if template is not None else 1), lambda said: [len(s) for s in said]
-        mean = lambda features, said: F.normalize(torch.stack([part[step].mean(0) for part in features.split(count(said))]), dim=-1)
-        return mean(self.present, self.question.present), None if self.absent is None else mean(self.absent, self.question.absent)
+        step, count = (
+            slice(template, None, len(self.question.templates) if template is not None else 1),
+            lambda said: [len(s) for s in said],
+        )
+        mean = lambda features, said: F.normalize(
+            torch.stack([part[step].mean(0) for part in features.split(count(said))]), dim=-1
+        )
+        return mean(self.present, self.question.present), None if self.absent is None else mean(
+            self.absent, self.question.absent
+        )
 
     def scores(self,
         images: np.ndarray, # (n, d) unit-norm float32
@@ -95,7 +102,10 @@ def calibration_record(
 ) -> dict[str, Any]: # ece, brier and nll with value, low and high, and the table of the reliability diagram
     "How far probabilities can be taken at their word, for a report"
     once, many = (calibration_metrics(y_true, probabilities, classes, w) for w in (None, weights))
-    found = {name: {"value": once[name], **dict(zip(("low", "high"), interval(many[name])))} for name in ("ece", "brier", "nll")}
+    found = {
+        name: {"value": once[name], **dict(zip(("low", "high"), interval(many[name])))}
+        for name in ("ece", "brier", "nll")
+    }
     return found | {"table": reliability_table(y_true, probabilities, classes, weights=weights).to_dict("records")}
 
 def validation_temperature(
@@ -108,7 +118,9 @@ def validation_temperature(
     labels, classes = named_labels(manifest[label]), asked.question.classes
     labels = np.where(np.isin(labels.astype(str), classes), labels, None)
     if all(v is None for v in labels): return None
-    return fit_temperature(labels, asked.scale * asked.ranking(images), classes, " and ".join(sorted(set(manifest["split"]))))
+    return fit_temperature(
+        labels, asked.scale * asked.ranking(images), classes, " and ".join(sorted(set(manifest["split"])))
+    )
 
 # %% ../../nbs/evaluators/05_zero_shot_classification.ipynb #beb951e3
 def zero_shot(
@@ -131,15 +143,29 @@ def zero_shot(
     asked, images = encode_question(clip, question), embed(clip, manifest, cache, batch_size, texts=False).images
     scores, probabilities = asked.scores(images)
     details = provenance(clip, manifest, n_boot, seed) | {"prompts": question.prompts}
-    result = classification("zero_shot", manifest, label, question.classes, scores, probabilities, positive, n_boot, seed, details)
+    result = classification(
+        "zero_shot", manifest, label, question.classes, scores, probabilities, positive, n_boot, seed, details
+    )
     true, weights = named_labels(manifest[label]), bootstrap_weights(bootstrap_groups(manifest), n_boot, seed)
-    measure = lambda scores: [classification_metrics(true, scores, question.classes, w, positive) for w in (None, weights)]
-    if sensitivity: result.details["sensitivity"] = prompt_sensitivity(asked, images, measure, ("balanced_accuracy", "auroc_macro"))
-    temperature = None if valid is None else validation_temperature(asked, embed(clip, valid, cache, batch_size, texts=False).images, valid, label)
+    measure = lambda scores: [
+        classification_metrics(true, scores, question.classes, w, positive) for w in (None, weights)
+    ]
+    if sensitivity:
+        result.details["sensitivity"] = prompt_sensitivity(asked, images, measure, ("balanced_accuracy", "auroc_macro"))
+    temperature = (
+        None
+        if valid is None
+        else validation_temperature(asked, embed(clip, valid, cache, batch_size, texts=False).images, valid, label)
+    )
     kept = {"before": calibration_record(true, probabilities, question.classes, weights)}
-    if temperature: kept["after"] = calibration_record(true, temperature(asked.scale * scores), question.classes, weights)
+    if temperature:
+        kept["after"] = calibration_record(true, temperature(asked.scale * scores), question.classes, weights)
     result.details["calibration"] = {"temperature": temperature and asdict(temperature), **kept}
-    rows = [{"name": name, **kept[key]["ece"], "n": result.metrics["n"].max()} for key, name in (("before", "ece"), ("after", "ece_calibrated")) if key in kept]
+    rows = [
+        {"name": name, **kept[key]["ece"], "n": result.metrics["n"].max()}
+        for key, name in (("before", "ece"), ("after", "ece_calibrated"))
+        if key in kept
+    ]
     result.metrics = pd.concat([result.metrics, pd.DataFrame(rows)], ignore_index=True)
     return result
 
@@ -157,7 +183,11 @@ def prompt_sensitivity(
         value, own = (whole, samples) if place is None else measure(asked.ranking(images, place))
         for m in metrics:
             row = {"template": name, "metric": m, "value": value[m], **dict(zip(("low", "high"), interval(own[m])))}
-            if place is not None: row |= {"change": value[m] - whole[m], **dict(zip(("change_low", "change_high"), interval(own[m] - samples[m])))}
+            if place is not None:
+                row |= {
+                    "change": value[m] - whole[m],
+                    **dict(zip(("change_low", "change_high"), interval(own[m] - samples[m]))),
+                }
             rows.append(row)
     return rows
 
@@ -184,14 +214,34 @@ def zero_shot_findings(
     features = lambda rows: embed(clip, rows, cache, batch_size, texts=False).images
     images, thresholds, chosen = features(manifest), None, None
     if valid is not None:
-        chosen = {"rule": rule, "chosen_on": " and ".join(sorted(set(valid["split"]))), "rows": len(valid), "manifest": valid.fingerprint()}
-        thresholds = choose_thresholds(finding_labels(valid, columns, list(labels)), asked.ranking(features(valid)), list(labels), rule, chosen["chosen_on"])
+        chosen = {
+            "rule": rule,
+            "chosen_on": " and ".join(sorted(set(valid["split"]))),
+            "rows": len(valid),
+            "manifest": valid.fingerprint(),
+        }
+        thresholds = choose_thresholds(
+            finding_labels(valid, columns, list(labels)),
+            asked.ranking(features(valid)),
+            list(labels),
+            rule,
+            chosen["chosen_on"],
+        )
     kind = "cosine" if asked.absent is None else "p"
-    details = provenance(clip, manifest, n_boot, seed) | {"prompts": asked.question.prompts, "score": kind, "thresholds": chosen}
-    result = finding_result("zero_shot", manifest, labels, asked.ranking(images), kind, thresholds, n_boot, seed, details)
+    details = provenance(clip, manifest, n_boot, seed) | {
+        "prompts": asked.question.prompts,
+        "score": kind,
+        "thresholds": chosen,
+    }
+    result = finding_result(
+        "zero_shot", manifest, labels, asked.ranking(images), kind, thresholds, n_boot, seed, details
+    )
     weights = bootstrap_weights(bootstrap_groups(manifest), n_boot, seed)
     measure = lambda scores: [multilabel_metrics(labels, scores, list(labels), None, w) for w in (None, weights)]
-    if sensitivity: result.details["sensitivity"] = prompt_sensitivity(asked, images, measure, ("auroc_macro", "average_precision_macro"))
+    if sensitivity:
+        result.details["sensitivity"] = prompt_sensitivity(
+            asked, images, measure, ("auroc_macro", "average_precision_macro")
+        )
     return result
 
 # %% ../../nbs/evaluators/05_zero_shot_classification.ipynb #1ca6c2c4
@@ -207,8 +257,19 @@ def run_zero_shot(
 ) -> dict[str, Result]: # By label column; findings are one, named 'findings'
     "One result for each question of a wording"
     how = {"cache": cache, "n_boot": n_boot, "seed": seed, "valid": valid, "sensitivity": sensitivity}
-    if words.multilabel: found = {"findings": zero_shot_findings(clip, rows, words.columns, words.templates, words.negatives, words.prompts, words.findings, **how)}
-    else: found = {c: zero_shot(clip, rows, c, words.classes.get(c), words.templates, words.prompts.get(c), words.positive.get(c), **how) for c in words.columns}
+    if words.multilabel:
+        found = {
+            "findings": zero_shot_findings(
+                clip, rows, words.columns, words.templates, words.negatives, words.prompts, words.findings, **how
+            )
+        }
+    else:
+        found = {
+            c: zero_shot(
+                clip, rows, c, words.classes.get(c), words.templates, words.prompts.get(c), words.positive.get(c), **how
+            )
+            for c in words.columns
+        }
     if words.pack:
         for result in found.values(): result.details["pack"] = {k: v for k, v in words.pack.items() if k != "file"}
     return found
@@ -219,12 +280,16 @@ def sentence_list(
 ) -> str: # HTML that folds
     "Every sentence of every question, by class"
     def items(said):
-        if isinstance(said, Mapping): return "".join(f"<li>{state}<ul>{items(one)}</ul></li>" for state, one in said.items())
+        if isinstance(said, Mapping):
+            return "".join(f"<li>{state}<ul>{items(one)}</ul></li>" for state, one in said.items())
         return "".join(f"<li>{html.escape(s)}</li>" for s in said)
     count = lambda said: sum(map(count, said.values())) if isinstance(said, Mapping) else len(said)
-    return "".join(f"<details><summary>{html.escape(name)}: {len(prompts)} classes, {count(prompts)} sentences</summary><ul>"
-                   + "".join(f"<li><strong>{html.escape(c)}</strong><ul>{items(said)}</ul></li>" for c, said in prompts.items()) + "</ul></details>"
-                   for name, prompts in ((name, r.details["prompts"]) for name, r in results.items()))
+    return "".join(
+        f"<details><summary>{html.escape(name)}: {len(prompts)} classes, {count(prompts)} sentences</summary><ul>"
+        + "".join(f"<li><strong>{html.escape(c)}</strong><ul>{items(said)}</ul></li>" for c, said in prompts.items())
+        + "</ul></details>"
+        for name, prompts in ((name, r.details["prompts"]) for name, r in results.items())
+    )
 
 # %% ../../nbs/evaluators/05_zero_shot_classification.ipynb #702e09fd
 def chance_sentence(
@@ -248,7 +313,10 @@ def calibration_sentence(
         if not chosen: return "No threshold is reported: there are no validation rows to choose one on."
         return f"Thresholds were chosen by the rule {chosen['rule']} on {chosen['rows']} rows of split {chosen['chosen_on']}, one for each finding."
     found = result.details["calibration"]
-    if not found["temperature"]: return "No temperature is fitted: there are no validation rows with one of the classes."
+    if not found["temperature"]:
+        return "No temperature is fitted: there are no validation rows with one of the classes."
     errors = [f"{found[when]['ece']['value']:.3f}" for when in ("before", "after")]
-    return (f"A temperature of {found['temperature']['value']:.3g}, fitted on {found['temperature']['rows']} rows of split {found['temperature']['chosen_on']}, "
-            f"takes the calibration error from {errors[0]} to {errors[1]}.")
+    return (
+        f"A temperature of {found['temperature']['value']:.3g}, fitted on {found['temperature']['rows']} rows of split {found['temperature']['chosen_on']}, "
+        f"takes the calibration error from {errors[0]} to {errors[1]}."
+    )

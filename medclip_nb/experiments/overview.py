@@ -28,7 +28,9 @@ def find_runs(
     runs = read_json(folder/"suite.json")["runs"] if (folder/"suite.json").is_file() else []
     order = {r["name"]: n for n, r in enumerate(runs)}
     bad = {r["name"] for r in runs if r["status"] in ("failed", "skipped")}
-    found = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".") and not p.name.endswith(".failed")]
+    found = [
+        p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".") and not p.name.endswith(".failed")
+    ]
     for p in sorted(found, key=lambda p: (order.get(p.name, len(order)), p.name)):
         if p.name not in bad: yield from find_runs(p)
 
@@ -48,15 +50,27 @@ def compare(
     "All metrics of all runs; raises `InputError` if there is no run"
     import pandas as pd
     reports_dir = Path(reports_dir)
-    if not reports_dir.is_dir(): raise InputError(f"There is no folder {reports_dir}. Give the folder that holds the run folders.")
+    if not reports_dir.is_dir():
+        raise InputError(f"There is no folder {reports_dir}. Give the folder that holds the run folders.")
     rows = []
     for run in find_runs(reports_dir):
         found, record = read_metrics(run), read_json(run/"run.json") if (run/"run.json").exists() else {}
         params, name = record.get("parameters", {}), run.relative_to(reports_dir).as_posix()
         if found["task"] == "compare": continue
-        about = {"run": run.name if name == "." else name, "task": found["task"], "dataset": params.get("dataset"), "model": params.get("model")}
-        rows += [{**about, "metric": m, **{k: v.get(k) for k in ("value", "low", "high", "n")}} for m, v in found["metrics"].items()]
-    if not rows: raise InputError(f"There is no run with metrics below {reports_dir}. A run writes metrics.json when it is done.")
+        about = {
+            "run": run.name if name == "." else name,
+            "task": found["task"],
+            "dataset": params.get("dataset"),
+            "model": params.get("model"),
+        }
+        rows += [
+            {**about, "metric": m, **{k: v.get(k) for k in ("value", "low", "high", "n")}}
+            for m, v in found["metrics"].items()
+        ]
+    if not rows:
+        raise InputError(
+            f"There is no run with metrics below {reports_dir}. A run writes metrics.json when it is done."
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/06_overview.ipynb #1fe32339
@@ -68,18 +82,32 @@ def _settings(name: str, records: Mapping[str, Any], without: tuple[str, ...], s
         if not isinstance(value, str) or not value.startswith("../"): return value
         used, *rest = value.removeprefix("../").split("/", 1)
         other = (Path(name).parent/used).as_posix()
-        return [_settings(other, records, without, (*seen, name)), *rest] if other in records and other not in (*seen, name) else value
+        return (
+            [_settings(other, records, without, (*seen, name)), *rest]
+            if other in records and other not in (*seen, name)
+            else value
+        )
     record = records[name]
-    return [record.get("template"), {k: described(v) for k, v in sorted(record.get("parameters", {}).items()) if k not in without}]
+    return [
+        record.get("template"),
+        {k: described(v) for k, v in sorted(record.get("parameters", {}).items()) if k not in without},
+    ]
 
 def seed_groups(
     reports_dir: str | Path, # Folder of run folders, at any depth
 ) -> dict[str, list[str]]: # Names of runs, by what their names have in common; two runs at least
     "Runs that differ only in their seed, or in that of a run they use"
     folder, groups = Path(reports_dir), {}
-    records = {run.relative_to(folder).as_posix(): read_json(run/"run.json") for run in find_runs(folder) if (run/"run.json").exists()}
+    records = {
+        run.relative_to(folder).as_posix(): read_json(run / "run.json")
+        for run in find_runs(folder)
+        if (run / "run.json").exists()
+    }
     for name in records:
-        group, one = (json.dumps(_settings(name, records, without), sort_keys=True) for without in (("seed", "out_dir"), ("out_dir",)))
+        group, one = (
+            json.dumps(_settings(name, records, without), sort_keys=True)
+            for without in (("seed", "out_dir"), ("out_dir",))
+        )
         groups.setdefault(group, {}).setdefault(one, name)
     found = {}
     for names in (list(runs.values()) for runs in groups.values() if len(runs) > 1):
@@ -93,9 +121,13 @@ def over_runs(
 ) -> "pandas.DataFrame": # One row a group and metric: group, task, metric, mean, sd, low, high, n
     "Mean, standard deviation and t interval over seeds"
     import pandas as pd
+
     from medclip_nb.metrics.significance import over_seeds
-    rows = [{"group": group, "task": task, "metric": metric, **over_seeds(part["value"].astype(float))} for group, names in groups.items()
-            for (task, metric), part in table[table["run"].isin(names)].groupby(["task", "metric"], sort=False)]
+    rows = [
+        {"group": group, "task": task, "metric": metric, **over_seeds(part["value"].astype(float))}
+        for group, names in groups.items()
+        for (task, metric), part in table[table["run"].isin(names)].groupby(["task", "metric"], sort=False)
+    ]
     return pd.DataFrame(rows, columns=["group", "task", "metric", "mean", "sd", "low", "high", "n"])
 
 # %% ../../nbs/experiments/06_overview.ipynb #7c2b54ee
@@ -121,7 +153,9 @@ def first_figure(
     "The first figure of a report, small"
     from PIL import Image
     cells = read_json(Path(run)/"report.ipynb")["cells"] if Path(run, "report.ipynb").exists() else []
-    raw = next((o["data"]["image/png"] for c in cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})), None)
+    raw = next(
+        (o["data"]["image/png"] for c in cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})), None
+    )
     if raw is None: return ""
     image = Image.open(io.BytesIO(base64.b64decode("".join(raw)))).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -133,9 +167,15 @@ def first_figure(
 def _card(run: Path, name: str) -> str:
     "Picture and links of one run"
     title = report_title(read_json(run/"report.ipynb")) if (run/"report.ipynb").exists() else ""
-    links = [f"<a href=\"{html.escape(name)}/{f}\">{f}</a>" for f in ("report.html", "report.ipynb", "metrics.json") if (run/f).exists()]
+    links = [
+        f"<a href=\"{html.escape(name)}/{f}\">{f}</a>"
+        for f in ("report.html", "report.ipynb", "metrics.json")
+        if (run / f).exists()
+    ]
     figure, e = first_figure(run), html.escape(name)
-    picture = f"<img alt=\"First figure of {e}\" src=\"{figure}\">" if figure else "<span class=\"quiet\">no figure</span>"
+    picture = (
+        f"<img alt=\"First figure of {e}\" src=\"{figure}\">" if figure else "<span class=\"quiet\">no figure</span>"
+    )
     return (f"<div class=\"card\"><a class=\"thumb\" href=\"{e}/report.html\">{picture}</a><p><strong>{e}</strong><br>"
             f"{html.escape(title)}<br><span class=\"quiet\">{' · '.join(links)}</span></p></div>")
 
@@ -144,8 +184,11 @@ def _rows(run: Path, name: str, names: list[str]) -> str:
     found = read_metrics(run)
     cell = lambda m: found["metrics"][m].get("n")
     first = f"<a href=\"{html.escape(name)}/report.html\">{html.escape(name)}</a></td><td>{html.escape(found['task'])}"
-    return "".join(f"<tr><td>{'</td><td>' if i else first}</td><td>{html.escape(m)}</td><td class=\"number\">{html.escape(v)}</td>"
-                   f"<td class=\"number\">{'' if cell(m) is None else cell(m)}</td></tr>" for i, (m, v) in enumerate(headline(found, names).items()))
+    return "".join(
+        f"<tr><td>{'</td><td>' if i else first}</td><td>{html.escape(m)}</td><td class=\"number\">{html.escape(v)}</td>"
+        f"<td class=\"number\">{'' if cell(m) is None else cell(m)}</td></tr>"
+        for i, (m, v) in enumerate(headline(found, names).items())
+    )
 
 # %% ../../nbs/experiments/06_overview.ipynb #22e9ab49
 def write_index(
@@ -160,14 +203,23 @@ def write_index(
     licenses = sorted({str(x) for run in runs.values() if (x := read_metrics(run).get("details", {}).get("license"))})
     failed = "".join(f"<li>{html.escape(r['name'])}: {r['status']}. {html.escape(r.get('message', ''))}</li>"
                      for r in suite["runs"] if r["status"] in ("failed", "skipped"))
-    head = "".join(f"<th{' class=number' * (i > 2)}>{t}</th>" for i, t in enumerate(("Run", "Task", "Metric", "Value (95 % interval)", "n")))
-    body = [f"<h1>{html.escape(title)}</h1>", markdown_html(about),
-            "<p class=\"quiet\">Every run is a notebook that was executed from top to bottom; its report shows data, method and result.</p>",
-            f"<h2>Results</h2><div class=\"scroll\"><table><thead><tr>{head}</tr></thead><tbody>",
-            *(_rows(run, name, heads.get(name, [])) for name, run in runs.items()), "</tbody></table></div>",
-            f"<h2>Not finished</h2><ul>{failed}</ul>" if failed else "",
-            "<h2>Reports</h2><div class=\"cards\">", *(_card(run, name) for name, run in runs.items()), "</div>",
-            "<footer class=\"quiet\"><p>For research only. Not for clinical use.</p>",
-            f"<p>Licence of the data: {html.escape('; '.join(licenses) or suite.get('license') or 'see the reports')}</p></footer>"]
+    head = "".join(
+        f"<th{' class=number' * (i > 2)}>{t}</th>"
+        for i, t in enumerate(("Run", "Task", "Metric", "Value (95 % interval)", "n"))
+    )
+    body = [
+        f"<h1>{html.escape(title)}</h1>",
+        markdown_html(about),
+        "<p class=\"quiet\">Every run is a notebook that was executed from top to bottom; its report shows data, method and result.</p>",
+        f"<h2>Results</h2><div class=\"scroll\"><table><thead><tr>{head}</tr></thead><tbody>",
+        *(_rows(run, name, heads.get(name, [])) for name, run in runs.items()),
+        "</tbody></table></div>",
+        f"<h2>Not finished</h2><ul>{failed}</ul>" if failed else "",
+        "<h2>Reports</h2><div class=\"cards\">",
+        *(_card(run, name) for name, run in runs.items()),
+        "</div>",
+        "<footer class=\"quiet\"><p>For research only. Not for clinical use.</p>",
+        f"<p>Licence of the data: {html.escape('; '.join(licenses) or suite.get('license') or 'see the reports')}</p></footer>",
+    ]
     with atomic_path(folder/"index.html") as p: p.write_text(html_page(title, "\n".join(body)), encoding="utf-8")
     return folder/"index.html"

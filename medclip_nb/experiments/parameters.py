@@ -37,8 +37,10 @@ def find_template(
     path = Path(name)
     if path.suffix == ".ipynb" or len(path.parts) > 1:
         if path.is_file(): return path
-        raise InputError(f"There is no template at {path}. The path of a notebook ends in .ipynb; a template of the package "
-                         f"is called by name alone. {close_matches(path.stem, templates())}")
+        raise InputError(
+            f"There is no template at {path}. The path of a notebook ends in .ipynb; a template of the package "
+            f"is called by name alone. {close_matches(path.stem, templates())}"
+        )
     if str(name) in templates(): return template_folder()/f"{name}.ipynb"
     raise InputError(f"There is no template {str(name)!r}. {close_matches(str(name), templates())}")
 
@@ -53,10 +55,15 @@ def read_parameters(
     "What a file of parameters says; raises `InputError` for one that is not there or says something else"
     import yaml
     path = next((p for p in (Path(file), template_folder()/"params"/f"{file}.yaml") if p.is_file()), None)
-    if path is None: raise InputError(f"{file} cannot be read: there is no such file, and no parameters of that name. {close_matches(str(file), parameter_files())}")
+    if path is None:
+        raise InputError(
+            f"{file} cannot be read: there is no such file, and no parameters of that name. {close_matches(str(file), parameter_files())}"
+        )
     try: found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise InputError(f"{file} cannot be read as YAML: {e}") from None
-    if not isinstance(found, dict): raise InputError(f"{file} must hold names and values, one a line, as in 'limit: 100'.")
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise InputError(f"{file} cannot be read as YAML: {e}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{file} must hold names and values, one a line, as in 'limit: 100'.")
     return found
 
 # %% ../../nbs/experiments/01_parameters.ipynb #037b1011
@@ -71,7 +78,8 @@ def template_cells(
 ) -> list[tuple[str, str, list[str]]]: # Type, source and tags of each cell
     "The cells of a notebook, read as plain JSON"
     try: cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-    except (ValueError, KeyError, OSError) as e: raise InputError(f"{path} is not a notebook that can be read: {e}") from None
+    except (ValueError, KeyError, OSError) as e:
+        raise InputError(f"{path} is not a notebook that can be read: {e}") from None
     return [(c["cell_type"], "".join(c["source"]), c.get("metadata", {}).get("tags", [])) for c in cells]
 
 # %% ../../nbs/experiments/01_parameters.ipynb #3813baf4
@@ -80,7 +88,9 @@ def _literal(node: ast.expr | None, name: str, path: str | Path) -> Any:
     if node is None: return ...
     try: return ast.literal_eval(node)
     except ValueError:
-        raise InputError(f"{path}: parameter {name!r} needs a literal as its default, not {ast.unparse(node)}") from None
+        raise InputError(
+            f"{path}: parameter {name!r} needs a literal as its default, not {ast.unparse(node)}"
+        ) from None
 
 def template_parameters(
     path: str | Path, # A template, as for `find_template`
@@ -107,7 +117,11 @@ def _scalar(value: Any, kind: str) -> Any:
     "`value` as str, int, float or bool; ValueError if it is not one"
     if kind == "str" and isinstance(value, os.PathLike): return os.fspath(value)
     if isinstance(value, str) and kind != "str":
-        return BOOLEANS[value.lower()] if kind == "bool" and value.lower() in BOOLEANS else {"int": int, "float": float}[kind](value)
+        return (
+            BOOLEANS[value.lower()]
+            if kind == "bool" and value.lower() in BOOLEANS
+            else {"int": int, "float": float}[kind](value)
+        )
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool): return float(value)
     if type(value).__name__ != kind: raise ValueError(value)
     return value
@@ -139,7 +153,13 @@ def _checked(name: str, value: Any, spec: Parameter) -> Any:
     try: return convert(value, spec.type)
     except (ValueError, KeyError, TypeError):
         got = f"{type(value).__name__} {value!r}"
-        hint = " Put it in quotes." if spec.type == "str" else " Write it as [a, b]." if spec.type.startswith("list") else ""
+        hint = (
+            " Put it in quotes."
+            if spec.type == "str"
+            else " Write it as [a, b]."
+            if spec.type.startswith("list")
+            else ""
+        )
         raise InputError(f"parameter {name!r} must be {spec.type}, not {got}.{hint}") from None
 
 def check_parameters(
@@ -150,12 +170,15 @@ def check_parameters(
     path = find_template(template)
     specs, values, problems = template_parameters(path), {}, []
     for name, value in params.items():
-        if name == "out_dir": problems.append("'out_dir' is where the run goes: give it as such (--out), not as a parameter.")
+        if name == "out_dir":
+            problems.append("'out_dir' is where the run goes: give it as such (--out), not as a parameter.")
         elif name not in specs: problems.append(unknown_name("parameter", name, set(specs) - {"out_dir"}))
         else:
             try: values[name] = _checked(name, value, specs[name])
             except InputError as e: problems.append(str(e))
     missing = [n for n, s in specs.items() if s.default is ... and n not in params and n != "out_dir"]
-    problems += [f"parameter {n!r} ({specs[n].type}) has to be given: {specs[n].help or 'it has no default'}." for n in missing]
+    problems += [
+        f"parameter {n!r} ({specs[n].type}) has to be given: {specs[n].help or 'it has no default'}." for n in missing
+    ]
     if problems: raise InputError("\n".join(f"{path.stem}: {p}" for p in problems))
     return values

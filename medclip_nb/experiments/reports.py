@@ -46,7 +46,9 @@ def _clean_outputs(outputs: list[Any], replace: Mapping[str, str]) -> list[Any]:
     "Outputs without counts and noise, text joined between displays, standard output first"
     cleaned, texts = [], {}
     def flush():
-        cleaned.extend({"output_type": "stream", "name": n, "text": texts[n]} for n in ("stdout", "stderr") if texts.get(n))
+        cleaned.extend(
+            {"output_type": "stream", "name": n, "text": texts[n]} for n in ("stdout", "stderr") if texts.get(n)
+        )
         texts.clear()
     for o in outputs:
         if o["output_type"] == "stream": texts[o["name"]] = texts.get(o["name"], "") + o["text"]
@@ -89,10 +91,17 @@ def clean_report(
     return notebook
 
 # %% ../../nbs/experiments/04_reports.ipynb #f0b29800
-TAGS = set("a b br caption code col colgroup dd div dl dt em figcaption figure h1 h2 h3 h4 hr i img li ol p pre s small span strong "
-           "sub sup table tbody td tfoot th thead tr u ul details summary".split())
-ATTRIBUTES = {"*": ["class", "style", "title", "colspan", "rowspan", "scope"], "a": ["href"],
-              "img": lambda tag, name, value: name in ("alt", "width", "height") or name == "src" and value.startswith("data:image/")}
+TAGS = set(
+    "a b br caption code col colgroup dd div dl dt em figcaption figure h1 h2 h3 h4 hr i img li ol p pre s small span strong "
+    "sub sup table tbody td tfoot th thead tr u ul details summary".split()
+)
+ATTRIBUTES = {
+    "*": ["class", "style", "title", "colspan", "rowspan", "scope"],
+    "a": ["href"],
+    "img": lambda tag, name, value: (
+        name in ("alt", "width", "height") or name == "src" and value.startswith("data:image/")
+    ),
+}
 
 def safe_html(
     markup: str, # HTML from a notebook's output
@@ -196,7 +205,9 @@ def report_html(
     for cell in notebook["cells"]:
         tags = cell["metadata"].get("tags", [])
         if cell["cell_type"] == "markdown":
-            text = re.sub(r"^# +.+$", lambda m: f"{m[0]} · {name}" if name else m[0], cell["source"], count=1, flags=re.M)
+            text = re.sub(
+                r"^# +.+$", lambda m: f"{m[0]} · {name}" if name else m[0], cell["source"], count=1, flags=re.M
+            )
             heading = (re.findall(r"^#+ +(.+)$", text, re.M) or [heading])[-1]
             fold()
             body.append(markdown_html(text))

@@ -34,7 +34,11 @@ def left_behind(
     "State folders of a run whose processes are dead, or this one, which has come to its next attempt"
     owned = re.compile(re.escape(out_dir.name) + r"\.state\.(\d+)")
     found = [(p, owned.fullmatch(p.name)) for p in (out_dir.parent/".partial").glob("*.state.*")]
-    return sorted((p for p, m in found if m and (int(m[1]) == os.getpid() or not alive(int(m[1])))), key=lambda p: p.stat().st_mtime_ns, reverse=True)
+    return sorted(
+        (p for p, m in found if m and (int(m[1]) == os.getpid() or not alive(int(m[1])))),
+        key=lambda p: p.stat().st_mtime_ns,
+        reverse=True,
+    )
 
 def has_state(
     folder: Path, # A state folder
@@ -50,7 +54,11 @@ def differences(
     "What the run of a state was asked for otherwise"
     try: before = read_json(folder/ASKED)
     except InputError: return ["everything"]
-    return [k for k in sorted(before.keys() | asked.keys()) if before.get(k) != asked.get(k) and "absent" not in (before.get(k), asked.get(k))]
+    return [
+        k
+        for k in sorted(before.keys() | asked.keys())
+        if before.get(k) != asked.get(k) and "absent" not in (before.get(k), asked.get(k))
+    ]
 
 def _take(out_dir: Path, mine: Path, asked: Mapping[str, str], insist: bool) -> bool: # Whether there was one
     "Make the folder of an earlier process one's own; raises `InputError` if it insists and there are only other ones"
@@ -60,8 +68,10 @@ def _take(out_dir: Path, mine: Path, asked: Mapping[str, str], insist: bool) -> 
         except OSError: continue # Another process was faster
         return True
     if found and insist:
-        raise InputError(f"{out_dir}: the run that was killed differs in {', '.join(found[0][1])}, so it cannot be continued. "
-                         "Ask for the same as then, or leave out --resume to start again.")
+        raise InputError(
+            f"{out_dir}: the run that was killed differs in {', '.join(found[0][1])}, so it cannot be continued. "
+            "Ask for the same as then, or leave out --resume to start again."
+        )
     return False
 
 # %% ../../nbs/experiments/03_resuming.ipynb #e43750de
@@ -78,7 +88,8 @@ def state_folder(
     for p in left_behind(out_dir):
         if p != mine or not taken: shutil.rmtree(p, ignore_errors=True)
     try: write_json(mine/ASKED, dict(asked))
-    except OSError as e: raise InputError(f"{out_dir} cannot be written: {e.strerror}. Choose another folder.") from None
+    except OSError as e:
+        raise InputError(f"{out_dir} cannot be written: {e.strerror}. Choose another folder.") from None
     keep = False
     try: yield mine
     except InputError: raise

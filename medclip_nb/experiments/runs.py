@@ -44,7 +44,9 @@ def data_identity(
     listing = []
     for folder, folders, files in os.walk(path):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        stats = [(f, os.stat(Path(folder, f))) for f in sorted(files) if not f.startswith(".") and Path(folder, f).exists()]
+        stats = [
+            (f, os.stat(Path(folder, f))) for f in sorted(files) if not f.startswith(".") and Path(folder, f).exists()
+        ]
         listing += [(os.path.relpath(folder, path), f, s.st_size, s.st_mtime_ns) for f, s in stats]
         if len(listing) >= limit: break
     tables = [file_hash(path/f) for where, f, *_ in listing if where == "." and f.endswith(TABLES)]
@@ -64,7 +66,11 @@ def input_identities(
     "Identify the data and weights that parameters name"
     written = params if written is None else written
     texts = {k: v for k, v in params.items() if isinstance(v, str) and v and k != "out_dir" and written[k] == v}
-    return {k: data_identity(v) for k, v in texts.items() if k in INPUTS and (k != "model" or Path(v).exists()) or Path(v).is_file()}
+    return {
+        k: data_identity(v)
+        for k, v in texts.items()
+        if k in INPUTS and (k != "model" or Path(v).exists()) or Path(v).is_file()
+    }
 
 def run_key(
     template: str | Path, # As for `find_template`
@@ -73,7 +79,9 @@ def run_key(
     builds_on: Mapping[str, str] = {}, # Identities of the runs that this one uses, by name
 ) -> str: # 16 hexadecimal digits
     "Identify everything that a run depends on"
-    return content_hash(template_cells(find_template(template)), dict(params), dict(inputs), dict(builds_on), code_hash())
+    return content_hash(
+        template_cells(find_template(template)), dict(params), dict(inputs), dict(builds_on), code_hash()
+    )
 
 def asked_for(
     template: str | Path, # As for `run_key`
@@ -105,13 +113,17 @@ def is_complete(
     if not (folder/STAMP).is_file(): return False
     try: stamp = read_json(folder/STAMP)
     except InputError: return False
-    return stamp.get("key") == key and all((folder/f).is_file() and (folder/f).stat().st_size == n for f, n in stamp["files"].items())
+    return stamp.get("key") == key and all(
+        (folder / f).is_file() and (folder / f).stat().st_size == n for f, n in stamp["files"].items()
+    )
 
 def result_hash(
     folder: str | Path, # A complete run folder
 ) -> str: # Changes when what the run produced does
     "Identify the products of a run, for the runs that build on it"
-    return content_hash({k: v for k, v in read_json(Path(folder)/"run.json")["artefacts"].items() if k != "report.html"})
+    return content_hash(
+        {k: v for k, v in read_json(Path(folder) / "run.json")["artefacts"].items() if k != "report.html"}
+    )
 
 # %% ../../nbs/experiments/02_runs.ipynb #4143c44e
 @contextmanager
@@ -121,15 +133,19 @@ def run_folder(
     "A folder that becomes `out_dir` when the block succeeds; raises `InputError` if something else is there"
     out_dir = Path(out_dir).resolve()
     if out_dir.exists() and not (out_dir.is_dir() and ((out_dir/"run.json").exists() or not any(out_dir.iterdir()))):
-        raise InputError(f"{out_dir} exists and is not the folder of a run, so it is not replaced. Choose another folder.")
+        raise InputError(
+            f"{out_dir} exists and is not the folder of a run, so it is not replaced. Choose another folder."
+        )
     partial = out_dir.parent/".partial"
     work, old = partial/f"{out_dir.name}-{os.getpid()}", partial/f"{out_dir.name}-{os.getpid()}-old"
     try:
         for p in partial.glob("*-*") if partial.exists() else ():
-            if (pid := re.search(r"-(\d+)(-old)?$", p.name)) and not alive(int(pid[1])): shutil.rmtree(p, ignore_errors=True)
+            if (pid := re.search(r"-(\d+)(-old)?$", p.name)) and not alive(int(pid[1])):
+                shutil.rmtree(p, ignore_errors=True)
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-    except OSError as e: raise InputError(f"{out_dir} cannot be written: {e.strerror}. Choose another folder.") from None
+    except OSError as e:
+        raise InputError(f"{out_dir} cannot be written: {e.strerror}. Choose another folder.") from None
     try:
         yield work
         if out_dir.exists(): os.replace(out_dir, old)
@@ -168,9 +184,22 @@ def run_record(
     "What produced a run: parameters, times, versions, and hashes of its files"
     import platform
     files = {f: file_hash(Path(folder)/f) for f in artefacts(folder)}
-    skipped = read_json(Path(folder)/"metrics.json").get("details", {}).get("skipped") if "metrics.json" in files else None
-    return {"schema": 1, "template": template, "python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}",
-            "cpus": os.cpu_count(), "commit": _commit(), "code": code_hash(), "packages": _versions(), "artefacts": files, "skipped": skipped, **about}
+    skipped = (
+        read_json(Path(folder) / "metrics.json").get("details", {}).get("skipped") if "metrics.json" in files else None
+    )
+    return {
+        "schema": 1,
+        "template": template,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "commit": _commit(),
+        "code": code_hash(),
+        "packages": _versions(),
+        "artefacts": files,
+        "skipped": skipped,
+        **about,
+    }
 
 # %% ../../nbs/experiments/02_runs.ipynb #ab8991ea
 class RunError(RuntimeError):
@@ -179,8 +208,15 @@ class RunError(RuntimeError):
 @contextmanager
 def _kernel_environment(**own: str) -> Iterator[None]:
     "What a kernel inherits: batch mode, its own plotting backend, a fixed hash seed, and what is its `own`"
-    wanted = {**own, "MEDCLIP_NB_BATCH": "1", "JUPYTER_PREFER_ENV_PATH": "1", "PYTHONHASHSEED": "0", "TQDM_DISABLE": "1",
-              "PYDEVD_DISABLE_FILE_VALIDATION": "1", "MPLBACKEND": None}
+    wanted = {
+        **own,
+        "MEDCLIP_NB_BATCH": "1",
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        "PYTHONHASHSEED": "0",
+        "TQDM_DISABLE": "1",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "MPLBACKEND": None,
+    }
     old = {k: os.environ.get(k) for k in wanted}
     def put(values):
         for k, v in values.items():
@@ -191,7 +227,14 @@ def _kernel_environment(**own: str) -> Iterator[None]:
     finally: put(old)
 
 # %% ../../nbs/experiments/02_runs.ipynb #938912ca
-def _execute(template: Path, work: Path, params: Mapping[str, Any], timeout: float | None, on_cell: Callable[[int], None], **environment: str) -> Any:
+def _execute(
+    template: Path,
+    work: Path,
+    params: Mapping[str, Any],
+    timeout: float | None,
+    on_cell: Callable[[int], None],
+    **environment: str,
+) -> Any:
     "Execute a template through papermill; the copy in `work` is saved after each cell"
     import papermill
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
@@ -200,9 +243,17 @@ def _execute(template: Path, work: Path, params: Mapping[str, Any], timeout: flo
     limits = {"timeout_func": remaining, "interrupt_on_timeout": False} if timeout else {}
     with _kernel_environment(**environment):
         return papermill.execute_notebook(
-            template, work/"report.ipynb", {**params, "out_dir": str(work)}, kernel_name="python3", language="python", progress_bar=False,
-            start_timeout=120, extra_arguments=["--IPKernelApp.log_level=50"],
-            on_cell_start=lambda cell, cell_index: on_cell(cell_index), **limits)
+            template,
+            work / "report.ipynb",
+            {**params, "out_dir": str(work)},
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+            start_timeout=120,
+            extra_arguments=["--IPKernelApp.log_level=50"],
+            on_cell_start=lambda cell, cell_index: on_cell(cell_index),
+            **limits,
+        )
 
 def _explain(error: Exception, replace: Mapping[str, str], kept: Path, timeout: float | None) -> Exception:
     "The error to raise for what papermill raised"
@@ -212,7 +263,8 @@ def _explain(error: Exception, replace: Mapping[str, str], kept: Path, timeout: 
         if error.ename == "InputError": return InputError(message)
         cell = "\n".join("    " + line for line in error.source.strip().splitlines())
         return RunError(f"{error.ename}: {message}\nin this cell:\n{cell}\nThe notebook so far: {kept}")
-    if kind == "DeadKernelError": why = "The kernel died; most likely it ran out of memory. Try a smaller batch or limit."
+    if kind == "DeadKernelError":
+        why = "The kernel died; most likely it ran out of memory. Try a smaller batch or limit."
     elif kind == "CellTimeoutError": why = f"The run took longer than its limit of {timeout:g} s."
     else: why = f"{kind}: {error}"
     return RunError(f"{why}\nThe notebook so far: {kept}")
@@ -231,7 +283,12 @@ class Status:
     def cell(self, index: int) -> None:
         "A cell begins"
         if not self.live: return
-        print(f"\r\x1b[K{self.name}: cell {index + 1}/{self.total}, {self.seconds:.0f} s", end="", file=sys.stderr, flush=True)
+        print(
+            f"\r\x1b[K{self.name}: cell {index + 1}/{self.total}, {self.seconds:.0f} s",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def end(self, text: str) -> None:
         "The run is over"
@@ -253,7 +310,9 @@ class RunRecord:
 
 def _record(path: Path, status: str, seconds: float = 0.0) -> RunRecord:
     "Record of a run that is there"
-    return RunRecord(path.name, path, status, seconds, "", headline(read_metrics(path)) if (path/"metrics.json").exists() else {})
+    return RunRecord(
+        path.name, path, status, seconds, "", headline(read_metrics(path)) if (path / "metrics.json").exists() else {}
+    )
 
 def _keep_failed(work: Path, failed: Path) -> None:
     "Put the notebook that failed beside the destination"
@@ -267,18 +326,25 @@ def _failed(out_dir: Path) -> Path: return out_dir.with_name(out_dir.name + ".fa
 def _run_cells(path: Path, work: Path, values: Mapping[str, Any], timeout: float | None, status: Status, out_dir: Path, states: Path,
                replace: Mapping[str, str]) -> Any: # The executed notebook
     "Execute the cells; raises `InputError` or `RunError`, the notebook so far kept beside the destination"
-    try: return _execute(path, work, values, timeout, status.cell, **{STATE: str(states), "MEDCLIP_NB_RUN": out_dir.name})
+    try:
+        return _execute(
+            path, work, values, timeout, status.cell, **{STATE: str(states), "MEDCLIP_NB_RUN": out_dir.name}
+        )
     except Exception as e:
         failed = _failed(out_dir)
         error = _explain(e, {**replace, str(work): str(out_dir)}, failed/"report.ipynb", timeout)
         if isinstance(error, RunError): _keep_failed(work, failed)
         if isinstance(error, RunError) and has_state(states):
-            error = RunError(f"{error}\nThe state of the training is kept: the same run with --resume goes on from there, and so does a suite that is called again.")
+            error = RunError(
+                f"{error}\nThe state of the training is kept: the same run with --resume goes on from there, and so does a suite that is called again."
+            )
         status.end(f"failed after {status.seconds:.0f} s")
         raise error from None
 
 # %% ../../nbs/experiments/02_runs.ipynb #791f0244
-def _finish(work: Path, notebook: Any, template: Path, params: Mapping[str, Any], name: str, replace: Mapping[str, str]) -> None:
+def _finish(
+    work: Path, notebook: Any, template: Path, params: Mapping[str, Any], name: str, replace: Mapping[str, str]
+) -> None:
     "Clean the report, draw it as HTML, and make paths in other files relative"
     import nbformat
     specs = template_parameters(template)
@@ -321,7 +387,10 @@ def run(
         inputs |= {k: v for k, v in input_identities(values, params_key).items() if inputs.get(k) == "absent"}
         shown = {k: scrub(v, replace) if isinstance(v, str) else v for k, v in complete.items()}
         times = {"started": started.isoformat(timespec="seconds"), "seconds": round(status.seconds, 2)}
-        write_json(work/"run.json", run_record(work, path.name, parameters=shown, inputs=inputs, builds_on=dict(builds_on), **times))
+        write_json(
+            work / "run.json",
+            run_record(work, path.name, parameters=shown, inputs=inputs, builds_on=dict(builds_on), **times),
+        )
         write_json(work/STAMP, {"key": key(), "files": {f: (work/f).stat().st_size for f in artefacts(work)}})
     shutil.rmtree(_failed(out_dir), ignore_errors=True)
     status.end(f"done in {status.seconds:.0f} s")

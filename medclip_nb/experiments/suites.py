@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core import InputError, close_matches, read_json, write_json
-from .overview import compare, write_index
-from medclip_nb.experiments.parameters import (
-    check_parameters, find_template, template_folder, template_parameters, templates,
-)
+from .overview import write_index
+from .parameters import check_parameters, find_template, template_folder, template_parameters
 from .runs import RunError, RunRecord, input_identities, is_complete, result_hash, run, run_key
 
 # %% ../../nbs/experiments/05_suites.ipynb #cefc5e2f
@@ -51,16 +49,20 @@ def find_suite(
     folder = template_folder()/"suites"
     for p in (Path(path), folder/f"{path}.yaml"):
         if p.is_file(): return p
-    raise InputError(f"There is no suite {str(path)!r}. {close_matches(str(path), [p.stem for p in folder.glob('*.yaml')])}")
+    raise InputError(
+        f"There is no suite {str(path)!r}. {close_matches(str(path), [p.stem for p in folder.glob('*.yaml')])}"
+    )
 
 YAML_TYPES = {str: "text", dict: "mapping", list: "list", (int, float): "number"}
 
 def _keys(found: Any, allowed: Mapping[str, type | tuple], where: str) -> dict[str, Any]:
     "A mapping with known keys and types only"
-    if not isinstance(found, dict): raise InputError(f"{where} must be a mapping of names to values, not {type(found).__name__}.")
+    if not isinstance(found, dict):
+        raise InputError(f"{where} must be a mapping of names to values, not {type(found).__name__}.")
     for k, v in found.items():
         if k not in allowed: raise InputError(f"{where}: unknown key {k!r}. {close_matches(k, allowed)}")
-        if not isinstance(v, allowed[k]): raise InputError(f"{where}: {k!r} cannot be {type(v).__name__}; it is a {YAML_TYPES[allowed[k]]}.")
+        if not isinstance(v, allowed[k]):
+            raise InputError(f"{where}: {k!r} cannot be {type(v).__name__}; it is a {YAML_TYPES[allowed[k]]}.")
     return found
 
 # %% ../../nbs/experiments/05_suites.ipynb #9b9afa9f
@@ -74,7 +76,8 @@ def _expand(entry: dict[str, Any], where: str) -> list[SuiteRun]:
     for k in ("name", "template"):
         if k not in entry: raise InputError(f"{where} has no {k!r}.")
     matrix = entry.get("matrix", {})
-    if bad := [k for k, v in matrix.items() if not isinstance(v, list)]: raise InputError(f"{where}: 'matrix' needs a list for {bad[0]!r}.")
+    if bad := [k for k, v in matrix.items() if not isinstance(v, list)]:
+        raise InputError(f"{where}: 'matrix' needs a list for {bad[0]!r}.")
     runs = []
     for values in itertools.product(*matrix.values()):
         name = "-".join([entry["name"], *(re.sub(r"[^\w.]+", "-", str(v)).strip("-") for v in values)])
@@ -98,8 +101,10 @@ def _link(runs: list[SuiteRun]) -> list[str]:
         found = _references(r)
         if "suite" in found: r.after = set(names[:n])
         r.needs = found - {"suite"}
-        problems += [f"{r.name}: there is no run {x!r} to refer to. {close_matches(x, names)} A brace that is meant as one is doubled."
-                     for x in sorted(r.needs - set(names))]
+        problems += [
+            f"{r.name}: there is no run {x!r} to refer to. {close_matches(x, names)} A brace that is meant as one is doubled."
+            for x in sorted(r.needs - set(names))
+        ]
     return problems
 
 def _ordered(runs: list[SuiteRun]) -> list[SuiteRun]:
@@ -118,7 +123,9 @@ def _apply_defaults(runs: list[SuiteRun], defaults: Mapping[str, Any]) -> None:
     known = {r.template: set(template_parameters(r.template)) - {"out_dir"} for r in runs}
     for k in defaults:
         if not any(k in names for names in known.values()):
-            raise InputError(f"defaults: no template of this suite has a parameter {k!r}. {close_matches(k, set().union(*known.values()))}")
+            raise InputError(
+                f"defaults: no template of this suite has a parameter {k!r}. {close_matches(k, set().union(*known.values()))}"
+            )
     for r in runs: r.params = {**{k: v for k, v in defaults.items() if k in known[r.template]}, **r.params}
 
 def load_suite(
@@ -133,7 +140,8 @@ def load_suite(
     runs = [r for n, e in enumerate(found.get("runs", []), 1) for r in _expand(e, f"{path}, run {n}")]
     name, names = found.get("name", path.stem), [r.name for r in runs]
     if not runs: raise InputError(f"{path} has no runs.")
-    if twice := sorted({n for n in names if names.count(n) > 1}): raise InputError(f"{path}: two runs are called {twice[0]!r}.")
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise InputError(f"{path}: two runs are called {twice[0]!r}.")
     if bad := [n for n in (name, *names) if not NAME.fullmatch(n) or n == "suite"]:
         raise InputError(f"{path}: {bad[0]!r} cannot be the name of a folder; use letters, digits, - and _.")
     for r in runs:
@@ -158,11 +166,17 @@ def _fill(text: str, folder: Path) -> str:
 def _resolved(run: SuiteRun, folder: Path) -> dict[str, Any]:
     "The parameters of a run with all references filled in"
     kinds = template_parameters(run.template)
-    return {k: _fill(v, folder) if isinstance(v, str) and kinds[k].type.startswith("str") else v for k, v in run.params.items()}
+    return {
+        k: _fill(v, folder) if isinstance(v, str) and kinds[k].type.startswith("str") else v
+        for k, v in run.params.items()
+    }
 
 def _builds_on(run: SuiteRun, folder: Path) -> dict[str, str]:
     "What the products of earlier runs are now"
-    return {n: result_hash(folder/n) if (folder/n/"run.json").exists() else "absent" for n in sorted(run.needs | run.after)}
+    return {
+        n: result_hash(folder / n) if (folder / n / "run.json").exists() else "absent"
+        for n in sorted(run.needs | run.after)
+    }
 
 # %% ../../nbs/experiments/05_suites.ipynb #9e5272e7
 def up_to_date(
@@ -177,10 +191,20 @@ def up_to_date(
 def _execute(r: SuiteRun, folder: Path, bad: set[str], force: bool, timeout: float | None, quiet: bool) -> RunRecord:
     "Run one of a suite; whatever goes wrong ends up in the record"
     path, start = folder/r.name, time.monotonic()
-    if missing := sorted(r.needs & bad): return RunRecord(r.name, path, "skipped", 0.0, f"it needs {', '.join(missing)}")
+    if missing := sorted(r.needs & bad):
+        return RunRecord(r.name, path, "skipped", 0.0, f"it needs {', '.join(missing)}")
     try:
-        return run(r.template, _resolved(r, folder), path, force=force, timeout=r.timeout or timeout, quiet=quiet, params_key=r.params,
-                   builds_on=_builds_on(r, folder), replace={str(folder): ".."})
+        return run(
+            r.template,
+            _resolved(r, folder),
+            path,
+            force=force,
+            timeout=r.timeout or timeout,
+            quiet=quiet,
+            params_key=r.params,
+            builds_on=_builds_on(r, folder),
+            replace={str(folder): ".."},
+        )
     except (InputError, RunError) as e: return RunRecord(r.name, path, "failed", time.monotonic() - start, str(e))
 
 # %% ../../nbs/experiments/05_suites.ipynb #ce8c078e
@@ -195,14 +219,33 @@ def _select(suite: Suite, only: Iterable[str]) -> set[str]:
 
 def _write_state(suite: Suite, folder: Path, records: Mapping[str, RunRecord]) -> None:
     "Write suite.json: order and state of the runs, nothing that differs between repetitions"
-    old = {r["name"]: r["status"] for r in read_json(folder/"suite.json")["runs"]} if (folder/"suite.json").exists() else {}
+    old = (
+        {r["name"]: r["status"] for r in read_json(folder / "suite.json")["runs"]}
+        if (folder / "suite.json").exists()
+        else {}
+    )
     def entry(r):
         record = records.get(r.name)
         status = {"kept": "done"}.get(record.status, record.status) if record else old.get(r.name, "not run")
         message = record.message.replace(str(folder), "..").split("\nThe notebook so far")[0] if record else ""
-        return {"name": r.name, "template": Path(r.template).stem, "status": status, "headline": r.headline, "message": message}
-    write_json(folder/"suite.json", {"schema": 1, "name": suite.name, "title": suite.title, "description": suite.description,
-                                     "license": suite.license, "runs": [entry(r) for r in suite.runs]})
+        return {
+            "name": r.name,
+            "template": Path(r.template).stem,
+            "status": status,
+            "headline": r.headline,
+            "message": message,
+        }
+    write_json(
+        folder / "suite.json",
+        {
+            "schema": 1,
+            "name": suite.name,
+            "title": suite.title,
+            "description": suite.description,
+            "license": suite.license,
+            "runs": [entry(r) for r in suite.runs],
+        },
+    )
 
 # %% ../../nbs/experiments/05_suites.ipynb #b623c3c3
 def _chosen(suite: Suite, only: Iterable[str] | None) -> list[SuiteRun]:

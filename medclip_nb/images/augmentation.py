@@ -51,8 +51,10 @@ class Augment:
     ) -> None:
         "Raise `InputError` if images would be mirrored while texts name a side"
         if not self.flip or not (found := np.flatnonzero(laterality(texts))).size: return
-        raise InputError(f"{len(found)} of {len(texts)} texts name a side, such as number {found[0]} ({texts[found[0]][:80]!r}), so their images "
-                         "must not be mirrored. Set flip to 0, or leave those rows out.")
+        raise InputError(
+            f"{len(found)} of {len(texts)} texts name a side, such as number {found[0]} ({texts[found[0]][:80]!r}), so their images "
+            "must not be mirrored. Set flip to 0, or leave those rows out."
+        )
 
     def __call__(self,
         images: Tensor, # (b, 3, h, w), preprocessed
@@ -61,7 +63,9 @@ class Augment:
         draw = lambda most: (torch.rand(len(images), generator=generator) * 2 - 1) * most
         angle, size = draw(math.radians(self.degrees)), 1 + draw(self.zoom)
         cos, sin = torch.cos(angle) / size, torch.sin(angle) / size
-        theta = torch.stack([torch.stack([cos, -sin, draw(2 * self.shift)], 1), torch.stack([sin, cos, draw(2 * self.shift)], 1)], 1)
+        theta = torch.stack(
+            [torch.stack([cos, -sin, draw(2 * self.shift)], 1), torch.stack([sin, cos, draw(2 * self.shift)], 1)], 1
+        )
         grid = F.affine_grid(theta.to(images), list(images.shape), align_corners=False)
         moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
         per_image = lambda values: values.to(images)[:, None, None, None]

@@ -33,7 +33,9 @@ def _pixelate(image: np.ndarray, cells: float, rng: np.random.Generator) -> np.n
     "Average over cells, so many along the shorter side, and repeat"
     height, width, _ = image.shape
     small = [max(1, min(side, round(cells * side / min(height, width)))) for side in (width, height)]
-    return np.asarray(Image.fromarray(image).resize(small, Image.Resampling.BOX).resize((width, height), Image.Resampling.NEAREST))
+    return np.asarray(
+        Image.fromarray(image).resize(small, Image.Resampling.BOX).resize((width, height), Image.Resampling.NEAREST)
+    )
 
 # %% ../../nbs/images/06_corruptions.ipynb #238e16b8
 def is_gray(
@@ -86,7 +88,9 @@ CORRUPTIONS = {
     "contrast": Scale(_contrast, (0.75, 0.55, 0.4, 0.25, 0.12), "distance to the mean that is left, share"),
     "brightness": Scale(_brightness, (0.1, 0.2, 0.3, 0.4, 0.5), "added, share of the range"),
     "pixelate": Scale(_pixelate, (64, 48, 32, 24, 16), "cells along the shorter side"),
-    "stain_shift": Scale(_stain_shift, (0.1, 0.2, 0.4, 0.6, 0.9), "length of the shift of ln(haematoxylin) and ln(eosin)"),
+    "stain_shift": Scale(
+        _stain_shift, (0.1, 0.2, 0.4, 0.6, 0.9), "length of the shift of ln(haematoxylin) and ln(eosin)"
+    ),
 }
 SEVERITIES = (1, 2, 3, 4, 5)
 ANY_IMAGE = tuple(name for name in CORRUPTIONS if name != "stain_shift") # Those that suit every kind of image
@@ -107,8 +111,10 @@ class Corrupt:
     seed: int = 0 # Of noise and of the direction of a stain shift
 
     def __post_init__(self) -> None:
-        if self.name not in CORRUPTIONS: raise InputError(f"Unknown corruption {self.name!r}. {close_matches(self.name, CORRUPTIONS)}")
-        if self.level not in SEVERITIES: raise InputError(f"Corruption {self.name!r} has the levels 1 to 5, not {self.level!r}.")
+        if self.name not in CORRUPTIONS:
+            raise InputError(f"Unknown corruption {self.name!r}. {close_matches(self.name, CORRUPTIONS)}")
+        if self.level not in SEVERITIES:
+            raise InputError(f"Corruption {self.name!r} has the levels 1 to 5, not {self.level!r}.")
 
     @property
     def strength(self) -> float: return CORRUPTIONS[self.name].strengths[self.level - 1]
@@ -119,7 +125,9 @@ class Corrupt:
 
     def __call__(self, image: Image.Image) -> Image.Image: # Same size and mode
         if image.mode not in ("RGB", "L"):
-            raise InputError(f"A corruption needs an 8-bit image, RGB or grey, not mode {image.mode!r}. Read the file with images.read_image, which windows deep greys.")
+            raise InputError(
+                f"A corruption needs an 8-bit image, RGB or grey, not mode {image.mode!r}. Read the file with images.read_image, which windows deep greys."
+            )
         pixels = np.asarray(image.convert("RGB"))
         rng = np.random.default_rng(int(content_hash(pixels, self.name, self.seed), 16))
         changed = np.asarray(CORRUPTIONS[self.name].change(pixels, self.strength, rng), dtype=np.float32)
@@ -132,8 +140,10 @@ def stained(
     "Raise `InputError` if most of the images are grey, and so cannot show a stain"
     grey = sum(map(is_gray, images))
     if 2 * grey > len(images):
-        raise InputError(f"stain_shift changes the amounts of haematoxylin and eosin, but {grey} of {len(images)} images looked at are grey: "
-                         "a radiograph or a scan has no stain. Leave stain_shift out.")
+        raise InputError(
+            f"stain_shift changes the amounts of haematoxylin and eosin, but {grey} of {len(images)} images looked at are grey: "
+            "a radiograph or a scan has no stain. Leave stain_shift out."
+        )
 
 def corrupt(
     image: Image.Image, # RGB or grey, 8 bits

@@ -36,7 +36,8 @@ class ImageDataset(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> Tensor:
         if i in self.kept: return self.kept[i]
         image = self.preprocess(read_image(self.paths[i], **self.options))
-        if self.left >= (size := image.numel() * image.element_size()): self.kept[i], self.left = image, self.left - size
+        if self.left >= (size := image.numel() * image.element_size()):
+            self.kept[i], self.left = image, self.left - size
         return image
 
 # %% ../../nbs/images/04_loading.ipynb #d08668da

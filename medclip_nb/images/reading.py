@@ -41,17 +41,22 @@ def read_image(
             _load(image, truncated)
             ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image, window)
-    except FileNotFoundError: raise InputError(f"{path}: no such file. Check the image column and the data root.") from None
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file. Check the image column and the data root.") from None
     except InputError: raise
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as an image ({type(error).__name__}: {error}). Replace the file or remove its row.") from None
+        raise InputError(
+            f"{path}: cannot be read as an image ({type(error).__name__}: {error}). Replace the file or remove its row."
+        ) from None
 
 # %% ../../nbs/images/01_reading.ipynb #1b774dc3
 def _check_size(path: Any, image: Image.Image) -> None:
     "Refuse what would unpack beyond PIL's limit"
     if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise InputError(f"{path}: {image.width} x {image.height} pixels are more than the limit of {Image.MAX_IMAGE_PIXELS:,}. "
-                         "Make the image smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if it is meant.")
+        raise InputError(
+            f"{path}: {image.width} x {image.height} pixels are more than the limit of {Image.MAX_IMAGE_PIXELS:,}. "
+            "Make the image smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if it is meant."
+        )
 
 def _seek(path: Any, image: Image.Image, frame: int) -> None:
     "Go to a page"

@@ -47,12 +47,17 @@ class StudyPreprocess:
         for f in fields(self):
             if isinstance(value := getattr(self, f.name), list):
                 object.__setattr__(self, f.name, tuple(tuple(v) if isinstance(v, list) else v for v in value))
-        if self.window is not None and self.windows: raise InputError("Give window, or windows for a series each, but not both.")
+        if self.window is not None and self.windows:
+            raise InputError("Give window, or windows for a series each, but not both.")
 
     @property
     def left_right(self) -> int | None: # -3, -2 or -1; None where every file keeps its own
         "The axis that runs across the patient, from one side to the other"
-        return None if self.orientation is None or self.thick_first else next(i for i, way in enumerate(self.orientation, -3) if way in "LR")
+        return (
+            None
+            if self.orientation is None or self.thick_first
+            else next(i for i, way in enumerate(self.orientation, -3) if way in "LR")
+        )
 
     def config(self) -> dict: # Values of JSON
         "What is saved with a model: the fields that are not as usual"
@@ -85,7 +90,13 @@ def _volume(self: StudyPreprocess,
     **read: Any, # Further facts about the file for `read_volume`, such as file_spacing or rescale
 ) -> Volume: # (d, h, w) or (c, d, h, w), before mean and std
     "One series on its grid, with its place in the patient"
-    how = dict(spacing=self.spacing, window=window or self.window, percentiles=self.percentiles, orientation=self.orientation, thick_first=self.thick_first)
+    how = dict(
+        spacing=self.spacing,
+        window=window or self.window,
+        percentiles=self.percentiles,
+        orientation=self.orientation,
+        thick_first=self.thick_first,
+    )
     volume = read_volume(path, **how | read)
     if self.divide != 1: volume = replace(volume, array=volume.array / np.float32(self.divide))
     if self.square: volume = pad_crop(volume, (volume.array.shape[-3], *[max(volume.array.shape[-2:])] * 2))
@@ -111,7 +122,8 @@ def _call(self: StudyPreprocess,
 ) -> Study: # (n, c, d, h, w) and the names
     "Read a study; raises `InputError` for one without series, and for series that differ in size"
     if not series: raise InputError("The study has no series. Leave its row out.")
-    if odd := sorted(read.keys() - {*READ}): raise InputError(f"A series is not read with {odd[0]!r}. It may be given: {', '.join(READ)}.")
+    if odd := sorted(read.keys() - {*READ}):
+        raise InputError(f"A series is not read with {odd[0]!r}. It may be given: {', '.join(READ)}.")
     parts = self._parts(series)
     arrays = [self.volume(path, window, **read).array for _, path, window in parts]
     arrays = [a if a.ndim == 4 else a[None] for a in arrays]
@@ -131,7 +143,8 @@ def labels_at(
     "Labels where the voxels of another volume are, the nearest one each"
     from scipy.ndimage import affine_transform
     labels = load_volume(path)
-    if labels.affine is None or volume.affine is None: raise InputError(f"{path}: labels need an affine, in their file and in the volume.")
+    if labels.affine is None or volume.affine is None:
+        raise InputError(f"{path}: labels need an affine, in their file and in the volume.")
     to_file = np.linalg.inv(labels.affine) @ volume.affine
     array = labels.array.astype(np.float32)
     return affine_transform(array, to_file[:3, :3], to_file[:3, 3], volume.array.shape[-3:], order=0).astype(np.int16)
@@ -153,7 +166,8 @@ def study_preprocess(
     **changes: Any, # Fields of `StudyPreprocess` to be other
 ) -> StudyPreprocess:
     "The steps of a published model; raises `InputError` for an unknown name"
-    if name not in PREPROCESSING: raise InputError(f"Unknown preprocessing {name!r}. {close_matches(name, PREPROCESSING)}")
+    if name not in PREPROCESSING:
+        raise InputError(f"Unknown preprocessing {name!r}. {close_matches(name, PREPROCESSING)}")
     return StudyPreprocess(**PREPROCESSING[name] | changes)
 
 # %% ../../nbs/images/03_studies.ipynb #c3614034
@@ -175,11 +189,21 @@ class StudyBatch:
     def __len__(self) -> int: return len(self.volumes)
 
     def __getitem__(self, rows: slice | Sequence[int]) -> "StudyBatch": # Some of the studies
-        names = self.names if self.names is None else self.names[rows] if isinstance(rows, slice) else [self.names[i] for i in rows]
+        names = (
+            self.names
+            if self.names is None
+            else self.names[rows]
+            if isinstance(rows, slice)
+            else [self.names[i] for i in rows]
+        )
         return StudyBatch(self.volumes[rows], self.scan_mask if self.scan_mask is None else self.scan_mask[rows], names)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "StudyBatch": # The mask stays one of truth values
-        return replace(self, volumes=self.volumes.to(device, dtype), scan_mask=self.scan_mask if self.scan_mask is None else self.scan_mask.to(device))
+        return replace(
+            self,
+            volumes=self.volumes.to(device, dtype),
+            scan_mask=self.scan_mask if self.scan_mask is None else self.scan_mask.to(device),
+        )
 
     def token_mask(self, tokens: int) -> Tensor | None: # (b, tokens) of bool; None where nothing is padding
         "Which of the tokens of each study, padding included, exist"
@@ -191,11 +215,17 @@ def pad_studies(
     "Put studies side by side; raises `InputError` where grids differ"
     tensors = [s.volumes if isinstance(s, Study) else s for s in studies]
     if len({t.shape[1:] for t in tensors}) != 1:
-        raise InputError(f"Studies of a batch need one grid, but are {', '.join(str(tuple(t.shape)) for t in tensors)}. Give the preprocessing a grid or size.")
+        raise InputError(
+            f"Studies of a batch need one grid, but are {', '.join(str(tuple(t.shape)) for t in tensors)}. Give the preprocessing a grid or size."
+        )
     counts = torch.tensor([len(t) for t in tensors])
     volumes = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
     mask = torch.arange(volumes.shape[1]) < counts[:, None]
-    return StudyBatch(volumes, None if mask.all() else mask, [s.names for s in studies] if all(isinstance(s, Study) for s in studies) else None)
+    return StudyBatch(
+        volumes,
+        None if mask.all() else mask,
+        [s.names for s in studies] if all(isinstance(s, Study) for s in studies) else None,
+    )
 
 def draw_series(
     count: int, # Series that a study has
@@ -227,7 +257,8 @@ class StudyDataset(torch.utils.data.Dataset):
     def _read(self, i: int) -> Study:
         if i in self.kept: return self.kept[i]
         study = self.preprocess(self.series[i], **self.read)
-        if self.left >= (size := study.volumes.numel() * study.volumes.element_size()): self.kept[i], self.left = study, self.left - size
+        if self.left >= (size := study.volumes.numel() * study.volumes.element_size()):
+            self.kept[i], self.left = study, self.left - size
         return study
 
     def __getitem__(self, i: int) -> Study:

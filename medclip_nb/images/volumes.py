@@ -25,18 +25,26 @@ if TYPE_CHECKING: import torch
 
 # %% ../../nbs/images/02_volumes.ipynb #06cf3eb0
 Window = str | tuple[float, float]
-WINDOWS: dict[str, tuple[float, float]] = {"brain": (40, 80), "blood": (80, 200), "subdural": (80, 200), "bone": (600, 2800),
-                                           "lung": (-600, 1500), "mediastinum": (50, 350)} # Centre, width in HU
+WINDOWS: dict[str, tuple[float, float]] = {
+    "brain": (40, 80),
+    "blood": (80, 200),
+    "subdural": (80, 200),
+    "bone": (600, 2800),
+    "lung": (-600, 1500),
+    "mediastinum": (50, 350),
+}  # Centre, width in HU
 
 def find_window(
     window: Window, # Name of a preset, or (centre, width)
 ) -> tuple[float, float]: # Centre, width
     "The centre and width of a window"
     if isinstance(window, str):
-        if window not in WINDOWS: raise InputError(f"No window {window!r}. Known: {', '.join(WINDOWS)}; or give (centre, width).")
+        if window not in WINDOWS:
+            raise InputError(f"No window {window!r}. Known: {', '.join(WINDOWS)}; or give (centre, width).")
         return WINDOWS[window]
     try: centre, width = (float(value) for value in window)
-    except (TypeError, ValueError): raise InputError(f"A window is a name or (centre, width), but is {window!r}.") from None
+    except (TypeError, ValueError):
+        raise InputError(f"A window is a name or (centre, width), but is {window!r}.") from None
     if not (width > 0 and math.isfinite(centre + width)):
         raise InputError(f"The width of a window must be above 0, but the window is {window!r}.")
     return centre, width
@@ -88,7 +96,9 @@ def _letters(orientation: str) -> str:
     "The three letters of a plane or orientation"
     letters = PLANES.get(orientation, orientation)
     if sorted("RLAPSI".find(letter) // 2 for letter in letters) != [0, 1, 2]:
-        raise InputError(f"No orientation {orientation!r}. Give one letter of R/L, A/P and S/I each, such as SPL, or {', '.join(PLANES)}.")
+        raise InputError(
+            f"No orientation {orientation!r}. Give one letter of R/L, A/P and S/I each, such as SPL, or {', '.join(PLANES)}."
+        )
     return letters
 
 def orient(
@@ -99,7 +109,9 @@ def orient(
     from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
     letters = _letters(orientation)
     if volume.affine is None:
-        raise InputError(f"{volume.source}: the file does not tell its orientation. Give file_spacing to read it as {letters}.")
+        raise InputError(
+            f"{volume.source}: the file does not tell its orientation. Give file_spacing to read it as {letters}."
+        )
     change = ornt_transform(io_orientation(volume.affine), axcodes2ornt(tuple(letters)))
     array = np.ascontiguousarray(apply_orientation(volume.array, change))
     return replace(volume, array=array, affine=volume.affine @ inv_ornt_aff(change, volume.array.shape))
@@ -128,18 +140,25 @@ def read_dicom(
             except pydicom.errors.InvalidDicomError:
                 ds = pydicom.dcmread(path, stop_before_pixels=not pixels, force=True)
                 if "Rows" not in ds: raise
-                if "TransferSyntaxUID" not in ds.file_meta: ds.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
-    except FileNotFoundError: raise InputError(f"{path}: no such file. Check the image column and the data root.") from None
+                if "TransferSyntaxUID" not in ds.file_meta:
+                    ds.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file. Check the image column and the data root.") from None
     except Exception as error:
-        raise InputError(f"{path}: cannot be read as DICOM ({type(error).__name__}: {error}). Replace the file or remove its row.") from None
+        raise InputError(
+            f"{path}: cannot be read as DICOM ({type(error).__name__}: {error}). Replace the file or remove its row."
+        ) from None
     if pixels and ("PixelData" not in ds or not ds.get("Rows")):
-        raise InputError(f"{path}: a DICOM file without an image ({ds.get('Modality') or 'no modality'}). Remove its row.")
+        raise InputError(
+            f"{path}: a DICOM file without an image ({ds.get('Modality') or 'no modality'}). Remove its row."
+        )
     return ds
 
 def _count(ds: Any, path: Any) -> int:
     "Frames of a file"
     try: return max(1, int(ds.get("NumberOfFrames") or 1))
-    except (TypeError, ValueError): raise InputError(f"{path}: its number of frames cannot be read. Replace the file or remove its row.") from None
+    except (TypeError, ValueError):
+        raise InputError(f"{path}: its number of frames cannot be read. Replace the file or remove its row.") from None
 
 def _frame(ds: Any, path: Any, frame: int | None = None) -> np.ndarray:
     "Decoded pixels of one frame, colours as RGB"
@@ -157,9 +176,14 @@ def _frame(ds: Any, path: Any, frame: int | None = None) -> np.ndarray:
             return pixel_array(ds, index=frame)
     except Exception as error:
         name = ds.file_meta.TransferSyntaxUID.name if "TransferSyntaxUID" in ds.file_meta else "unknown"
-        needs = "pip install python-gdcm, or pylibjpeg with its plugins, which decode more" if "plugin" in str(error) or "decod" in str(error) \
+        needs = (
+            "pip install python-gdcm, or pylibjpeg with its plugins, which decode more"
+            if "plugin" in str(error) or "decod" in str(error)
             else "Replace the file or remove its row"
-        raise InputError(f"{path}: its pixels ({name}) cannot be decoded ({type(error).__name__}: {str(error)[:200]}). {needs}.") from None
+        )
+        raise InputError(
+            f"{path}: its pixels ({name}) cannot be decoded ({type(error).__name__}: {str(error)[:200]}). {needs}."
+        ) from None
 
 def _of_frame(ds: Any, frame: int, sequence: str) -> Any:
     "The item of a functional group that holds for a frame, else the file itself"
@@ -179,14 +203,18 @@ def _of_file(ds: Any, values: np.ndarray, frame: int, shown: np.ndarray) -> np.n
     from pydicom.pixels import apply_voi
     voi = _of_frame(ds, frame, "FrameVOILUTSequence")
     if voi.get("VOILUTSequence"):
-        return apply_voi(values.astype(np.int32), voi).astype(np.float32) / (2.0 ** int(voi.VOILUTSequence[0].LUTDescriptor[2]) - 1)
+        return apply_voi(values.astype(np.int32), voi).astype(np.float32) / (
+            2.0 ** int(voi.VOILUTSequence[0].LUTDescriptor[2]) - 1
+        )
     first = lambda value: float(value[0] if isinstance(value, Sequence) and not isinstance(value, str) else value)
     centre, width = voi.get("WindowCenter"), voi.get("WindowWidth")
     if centre not in (None, "") and width not in (None, "") and (width := first(width)) > 0:
         centre, function = first(centre), voi.get("VOILUTFunction") or "LINEAR"
         if function == "SIGMOID": return 1 / (1 + np.exp(-4 * (values - centre) / width))
         if function == "LINEAR_EXACT": return apply_window(values, (centre, width))
-        return apply_window(values, (centre - 0.5, width - 1)) if width > 1 else (values > centre - 0.5).astype(np.float32)
+        return (
+            apply_window(values, (centre - 0.5, width - 1)) if width > 1 else (values > centre - 0.5).astype(np.float32)
+        )
     if ds.BitsStored <= 8 and not ds.get("PixelRepresentation"): return np.clip(values / (2**ds.BitsStored - 1), 0, 1)
     return stretch(values, keep=shown)
 
@@ -208,8 +236,11 @@ def dicom_pixels(
     ds = read_dicom(path)
     raw, kind = _frame(ds, path, frame), ds.get("PhotometricInterpretation", "MONOCHROME2")
     if kind == "PALETTE COLOR":
-        return (apply_color_lut(raw, ds) >> (8 if ds.RedPaletteColorLookupTableDescriptor[2] > 8 else 0)).astype(np.uint8)
-    if raw.ndim == 3: return raw if raw.dtype == np.uint8 else np.round(raw / (2.0**ds.BitsStored - 1) * 255).astype(np.uint8)
+        return (apply_color_lut(raw, ds) >> (8 if ds.RedPaletteColorLookupTableDescriptor[2] > 8 else 0)).astype(
+            np.uint8
+        )
+    if raw.ndim == 3:
+        return raw if raw.dtype == np.uint8 else np.round(raw / (2.0**ds.BitsStored - 1) * 255).astype(np.uint8)
     empty, at = _padding(ds, raw), _count(ds, path) // 2 if frame is None else frame
     values = _rescaled(ds, raw, at)
     grey = apply_window(values, window) if window is not None else _of_file(ds, values, at, ~empty)
@@ -230,13 +261,17 @@ def _stack(places: list[tuple], slices: list[Any], where: Any) -> tuple[list[int
     "Order along the normal without doubles, the affine, and notes"
     _, down, right = places[0]
     if any(not np.allclose(np.r_[p[1], p[2]], np.r_[down, right], atol=1e-3) for p in places):
-        raise InputError(f"{where}: its slices do not lie in parallel or differ in pixel spacing. Keep the slices of one stack only.")
+        raise InputError(
+            f"{where}: its slices do not lie in parallel or differ in pixel spacing. Keep the slices of one stack only."
+        )
     normal = np.cross(right, down) / np.linalg.norm(np.cross(right, down))
     along, notes = np.array([p[0] @ normal for p in places]), []
     order = [int(i) for i in np.argsort(along, kind="stable")]
     doubles = [(a, b) for a, b in zip(order, order[1:]) if along[b] - along[a] < 1e-3]
     if differ := [b for a, b in doubles if not np.array_equal(slices[a], slices[b])]:
-        raise InputError(f"{where}: {len(differ)} positions have two different slices (echoes, phases?). Keep one of each in the folder.")
+        raise InputError(
+            f"{where}: {len(differ)} positions have two different slices (echoes, phases?). Keep one of each in the folder."
+        )
     if doubles: notes.append(f"{len(doubles)} slices are there twice; one of each was kept")
     order = [i for i in order if i not in {b for _, b in doubles}]
     steps = np.diff(along[order])
@@ -259,17 +294,23 @@ def _dicom_volume(path: Path, series: str | None = None) -> Volume:
     slices, places = [], []
     for ds in headers:
         ds = read_dicom(ds.filename)
-        if ds.get("SamplesPerPixel", 1) != 1: raise InputError(f"{path}: is in colour, hence no volume. Read it with read_image.")
+        if ds.get("SamplesPerPixel", 1) != 1:
+            raise InputError(f"{path}: is in colour, hence no volume. Read it with read_image.")
         for frame in range(_count(ds, path)):
             slices.append(_rescaled(ds, _frame(ds, ds.filename, frame), frame))
             places.append(_place(ds, frame))
-    if len({s.shape for s in slices}) > 1: raise InputError(f"{path}: its slices differ in size. Keep the slices of one stack only.")
-    if all(p is not None for p in places) and not (len(headers) == 1 and len({tuple(p[0]) for p in places}) < len(places)):
+    if len({s.shape for s in slices}) > 1:
+        raise InputError(f"{path}: its slices differ in size. Keep the slices of one stack only.")
+    if all(p is not None for p in places) and not (
+        len(headers) == 1 and len({tuple(p[0]) for p in places}) < len(places)
+    ):
         order, affine, more = _stack(places, slices, path)
         if len(order) == 1: affine[:3, 0] *= float(headers[0].get("SliceThickness") or 1)
         return Volume(np.stack([slices[i] for i in order]), affine, str(path), notes + more)
     if len(headers) > 1:
-        raise InputError(f"{path}: slices without a position (ImagePositionPatient). Convert the series with its scanner's tool first.")
+        raise InputError(
+            f"{path}: slices without a position (ImagePositionPatient). Convert the series with its scanner's tool first."
+        )
     return Volume(np.stack(slices), None, str(path), [*notes, "the file does not tell where its slices lie"])
 
 def _series(folder: Path, series: str | None) -> tuple[list[Any], list[str]]:
@@ -284,7 +325,8 @@ def _series(folder: Path, series: str | None) -> tuple[list[Any], list[str]]:
     if not found: raise InputError(f"{folder}: no DICOM images in it. Give the folder of one series.")
     if series is None and len(found) > 1:
         raise InputError(f"{folder}: has {len(found)} series: {listed}. Give series, or one folder each.")
-    if series is not None and series not in found: raise InputError(f"{folder}: has no series {series}. It has {listed}.")
+    if series is not None and series not in found:
+        raise InputError(f"{folder}: has no series {series}. It has {listed}.")
     return found[series or next(iter(found))], [f"{others} files are not DICOM images"] if others else []
 
 # %% ../../nbs/images/02_volumes.ipynb #d86747f0
@@ -299,15 +341,28 @@ def _nifti_volume(path: Path, frame: int | None = None) -> Volume:
         if math.prod(shape[:3]) > MAX_VOXELS:
             raise InputError(f"{path}: {shape} are more voxels than the limit of {MAX_VOXELS:,}. Crop it first.")
         if len(shape) < 3 or any(n > 1 for n in shape[4:]) or image.get_data_dtype().fields:
-            raise InputError(f"{path}: shape {shape}, {image.get_data_dtype()}: neither a volume nor a series of volumes.")
+            raise InputError(
+                f"{path}: shape {shape}, {image.get_data_dtype()}: neither a volume nor a series of volumes."
+            )
         shape, count = shape[:3], shape[3] if len(shape) > 3 else 1
-        if not 0 <= (frame or 0) < count: raise InputError(f"{path}: has no volume {frame}. It has {count}, counted from 0.")
-        data = image.dataobj if len(image.shape) == 3 else image.dataobj[(..., frame or 0, *[0] * (len(image.shape) - 4))]
-        return Volume(np.asarray(data, dtype=np.float32), image.affine, str(path), [f"volume {frame or 0} of {count}"] if count > 1 else [])
-    except FileNotFoundError: raise InputError(f"{path}: no such file. Check the image column and the data root.") from None
+        if not 0 <= (frame or 0) < count:
+            raise InputError(f"{path}: has no volume {frame}. It has {count}, counted from 0.")
+        data = (
+            image.dataobj if len(image.shape) == 3 else image.dataobj[(..., frame or 0, *[0] * (len(image.shape) - 4))]
+        )
+        return Volume(
+            np.asarray(data, dtype=np.float32),
+            image.affine,
+            str(path),
+            [f"volume {frame or 0} of {count}"] if count > 1 else [],
+        )
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file. Check the image column and the data root.") from None
     except InputError: raise
     except Exception as error:
-        raise InputError(f"{path}: cannot be read as NIfTI ({type(error).__name__}: {error}). Replace the file or remove its row.") from None
+        raise InputError(
+            f"{path}: cannot be read as NIfTI ({type(error).__name__}: {error}). Replace the file or remove its row."
+        ) from None
 
 def _load_tensor(path: Path) -> np.ndarray:
     "The only array of a file, never running what it may hold"
@@ -321,20 +376,27 @@ def _load_tensor(path: Path) -> np.ndarray:
     if sum(entry.file_size for entry in zipfile.ZipFile(path).infolist()) > 8 * MAX_VOXELS:
         raise ValueError("more than the limit when unpacked")
     with np.load(path, allow_pickle=False) as found:
-        if len(found.files) != 1: raise ValueError(f"holds {len(found.files)} arrays ({', '.join(found.files)}), not one")
+        if len(found.files) != 1:
+            raise ValueError(f"holds {len(found.files)} arrays ({', '.join(found.files)}), not one")
         return found[found.files[0]]
 
 def _tensor_volume(path: Path, frame: int | None = None) -> Volume:
     "A volume without a place, (d, h, w) or (c, d, h, w)"
     try: array = _load_tensor(path)
-    except FileNotFoundError: raise InputError(f"{path}: no such file. Check the image column and the data root.") from None
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file. Check the image column and the data root.") from None
     except Exception as error:
         why = str(error).split("\n")[0][:200]
-        raise InputError(f"{path}: cannot be read as a tensor ({type(error).__name__}: {why}). Save one plain array or tensor in it.") from None
+        raise InputError(
+            f"{path}: cannot be read as a tensor ({type(error).__name__}: {why}). Save one plain array or tensor in it."
+        ) from None
     if array.ndim not in (3, 4) or not array.size or array.dtype.kind not in "biuf" or array.size > 4 * MAX_VOXELS:
-        raise InputError(f"{path}: {array.dtype} of shape {array.shape}; should be numbers of (d, h, w) or (c, d, h, w).")
+        raise InputError(
+            f"{path}: {array.dtype} of shape {array.shape}; should be numbers of (d, h, w) or (c, d, h, w)."
+        )
     if array.ndim == 4 and frame is not None:
-        if not 0 <= frame < len(array): raise InputError(f"{path}: has no channel {frame}. It has {len(array)}, counted from 0.")
+        if not 0 <= frame < len(array):
+            raise InputError(f"{path}: has no channel {frame}. It has {len(array)}, counted from 0.")
         array = array[frame]
     return Volume(array, None, str(path), [])
 
@@ -364,11 +426,15 @@ def resample(
     spacing: tuple[float, float, float], # mm along d, h, w
 ) -> Volume: # float32; spacing to the nearest whole number of voxels
     "Resample to a spacing"
-    if volume.spacing is None: raise InputError(f"{volume.source}: the file does not tell its spacing. Give file_spacing in mm.")
-    if len(spacing) != 3 or min(spacing) <= 0: raise InputError(f"spacing should be three lengths in mm above 0, but is {spacing}.")
+    if volume.spacing is None:
+        raise InputError(f"{volume.source}: the file does not tell its spacing. Give file_spacing in mm.")
+    if len(spacing) != 3 or min(spacing) <= 0:
+        raise InputError(f"spacing should be three lengths in mm above 0, but is {spacing}.")
     size = tuple(max(1, round(n * old / new)) for n, old, new in zip(volume.array.shape[-3:], volume.spacing, spacing))
     if math.prod(size) > MAX_VOXELS:
-        raise InputError(f"{volume.source}: {size} voxels at {spacing} mm are more than the limit. Ask for a coarser spacing.")
+        raise InputError(
+            f"{volume.source}: {size} voxels at {spacing} mm are more than the limit. Ask for a coarser spacing."
+        )
     return resize(volume, size)
 
 def pad_crop(
@@ -438,18 +504,25 @@ def read_volume(
     if fit not in ("crop", "resize"): raise InputError(f"fit should be 'crop' or 'resize', but is {fit!r}.")
     volume = load_volume(path, frame, series)
     if volume.affine is None and file_spacing is not None:
-        affine = np.array([[0, 0, -file_spacing[2], 0], [0, -file_spacing[1], 0, 0], [file_spacing[0], 0, 0, 0], [0, 0, 0, 1.]])
+        affine = np.array(
+            [[0, 0, -file_spacing[2], 0], [0, -file_spacing[1], 0, 0], [file_spacing[0], 0, 0, 0], [0, 0, 0, 1.0]]
+        )
         volume = replace(volume, affine=affine, notes=[*volume.notes, "spacing as given, orientation SPL assumed"])
     if volume.affine is not None and volume.array.ndim == 3:
         if orientation: volume = orient(volume, orientation)
         if thick_first: volume = through_plane_first(volume)
-    elif thick_first: raise InputError(f"{path}: the file does not tell its spacing. Give file_spacing, or leave thick_first.")
+    elif thick_first:
+        raise InputError(f"{path}: the file does not tell its spacing. Give file_spacing, or leave thick_first.")
     if rescale: volume = replace(volume, array=volume.array * np.float32(rescale[0]) + np.float32(rescale[1]))
     dtype = volume.array.dtype
     if spacing: volume = resample(volume, spacing)
     if size and fit == "resize": volume = resize(volume, size)
     by_bytes = window is None and percentiles is not None and dtype == np.uint8
-    array = volume.array.astype(np.float32) / 255 if by_bytes else _scale(volume.array.astype(np.float32), window, percentiles)
+    array = (
+        volume.array.astype(np.float32) / 255
+        if by_bytes
+        else _scale(volume.array.astype(np.float32), window, percentiles)
+    )
     volume = replace(volume, array=np.ascontiguousarray(array))
     return pad_crop(volume, size, fill, generator) if size and fit == "crop" else volume
 
@@ -467,7 +540,10 @@ def volume_pixels(
     volume = load_volume(path, frame)
     if volume.array.ndim == 4: volume = replace(volume, array=volume.array[0])
     if volume.affine is not None: volume = orient(volume, plane)
-    elif plane != "axial": raise InputError(f"{path}: the file does not tell its orientation, so there is no {plane} plane. Leave plane out.")
+    elif plane != "axial":
+        raise InputError(
+            f"{path}: the file does not tell its orientation, so there is no {plane} plane. Leave plane out."
+        )
     at = round(position * (len(volume.array) - 1))
     array = _scale(volume.array if window is None else volume.array[at:at + 1], window, (0.5, 99.5))
     return np.round(array[at if window is None else 0] * 255).astype(np.uint8), (volume.spacing or (1., 1., 1.))[1:]

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import InputError
-from .itemized import itemized_losses
 
 # %% ../../nbs/losses/01_contrastive.ipynb #04b2e3bc
 def _logits(image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor) -> Tensor: # (n, n)
     "The scaled cosine of every image with every text, of which there are as many"
     if image_features.shape != text_features.shape:
-        raise InputError(f"image and text features differ in shape: {tuple(image_features.shape)} and {tuple(text_features.shape)}")
+        raise InputError(
+            f"image and text features differ in shape: {tuple(image_features.shape)} and {tuple(text_features.shape)}"
+        )
     return logit_scale * F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).T
 
 def _check_weight(image_weight: float) -> None:
@@ -51,13 +52,16 @@ def soft_clip_loss(
     "λ·CE(image→text) + (1-λ)·CE(text→image) with soft targets; raises `InputError` for a row or column without a positive"
     _check_weight(image_weight)
     logits = _logits(image_features, text_features, logit_scale)
-    if positives.shape != logits.shape: raise InputError(f"positives must be {tuple(logits.shape)}, got {tuple(positives.shape)}")
+    if positives.shape != logits.shape:
+        raise InputError(f"positives must be {tuple(logits.shape)}, got {tuple(positives.shape)}")
     positives = positives.to(logits)
     to_text, to_image = positives.sum(1), positives.sum(0)
     if not (positives.min() >= 0 and to_text.min() > 0 and to_image.min() > 0):
         raise InputError("positives must be numbers and not negative, with something above 0 in every row and column.")
     targets = image_weight * positives / to_text[:, None] + (1 - image_weight) * positives / to_image
-    return (image_weight * logits.logsumexp(1) + (1 - image_weight) * logits.logsumexp(0) - (targets * logits).sum(1)).mean()
+    return (
+        image_weight * logits.logsumexp(1) + (1 - image_weight) * logits.logsumexp(0) - (targets * logits).sum(1)
+    ).mean()
 
 # %% ../../nbs/losses/01_contrastive.ipynb #512b7092
 def _agree(ids: Tensor) -> Tensor:
@@ -74,7 +78,8 @@ def positives_of(
     if not 0 <= soft <= 1: raise InputError(f"soft must be in [0, 1], got {soft}")
     given = [(ids, weight) for ids, weight in ((text_ids, 1.0), (labels, soft), (groups, soft)) if ids is not None]
     shapes = [tuple(ids.shape) for ids, _ in given]
-    if len(set(shapes)) != 1 or len(shapes[0]) != 1: raise InputError(f"positives_of needs text_ids, labels or groups, each (n,); got {shapes}")
+    if len(set(shapes)) != 1 or len(shapes[0]) != 1:
+        raise InputError(f"positives_of needs text_ids, labels or groups, each (n,); got {shapes}")
     positives = torch.eye(*shapes[0], device=given[0][0].device)
     for ids, weight in given: positives = torch.maximum(positives, _agree(ids) * weight)
     return positives

@@ -35,7 +35,9 @@ def sample_negatives(
 ) -> Tensor: # (n, n) for image i and image j, the slot of the item of j that i meets
     "One real item of every image for every image, evenly drawn; an image without items gives a slot of padding"
     counts, order = text_mask.sum(1), (~text_mask).to(torch.uint8).argsort(dim=1, stable=True)
-    draws = torch.rand(len(counts), len(counts), generator=generator, device=None if generator is None else generator.device)
+    draws = torch.rand(
+        len(counts), len(counts), generator=generator, device=None if generator is None else generator.device
+    )
     nth = torch.minimum((draws.to(counts.device) * counts).long(), (counts - 1).clamp(min=0))
     return order.gather(1, nth.T).T
 
@@ -46,7 +48,10 @@ def text_lists(
 ) -> Tensor: # (b, n + k - 1) places in the n·k items of the batch, ascending by image
     "The items that each image meets: one of every other image, and all of its own in its own place"
     b, n = neg_index.shape
-    own, place = offset + torch.arange(b, device=neg_index.device)[:, None], torch.arange(n + k - 1, device=neg_index.device)
+    own, place = (
+        offset + torch.arange(b, device=neg_index.device)[:, None],
+        torch.arange(n + k - 1, device=neg_index.device),
+    )
     image = place - (place - own).clamp(0, k - 1)
     return image * k + torch.where(image == own, place - own, neg_index.gather(1, image))
 
@@ -146,21 +151,26 @@ def _whole_mask(token_mask: Tensor | None, keep: float, shape: tuple[int, int, i
 def _term_weights(weights: Mapping[str, float]) -> dict[str, float]:
     "A weight for each loss; raises `InputError` for an unknown name or none above 0"
     for name in weights:
-        if name not in ITEM_WEIGHTS: raise InputError(f"weights: unknown loss {name!r}. {close_matches(name, ITEM_WEIGHTS)}")
+        if name not in ITEM_WEIGHTS:
+            raise InputError(f"weights: unknown loss {name!r}. {close_matches(name, ITEM_WEIGHTS)}")
     if not any(weights.values()): raise InputError("weights: every loss has a weight of 0.")
     return {name: weights.get(name, 0) for name in ITEM_WEIGHTS}
 
-def _check(b: int, tokens: Tensor, texts: Tensor, offset: int, divisor: str, shares: dict[str, float], **given: Tensor | None) -> None:
+def _check(
+    b: int, tokens: Tensor, texts: Tensor, offset: int, divisor: str, shares: dict[str, float], **given: Tensor | None
+) -> None:
     "Raise `InputError` for what does not belong together or cannot be"
     n, k = texts.shape[:2]
     if len(tokens) != b: raise InputError(f"{b} image features, but the tokens of {len(tokens)} images")
-    if not 0 <= offset <= n - b: raise InputError(f"{b} images from offset {offset} on do not lie within the texts of {n} images")
+    if not 0 <= offset <= n - b:
+        raise InputError(f"{b} images from offset {offset} on do not lie within the texts of {n} images")
     if divisor not in DIVISORS: raise InputError(f"divisor={divisor!r}. {close_matches(divisor, DIVISORS)}")
     for name, value in shares.items():
         if not 0 <= value <= 1: raise InputError(f"{name} must be in [0, 1], got {value}")
     shapes = {"text_mask": (n, k), "text_ids": (n, k), "normal": (n,), "neg_index": (b, n)}
     for name, tensor in given.items():
-        if tensor is not None and tensor.shape != shapes[name]: raise InputError(f"{name} must be {shapes[name]}, got {tuple(tensor.shape)}")
+        if tensor is not None and tensor.shape != shapes[name]:
+            raise InputError(f"{name} must be {shapes[name]}, got {tuple(tensor.shape)}")
 
 # %% ../../nbs/losses/02_itemized.ipynb #5bc72841
 def itemized_losses(
@@ -186,8 +196,18 @@ def itemized_losses(
 ) -> dict[str, Tensor]: # Scalars ila, mps, iis and kta, each times its weight, and loss, their sum
     "The losses of ItemizedCLIP for b of n images; raises `InputError` for shapes, names and numbers that cannot be"
     share, b, (n, k, _) = _term_weights(weights), len(image_features), text_features.shape
-    _check(b, image_tokens, text_features, offset, divisor, dict(key_token_ratio=key_token_ratio, token_keep_prob=token_keep_prob),
-           text_mask=text_mask, text_ids=text_ids, normal=normal, neg_index=neg_index)
+    _check(
+        b,
+        image_tokens,
+        text_features,
+        offset,
+        divisor,
+        dict(key_token_ratio=key_token_ratio, token_keep_prob=token_keep_prob),
+        text_mask=text_mask,
+        text_ids=text_ids,
+        normal=normal,
+        neg_index=neg_index,
+    )
     real = torch.ones(n, k, dtype=torch.bool, device=text_features.device) if text_mask is None else text_mask.bool()
     texts, mine, device = text_features.flatten(0, 1), slice(offset, offset + b), text_features.device
     unit, rows = _unit(texts), offset + torch.arange(b, device=device)[:, None]
@@ -198,18 +218,38 @@ def itemized_losses(
         terms["mps"] = sigmoid_sum(logits, torch.arange(n * k, device=device) // k == rows, counts) / (n * k)
     if share["ila"] or share["iis"] or share["kta"]:
         index = text_lists(sample_negatives(real, generator)[mine] if neg_index is None else neg_index, k, offset)
-        mask = _whole_mask(token_mask, token_keep_prob, (b, pooling.heads, n + k - 1, image_tokens.shape[1]), total=n, offset=offset,
-                           generator=generator, device=device)
+        mask = _whole_mask(
+            token_mask,
+            token_keep_prob,
+            (b, pooling.heads, n + k - 1, image_tokens.shape[1]),
+            total=n,
+            offset=offset,
+            generator=generator,
+            device=device,
+        )
         key_tokens = max(1, int(key_token_ratio * image_tokens.shape[1])) if share["kta"] else 0
-        pooled, focused = _in_chunks(pooling, image_tokens, pooling.project_texts(texts), index, mask, key_tokens, chunk)
-        asked, own, divide = unit.index_select(0, index.flatten()).view_as(pooled), index // k == rows, n if divisor == "images" else n + k - 1
+        pooled, focused = _in_chunks(
+            pooling, image_tokens, pooling.project_texts(texts), index, mask, key_tokens, chunk
+        )
+        asked, own, divide = (
+            unit.index_select(0, index.flatten()).view_as(pooled),
+            index // k == rows,
+            n if divisor == "images" else n + k - 1,
+        )
         logits = lambda found: logit_scale * (_unit(found) * asked).sum(-1) + logit_bias
         answers = logits(pooled)
         listed = _up_weighted(counts.gather(1, index), answers, own, worst_positive_factor)
         if share["ila"]: terms["ila"] = sigmoid_sum(answers, own, listed) / divide
         if share["kta"]: terms["kta"] = sigmoid_sum(logits(focused), own, listed) / divide
-        if share["iis"]: terms["iis"] = _separation(pooled[own].view(b, k, pooling.dim), text_features[mine], real[mine],
-                                                    None if text_ids is None else text_ids[mine], logit_scale, logit_bias) / (n * k)
+        if share["iis"]:
+            terms["iis"] = _separation(
+                pooled[own].view(b, k, pooling.dim),
+                text_features[mine],
+                real[mine],
+                None if text_ids is None else text_ids[mine],
+                logit_scale,
+                logit_bias,
+            ) / (n * k)
     terms = {name: share[name] * term for name, term in terms.items()}
     return {**terms, "loss": sum(terms.values())}
 
@@ -232,6 +272,18 @@ def global_itemized_losses(
     starts = gather_ids(torch.tensor([len(image_features)], device=image_features.device))
     offset = int(starts[:torch.distributed.get_rank()].sum()) if world > 1 else 0
     whole = lambda x: gather_ids(None if x is None else x.to(torch.long))
-    found = itemized_losses(image_features, image_tokens, gather(text_features), whole(text_mask), pooling, logit_scale, logit_bias, neg_index,
-                            whole(normal), text_ids=whole(text_ids), offset=offset, **options)
+    found = itemized_losses(
+        image_features,
+        image_tokens,
+        gather(text_features),
+        whole(text_mask),
+        pooling,
+        logit_scale,
+        logit_bias,
+        neg_index,
+        whole(normal),
+        text_ids=whole(text_ids),
+        offset=offset,
+        **options,
+    )
     return {name: world * value for name, value in found.items()}

@@ -8,9 +8,11 @@ __all__ = ['probability_rows', 'confidence_bins', 'calibration_metrics', 'reliab
 # %% ../../nbs/metrics/05_calibration.ipynb #698f7e64
 from collections.abc import Sequence
 from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
+
 from ..core import InputError
 from .classification import labeled
 from .resampling import grouping, interval, ratio, resample_blocks, weighted_means
@@ -25,8 +27,10 @@ def probability_rows(
     keep, true, p = labeled(y_true, probabilities, class_names)
     bad = np.flatnonzero((p < 0).any(1) | (p > 1).any(1) | (np.abs(p.sum(1) - 1) > 1e-3))
     if len(bad):
-        raise InputError(f"Row {np.flatnonzero(keep)[bad[0]]} is {p[bad[0]].round(3).tolist()}, no probabilities ({len(bad)} such rows). "
-                         "Give them after the softmax, between 0 and 1 and adding up to 1.")
+        raise InputError(
+            f"Row {np.flatnonzero(keep)[bad[0]]} is {p[bad[0]].round(3).tolist()}, no probabilities ({len(bad)} such rows). "
+            "Give them after the softmax, between 0 and 1 and adding up to 1."
+        )
     return keep, true, p
 
 # %% ../../nbs/metrics/05_calibration.ipynb #0ec89969
@@ -61,10 +65,15 @@ def calibration_metrics(
     keep, true, p = probability_rows(y_true, probabilities, class_names)
     every = np.ones((1, len(true))) if weights is None else weights[:, keep]
     confidence, right = p.max(1), p.argmax(1) == true
-    out = {name: _errors(confidence_bins(confidence, bins, mass)[0], right - confidence, every) for name, mass in (("ece", False), ("ece_equal_mass", True))}
+    out = {
+        name: _errors(confidence_bins(confidence, bins, mass)[0], right - confidence, every)
+        for name, mass in (("ece", False), ("ece_equal_mass", True))
+    }
     brier = ((p - np.eye(p.shape[1])[true])**2).sum(1) / (2 if p.shape[1] == 2 else 1)
     nll = -np.log(np.maximum(p[np.arange(len(true)), true], np.finfo(float).eps))
-    out |= dict(zip(("brier", "nll"), weighted_means(np.stack([brier, nll], 1), every).T)) | {"n": every.sum(1, dtype=float)}
+    out |= dict(zip(("brier", "nll"), weighted_means(np.stack([brier, nll], 1), every).T)) | {
+        "n": every.sum(1, dtype=float)
+    }
     return out if weights is not None else {name: int(v[0]) if name == "n" else float(v[0]) for name, v in out.items()}
 
 # %% ../../nbs/metrics/05_calibration.ipynb #89151226
@@ -87,7 +96,11 @@ def reliability_table(
     if weights is None: return table.reset_index(drop=True)
     groups = grouping(codes, len(edges) - 1)
     shares = [ratio(groups @ (block * right[:, None]), groups @ block) for block in resample_blocks(weights[:, keep])]
-    ends = np.array([interval(line) for line in np.concatenate(shares, 1)[table.index]]) if shares else np.full((len(table), 2), np.nan)
+    ends = (
+        np.array([interval(line) for line in np.concatenate(shares, 1)[table.index]])
+        if shares
+        else np.full((len(table), 2), np.nan)
+    )
     return table.assign(accuracy_low=ends[:, 0], accuracy_high=ends[:, 1]).reset_index(drop=True)
 
 # %% ../../nbs/metrics/05_calibration.ipynb #c89115af
@@ -118,7 +131,8 @@ def fit_temperature(
     "The temperature with the smallest NLL (Guo et al. 2017); raises `InputError` for a test split"
     from scipy.optimize import minimize_scalar
     from scipy.special import logsumexp
-    if str(chosen_on).lower() == "test": raise InputError("A temperature fitted on the test split flatters the test: fit it on validation rows.")
+    if str(chosen_on).lower() == "test":
+        raise InputError("A temperature fitted on the test split flatters the test: fit it on validation rows.")
     _, true, z = labeled(y_true, logits, class_names)
     own = z[np.arange(len(true)), true]
     nll = lambda inverse: float((logsumexp(inverse * z, axis=1) - inverse * own).mean())

@@ -8,19 +8,21 @@ __all__ = ['label_name', 'label_codes', 'class_counts', 'class_ranks', 'labeled'
 # %% ../../nbs/metrics/02_classification.ipynb #dff34189
 from collections.abc import Sequence
 from typing import Any
+
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
+
 from ..core import InputError, close_matches
-from medclip_nb.metrics.curves import (
-    Threshold, auroc, average_precision, choose_threshold, choose_thresholds, class_areas,
-)
+from .curves import class_areas
 from medclip_nb.metrics.resampling import (
-    as_objects, bootstrap, bootstrap_weights, grouping, interval, mean_defined, ratio, resample_blocks, weighted_means,
-    weighted_median,
-)
-from medclip_nb.metrics.retrieval import (
-    chance_recall, query_metrics, rank_metrics, retrieval_metrics, retrieval_queries, retrieval_ranks,
+    as_objects,
+    grouping,
+    interval,
+    mean_defined,
+    ratio,
+    resample_blocks,
+    weighted_means,
 )
 
 # %% ../../nbs/metrics/02_classification.ipynb #4eb52e43
@@ -43,7 +45,9 @@ def label_codes(
     unseen = np.flatnonzero((codes < 0) & labels.notna())
     if len(unseen):
         name, more = label_name(labels[unseen[0]]), f" (and {len(unseen) - 1} more rows)" if len(unseen) > 1 else ""
-        raise InputError(f"Row {unseen[0]}{more}: label {name!r} is not one of the classes. {close_matches(name, names)}")
+        raise InputError(
+            f"Row {unseen[0]}{more}: label {name!r} is not one of the classes. {close_matches(name, names)}"
+        )
     return np.where(labels.isna(), -1, codes)
 
 # %% ../../nbs/metrics/02_classification.ipynb #220f604b
@@ -95,7 +99,8 @@ def labeled(
         raise InputError(f"Scores have shape {scores.shape}; {len(true)} labels and {len(class_names)} classes "
                          f"need ({len(true)}, {len(class_names)}).")
     keep = true >= 0
-    if not keep.any(): raise InputError("There is no label to score: every row abstains. Check the name of the label column.")
+    if not keep.any():
+        raise InputError("There is no label to score: every row abstains. Check the name of the label column.")
     bad = np.flatnonzero(keep & ~np.isfinite(scores).all(1))
     if len(bad): raise InputError(f"Row {bad[0]} has a score that is not a number ({len(bad)} such rows).")
     return keep, true[keep], scores[keep]
@@ -105,18 +110,30 @@ def _class_scores(true: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.
     "Each class against the rest: who is positive (rows, classes), and the scores; of two classes, their difference"
     return np.eye(scores.shape[1])[true], scores - scores[:, ::-1] if scores.shape[1] == 2 else scores
 
-def _resampled(true: np.ndarray, scores: np.ndarray, positive: int, top_k: Sequence[int], weights: np.ndarray) -> dict[str, np.ndarray]:
+def _resampled(
+    true: np.ndarray, scores: np.ndarray, positive: int, top_k: Sequence[int], weights: np.ndarray
+) -> dict[str, np.ndarray]:
     "Every classification metric on each resample"
     classes = scores.shape[1]
-    counts, (areas, precisions) = class_counts(true, scores.argmax(1), classes, weights), class_areas(*_class_scores(true, scores), weights)
-    out = _count_metrics(*counts) | {"auroc_macro": mean_defined(areas), "average_precision_macro": mean_defined(precisions)}
+    counts, (areas, precisions) = (
+        class_counts(true, scores.argmax(1), classes, weights),
+        class_areas(*_class_scores(true, scores), weights),
+    )
+    out = _count_metrics(*counts) | {
+        "auroc_macro": mean_defined(areas),
+        "average_precision_macro": mean_defined(precisions),
+    }
     if classes == 2:
         recall = ratio(counts[2], counts[0])
         out |= {"auroc": areas[:, positive], "average_precision": precisions[:, positive],
                 "sensitivity": recall[:, positive], "specificity": recall[:, 1 - positive]}
     mean, place = class_ranks(true, scores)
     names = {f"top{k}_accuracy": place <= k for k in top_k if 1 < k < classes} | {"mean_rank": mean}
-    return out | dict(zip(names, weighted_means(np.stack(list(names.values()), 1), weights).T)) | {"n": weights.sum(1, dtype=float)}
+    return (
+        out
+        | dict(zip(names, weighted_means(np.stack(list(names.values()), 1), weights).T))
+        | {"n": weights.sum(1, dtype=float)}
+    )
 
 # %% ../../nbs/metrics/02_classification.ipynb #bc5954a5
 def classification_metrics(
@@ -141,8 +158,15 @@ def _by_class(true: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> dict
     support, predicted, right = class_counts(true, scores.argmax(1), scores.shape[1], weights)
     areas, precisions = class_areas(*_class_scores(true, scores), weights)
     rest = support.sum(1, keepdims=True) - support
-    return {"precision": ratio(right, predicted), "recall": ratio(right, support), "specificity": ratio(rest - predicted + right, rest),
-            "f1": ratio(2 * right, support + predicted), "auroc": areas, "average_precision": precisions, "support": support}
+    return {
+        "precision": ratio(right, predicted),
+        "recall": ratio(right, support),
+        "specificity": ratio(rest - predicted + right, rest),
+        "f1": ratio(2 * right, support + predicted),
+        "auroc": areas,
+        "average_precision": precisions,
+        "support": support,
+    }
 
 # %% ../../nbs/metrics/02_classification.ipynb #2dad3fd0
 def per_class_metrics(
@@ -154,10 +178,15 @@ def per_class_metrics(
 ) -> pd.DataFrame: # One row a class: precision, recall, specificity, f1, auroc, average_precision, support; with weights, each but support also _low and _high
     "Each class against the rest"
     keep, true, scores = labeled(y_true, scores, class_names)
-    once, index = _by_class(true, scores, np.ones((1, len(true)))), pd.Index([label_name(c) for c in class_names], name="class")
+    once, index = (
+        _by_class(true, scores, np.ones((1, len(true)))),
+        pd.Index([label_name(c) for c in class_names], name="class"),
+    )
     table = pd.DataFrame({name: values[0] for name, values in once.items()}, index=index).astype({"support": int})
     if weights is None: return table
     many = _by_class(true, scores, weights[:, keep])
     ends = {name: np.array([interval(column, level) for column in many[name].T]) for name in table if name != "support"}
     wide = {f"{name}{end}": ends[name][:, i] for name in ends for i, end in enumerate(("_low", "_high"))}
-    return table.assign(**wide)[[c for name in table for c in (name, f"{name}_low", f"{name}_high") if c in table or c in wide]]
+    return table.assign(**wide)[
+        [c for name in table for c in (name, f"{name}_low", f"{name}_high") if c in table or c in wide]
+    ]

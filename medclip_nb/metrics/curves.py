@@ -9,10 +9,12 @@ __all__ = ['RULES', 'split_rows', 'ScoreLevels', 'class_areas', 'auroc', 'averag
 # %% ../../nbs/metrics/03_curves.ipynb #5d356a79
 from collections.abc import Iterable
 from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.sparse import vstack
+
 from ..core import InputError, close_matches
 from .resampling import grouping, ratio, resample_blocks
 
@@ -27,7 +29,10 @@ def split_rows(
         raise InputError(f"Give one label and one score a row; got shapes {positive.shape} and {scores.shape}.")
     known = ~np.isnan(positive)
     bad = np.flatnonzero(known & ~np.isin(positive, (0, 1)))
-    if len(bad): raise InputError(f"Row {bad[0]}: label {positive[bad[0]]:g} is neither 0 nor 1 nor missing ({len(bad)} such rows).")
+    if len(bad):
+        raise InputError(
+            f"Row {bad[0]}: label {positive[bad[0]]:g} is neither 0 nor 1 nor missing ({len(bad)} such rows)."
+        )
     bad = np.flatnonzero(known & ~np.isfinite(scores))
     if len(bad): raise InputError(f"Row {bad[0]} has a score that is not a number ({len(bad)} such rows).")
     return np.flatnonzero(positive == 1), np.flatnonzero(positive == 0), scores
@@ -74,7 +79,10 @@ def class_areas(
     positive, scores = np.asarray(positive, float), np.asarray(scores, float)
     weights, step = np.ones((1, len(scores))) if weights is None else weights, max(1, 4_000_000 // max(1, len(scores)))
     if scores.shape[1] > step: # Many classes of many rows: some at a time
-        parts = [class_areas(positive[:, c:c + step], scores[:, c:c + step], weights) for c in range(0, scores.shape[1], step)]
+        parts = [
+            class_areas(positive[:, c : c + step], scores[:, c : c + step], weights)
+            for c in range(0, scores.shape[1], step)
+        ]
         return tuple(np.concatenate(part, 1) for part in zip(*parts))
     ready = [ScoreLevels(p, s) for p, s in zip(positive.T, scores.T)]
     found = [np.array([one.areas(block) for one in ready]) for block in resample_blocks(weights)] # (classes, 2, b) each
@@ -115,7 +123,11 @@ class Threshold:
 
     def __call__(self, scores: ArrayLike) -> np.ndarray: return np.asarray(scores) >= self.value
 
-RULES = {"youden": lambda tpr, fpr, f1: tpr - fpr, "corner": lambda tpr, fpr, f1: -np.hypot(1 - tpr, fpr), "f1": lambda tpr, fpr, f1: f1} # What each rule makes as large as it can
+RULES = {
+    "youden": lambda tpr, fpr, f1: tpr - fpr,
+    "corner": lambda tpr, fpr, f1: -np.hypot(1 - tpr, fpr),
+    "f1": lambda tpr, fpr, f1: f1,
+}  # What each rule makes as large as it can
 
 # %% ../../nbs/metrics/03_curves.ipynb #a3a3d8e3
 def choose_threshold(
@@ -127,7 +139,8 @@ def choose_threshold(
 ) -> Threshold: # Of equally good ones the largest
     "The best threshold by a rule; raises `InputError` for a test split, an unknown rule, or rows of one class only"
     if rule not in RULES: raise InputError(f"Unknown rule {rule!r}. {close_matches(rule, RULES)}")
-    if str(chosen_on).lower() == "test": raise InputError("A threshold chosen on the test split flatters the test: choose it on validation rows.")
+    if str(chosen_on).lower() == "test":
+        raise InputError("A threshold chosen on the test split flatters the test: choose it on validation rows.")
     hits, others, scores = split_rows(positive, scores)
     if not len(hits) or not len(others):
         raise InputError(f"A threshold needs positives and negatives; {chosen_on!r} has {len(hits)} and {len(others)}.")
@@ -137,7 +150,16 @@ def choose_threshold(
     tpr, fpr, f1 = tp / len(hits), fp / len(others), 2 * tp / (tp + fp + len(hits))
     gain = RULES[rule](tpr, fpr, f1)
     best = np.flatnonzero(gain >= gain.max() - 1e-12)[-1]
-    return Threshold(float(tried[best]), rule, str(chosen_on), len(hits) + len(others), len(hits), float(tpr[best]), float(1 - fpr[best]), float(f1[best]))
+    return Threshold(
+        float(tried[best]),
+        rule,
+        str(chosen_on),
+        len(hits) + len(others),
+        len(hits),
+        float(tpr[best]),
+        float(1 - fpr[best]),
+        float(f1[best]),
+    )
 
 # %% ../../nbs/metrics/03_curves.ipynb #e03d5280
 def choose_thresholds(

@@ -26,18 +26,24 @@ def enlarge(
 ) -> np.ndarray: # (n, *size) float32
     "Maps of tokens as maps of pixels or voxels, linear along each axis, edges aligned with edges"
     maps = torch.as_tensor(np.asarray(maps, dtype=np.float32))
-    if maps.ndim != len(size) + 1: raise InputError(f"Maps {tuple(maps.shape)} cannot be enlarged to {tuple(size)}: the numbers of axes differ.")
-    return F.interpolate(maps[:, None], size=tuple(size), mode="bilinear" if maps.ndim == 3 else "trilinear", align_corners=False)[:, 0].numpy()
+    if maps.ndim != len(size) + 1:
+        raise InputError(f"Maps {tuple(maps.shape)} cannot be enlarged to {tuple(size)}: the numbers of axes differ.")
+    return F.interpolate(
+        maps[:, None], size=tuple(size), mode="bilinear" if maps.ndim == 3 else "trilinear", align_corners=False
+    )[:, 0].numpy()
 
 # %% ../../nbs/metrics/07_localization.ipynb #72f6d52f
 def _checked(maps: ArrayLike, masks: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     "Maps of the size of the masks, as numbers, and masks as booleans"
     maps, masks = np.asarray(maps, dtype=np.float32), np.asarray(masks).astype(bool)
     if maps.ndim < 3 or maps.ndim != masks.ndim or len(maps) != len(masks):
-        raise InputError(f"Maps {maps.shape} and masks {masks.shape} must both be (n, height, width), or (n, depth, height, width), with the same n.")
+        raise InputError(
+            f"Maps {maps.shape} and masks {masks.shape} must both be (n, height, width), or (n, depth, height, width), with the same n."
+        )
     known, rows = np.isfinite(maps), tuple(range(1, maps.ndim))
     if maps.shape == masks.shape: known = known.any(rows, keepdims=True) & (known | np.isnan(maps))
-    if not known.all(): raise InputError(f"Map {int(np.flatnonzero(~known.all(rows))[0])} has values that are not numbers.")
+    if not known.all():
+        raise InputError(f"Map {int(np.flatnonzero(~known.all(rows))[0])} has values that are not numbers.")
     return (maps if maps.shape == masks.shape else enlarge(maps, masks.shape[1:])), masks
 
 def _flat(maps: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -52,7 +58,13 @@ def within(
 ) -> np.ndarray: # The masks, wider by the tolerance; an empty one stays empty
     "Where a hit counts"
     masks = np.asarray(masks).astype(bool)
-    return np.stack([distance_transform_edt(~mask, sampling=spacing) <= tolerance if mask.any() else mask for mask in masks]) if tolerance else masks
+    return (
+        np.stack(
+            [distance_transform_edt(~mask, sampling=spacing) <= tolerance if mask.any() else mask for mask in masks]
+        )
+        if tolerance
+        else masks
+    )
 
 def pointing(
     maps: ArrayLike, # (n, rows, columns), of tokens or of pixels; NaN where pixels have no value; also with slabs
@@ -98,8 +110,14 @@ def localize(
     values = np.where(seen, values, 0)
     there = lambda found: np.where(inside.any(1), found, np.nan)
     mass = np.divide((values * inside).sum(1), values.sum(1), out=np.zeros(len(maps)), where=values.any(1))
-    rows = pd.DataFrame({"pointing": pointing(maps, masks, tolerance), "mass": there(mass),
-                         "mask_share": there((inside & seen).sum(1) / seen.sum(1)), "pixel_auroc": _pixel_auroc(maps, masks)})
+    rows = pd.DataFrame(
+        {
+            "pointing": pointing(maps, masks, tolerance),
+            "mass": there(mass),
+            "mask_share": there((inside & seen).sum(1) / seen.sum(1)),
+            "pixel_auroc": _pixel_auroc(maps, masks),
+        }
+    )
     return rows if threshold is None else rows.assign(iou=overlaps(maps, masks, [threshold])[:, 0])
 
 # %% ../../nbs/metrics/07_localization.ipynb #f835b1c8
@@ -112,7 +130,8 @@ def choose_map_threshold(
 ) -> float: # The candidate with the best mean overlap, the lowest of equals
     "Where to cut a map; raises `InputError` where no mask marks anything"
     found = overlaps(maps, masks, candidates)
-    if not (there := ~np.isnan(found).any(1)).any(): raise InputError("No mask of the validation rows marks a pixel, so no threshold can be chosen.")
+    if not (there := ~np.isnan(found).any(1)).any():
+        raise InputError("No mask of the validation rows marks a pixel, so no threshold can be chosen.")
     return float(candidates[int(found[there].mean(0).argmax())])
 
 # %% ../../nbs/metrics/07_localization.ipynb #f69bd11e
@@ -127,6 +146,10 @@ def summarize_maps(
     found = []
     for name, values in rows.items():
         known = values.notna().to_numpy()
-        low, high = bootstrap(values[known].to_numpy(float), n=n_boot, seed=seed, groups=groups[known]) if known.any() else (np.nan, np.nan)
+        low, high = (
+            bootstrap(values[known].to_numpy(float), n=n_boot, seed=seed, groups=groups[known])
+            if known.any()
+            else (np.nan, np.nan)
+        )
         found.append((name, float(values[known].mean()), low, high, int(known.sum())))
     return pd.DataFrame(found, columns=["name", "value", "low", "high", "n"])

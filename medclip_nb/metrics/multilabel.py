@@ -6,10 +6,12 @@
 __all__ = ['known_labels', 'threshold_values', 'multilabel_metrics', 'multilabel_table']
 
 # %% ../../nbs/metrics/04_multilabel.ipynb #0b2b6ec8
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
+
 from ..core import InputError, close_matches
 from .curves import class_areas
 from .resampling import interval, mean_defined, ratio, resample_blocks
@@ -23,12 +25,19 @@ def known_labels(
     "Check labels and scores; raises `InputError` naming row and class"
     labels, scores = np.asarray(labels, float), np.asarray(scores, float)
     if labels.ndim != 2 or labels.shape != scores.shape or labels.shape[1] != len(class_names):
-        raise InputError(f"Labels have shape {labels.shape}, scores {scores.shape}, and there are {len(class_names)} class names; "
-                         "give (rows, classes) twice and a name a column.")
+        raise InputError(
+            f"Labels have shape {labels.shape}, scores {scores.shape}, and there are {len(class_names)} class names; "
+            "give (rows, classes) twice and a name a column."
+        )
     for bad, what in ((~np.isin(labels, (0, 1)) & ~np.isnan(labels), "label {:g} is neither 0 nor 1 nor missing"),
                       (~np.isfinite(scores) & ~np.isnan(labels), "score {:g} is not a number")):
         row, column = (x[0] for x in np.nonzero(bad)) if bad.any() else (None, None)
-        if bad.any(): raise InputError(f"Row {row}, class {class_names[column]!r}: " + what.format((labels if "label" in what else scores)[row, column]) + ".")
+        if bad.any():
+            raise InputError(
+                f"Row {row}, class {class_names[column]!r}: "
+                + what.format((labels if "label" in what else scores)[row, column])
+                + "."
+            )
     return labels, scores
 
 def threshold_values(
@@ -39,14 +48,18 @@ def threshold_values(
     if isinstance(thresholds, pd.DataFrame): thresholds = thresholds["value"]
     if isinstance(thresholds, (pd.Series, Mapping)):
         lost = [c for c in class_names if c not in thresholds]
-        if lost: raise InputError(f"No threshold for class {lost[0]!r}. {close_matches(lost[0], list(thresholds.keys()))}")
+        if lost:
+            raise InputError(f"No threshold for class {lost[0]!r}. {close_matches(lost[0], list(thresholds.keys()))}")
         thresholds = [thresholds[c] for c in class_names]
     values = np.asarray(thresholds, float)
-    if values.ndim and values.shape != (len(class_names),): raise InputError(f"{values.size} thresholds for {len(class_names)} classes.")
+    if values.ndim and values.shape != (len(class_names),):
+        raise InputError(f"{values.size} thresholds for {len(class_names)} classes.")
     return np.broadcast_to(values, (len(class_names),))
 
 # %% ../../nbs/metrics/04_multilabel.ipynb #cd0ba402
-def _label_values(labels: np.ndarray, scores: np.ndarray, limits: np.ndarray | None, weights: np.ndarray) -> dict[str, np.ndarray]:
+def _label_values(
+    labels: np.ndarray, scores: np.ndarray, limits: np.ndarray | None, weights: np.ndarray
+) -> dict[str, np.ndarray]:
     "Metric -> (n, classes), NaN where a label leaves it undefined"
     areas, precisions = class_areas(labels, scores, weights)
     out = {"auroc": areas, "average_precision": precisions}
@@ -56,7 +69,12 @@ def _label_values(labels: np.ndarray, scores: np.ndarray, limits: np.ndarray | N
     sums = [block.T @ kinds for block in resample_blocks(weights)]
     tp, positives, fp, negatives = np.split(np.concatenate(sums) if sums else np.empty((0, kinds.shape[1])), 4, 1)
     sensitivity, specificity = ratio(tp, positives), ratio(negatives - fp, negatives)
-    values = {"f1": ratio(2 * tp, tp + fp + positives), "sensitivity": sensitivity, "specificity": specificity, "balanced_accuracy": (sensitivity + specificity) / 2}
+    values = {
+        "f1": ratio(2 * tp, tp + fp + positives),
+        "sensitivity": sensitivity,
+        "specificity": specificity,
+        "balanced_accuracy": (sensitivity + specificity) / 2,
+    }
     return out | {name: value * usable for name, value in values.items()}
 
 # %% ../../nbs/metrics/04_multilabel.ipynb #71501b61
@@ -71,10 +89,16 @@ def multilabel_metrics(
     labels, scores = known_labels(labels, scores, class_names)
     limits = None if thresholds is None else threshold_values(thresholds, class_names)
     values = _label_values(labels, scores, limits, np.ones((1, len(labels))) if weights is None else weights)
-    out = {f"{name}{end}": f(v) for name, v in values.items() for end, f in (("_macro", mean_defined), ("_classes", lambda v: np.isfinite(v).sum(1)))}
+    out = {
+        f"{name}{end}": f(v)
+        for name, v in values.items()
+        for end, f in (("_macro", mean_defined), ("_classes", lambda v: np.isfinite(v).sum(1)))
+    }
     known = np.isfinite(labels).any(1)
     if weights is not None: return out | {"n": weights[:, known].sum(1, dtype=float)}
-    return {name: int(v[0]) if name.endswith("_classes") else float(v[0]) for name, v in out.items()} | {"n": int(known.sum())}
+    return {name: int(v[0]) if name.endswith("_classes") else float(v[0]) for name, v in out.items()} | {
+        "n": int(known.sum())
+    }
 
 # %% ../../nbs/metrics/04_multilabel.ipynb #0aa5f774
 def multilabel_table(
@@ -88,7 +112,10 @@ def multilabel_table(
     "Each class on its own labelled rows"
     labels, scores = known_labels(labels, scores, class_names)
     limits = None if thresholds is None else threshold_values(thresholds, class_names)
-    table = pd.DataFrame({"positives": (labels == 1).sum(0), "negatives": (labels == 0).sum(0), "unknown": np.isnan(labels).sum(0)}, index=pd.Index(class_names, name="class"))
+    table = pd.DataFrame(
+        {"positives": (labels == 1).sum(0), "negatives": (labels == 0).sum(0), "unknown": np.isnan(labels).sum(0)},
+        index=pd.Index(class_names, name="class"),
+    )
     if limits is not None: table["threshold"] = limits
     once = _label_values(labels, scores, limits, np.ones((1, len(labels))))
     many = {} if weights is None else _label_values(labels, scores, limits, weights)

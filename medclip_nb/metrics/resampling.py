@@ -7,11 +7,13 @@ __all__ = ['SUMMARIES', 'as_objects', 'bootstrap_weights', 'interval', 'ratio', 
            'weighted_means', 'weighted_median', 'bootstrap', 'summary_of']
 
 # %% ../../nbs/metrics/01_resampling.ipynb #a51b9d96
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.sparse import csr_array
+
 from ..core import InputError, close_matches
 
 # %% ../../nbs/metrics/01_resampling.ipynb #3814e388
@@ -131,7 +133,10 @@ def _one_column(values: ArrayLike, weights: np.ndarray) -> tuple[np.ndarray, np.
     "One number a row, rows without one left out"
     numbers = np.asarray(values, float)
     if numbers.ndim == 2 and numbers.shape[1] == 1: numbers = numbers[:, 0]
-    if numbers.ndim != 1: raise InputError(f"A mean or median needs one value a row, got shape {np.shape(values)}; give a function for more.")
+    if numbers.ndim != 1:
+        raise InputError(
+            f"A mean or median needs one value a row, got shape {np.shape(values)}; give a function for more."
+        )
     keep = ~np.isnan(numbers)
     return numbers[keep], weights[:, keep]
 
@@ -140,7 +145,10 @@ def _mean(values: ArrayLike, weights: np.ndarray) -> np.ndarray:
     values, weights = _one_column(values, weights)
     return weighted_means(values[:, None], weights)[:, 0]
 
-SUMMARIES: dict[str, Callable] = {"mean": _mean, "median": lambda values, weights: weighted_median(*_one_column(values, weights))} # Name -> function of values and weights
+SUMMARIES: dict[str, Callable] = {
+    "mean": _mean,
+    "median": lambda values, weights: weighted_median(*_one_column(values, weights)),
+}  # Name -> function of values and weights
 
 def summary_of(
     name: str, # mean or median

@@ -10,9 +10,11 @@ __all__ = ['TIES', 'MANY', 'positive_pairs', 'query_table', 'retrieval_queries',
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
+
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
+
 from ..core import InputError, close_matches
 from .resampling import as_objects, weighted_means, weighted_median
 
@@ -32,10 +34,14 @@ def _unit(features: ArrayLike, kind: str, dtype: str) -> np.ndarray:
     return features / length
 
 # %% ../../nbs/metrics/06_retrieval.ipynb #6e5f7ece
-def _pair_codes(image_ids: ArrayLike | None, text_ids: ArrayLike | None, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+def _pair_codes(
+    image_ids: ArrayLike | None, text_ids: ArrayLike | None, n: int, m: int
+) -> tuple[np.ndarray, np.ndarray]:
     "Ids as numbers that are equal for positives; a missing id pairs with nothing"
     if image_ids is None and text_ids is None and n != m:
-        raise InputError(f"{n} images and {m} texts do not pair row by row; say which belong together with image_ids and text_ids.")
+        raise InputError(
+            f"{n} images and {m} texts do not pair row by row; say which belong together with image_ids and text_ids."
+        )
     if image_ids is None and text_ids is None: return np.arange(n), np.arange(m)
     ids = [as_objects(range(size) if x is None else x) for x, size in ((image_ids, n), (text_ids, m))]
     if (len(ids[0]), len(ids[1])) != (n, m):
@@ -61,7 +67,8 @@ def _in_threads(work: Callable, items: Sequence) -> list:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool: return list(pool.map(work, items))
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, items))
     finally: torch.set_num_threads(threads)
 
 # %% ../../nbs/metrics/06_retrieval.ipynb #f81875f4
@@ -72,7 +79,10 @@ class _Direction:
         level = 8 * float(np.finfo(values.dtype).eps)
         order = np.lexsort((-values, queries))
         self.query, self.one_each, self.lock = queries[order], np.array_equal(queries, np.arange(size)), Lock()
-        self.threshold, self.zone = values[order] + values.dtype.type(TIES[ties] * level), level if ties == "mean" else 0.0
+        self.threshold, self.zone = (
+            values[order] + values.dtype.type(TIES[ties] * level),
+            level if ties == "mean" else 0.0,
+        )
         self.ahead = np.zeros(len(order))
 
     def count(self, scores: "torch.Tensor", start: int, axis: int) -> None:
@@ -94,7 +104,9 @@ class _Direction:
         return 1 + np.arange(len(self.query)) - np.searchsorted(self.query, self.query) + self.ahead
 
 # %% ../../nbs/metrics/06_retrieval.ipynb #0c42a007
-def _counted(images: "torch.Tensor", texts: "torch.Tensor", pairs: tuple[np.ndarray, np.ndarray], chunk: int, ties: str) -> tuple:
+def _counted(
+    images: "torch.Tensor", texts: "torch.Tensor", pairs: tuple[np.ndarray, np.ndarray], chunk: int, ties: str
+) -> tuple:
     "Both directions by counting, for rows sorted by code: query and rank of each positive, twice"
     import torch
     rows, columns = ([slice(a, min(a + chunk, len(x))) for a in range(0, len(x), chunk)] for x in (images, texts))
@@ -106,7 +118,10 @@ def _counted(images: "torch.Tensor", texts: "torch.Tensor", pairs: tuple[np.ndar
     def positives(job):
         tile, members = job
         r, c = rows[tile // len(columns)], columns[tile % len(columns)]
-        scores, at = images[r] @ texts[c].T, tuple(torch.from_numpy(x[members] - s.start) for x, s in zip(pairs, (r, c)))
+        scores, at = (
+            images[r] @ texts[c].T,
+            tuple(torch.from_numpy(x[members] - s.start) for x, s in zip(pairs, (r, c))),
+        )
         values[torch.from_numpy(members)] = scores[at]
         scores[at] = minus
         return tile, scores
@@ -128,7 +143,15 @@ def _counted(images: "torch.Tensor", texts: "torch.Tensor", pairs: tuple[np.ndar
 # %% ../../nbs/metrics/06_retrieval.ipynb #7c838a57
 MANY = 32 # Positives a query, on average, from which sorting is cheaper than counting
 
-def _sorted(queries: "torch.Tensor", gallery: "torch.Tensor", of_query: np.ndarray, of_gallery: np.ndarray, chunk: int, ties: str, table: Callable) -> list:
+def _sorted(
+    queries: "torch.Tensor",
+    gallery: "torch.Tensor",
+    of_query: np.ndarray,
+    of_gallery: np.ndarray,
+    chunk: int,
+    ties: str,
+    table: Callable,
+) -> list:
     "One direction by sorting: `table` of query and rank of each positive, strip by strip"
     import torch
     level, own_of = 8 * torch.finfo(queries.dtype).eps, torch.from_numpy(of_gallery)
@@ -162,7 +185,14 @@ def query_table(
     best[query[place == 1]] = ranks[place == 1]
     total = lambda values: np.bincount(query, weights=values, minlength=size)
     with np.errstate(invalid="ignore"): precision = total(place / ranks) / positives
-    return pd.DataFrame({"positives": positives, "rank": best, "average_precision": precision, **{f"found@{k}": total(ranks <= k).astype(int) for k in ks}})
+    return pd.DataFrame(
+        {
+            "positives": positives,
+            "rank": best,
+            "average_precision": precision,
+            **{f"found@{k}": total(ranks <= k).astype(int) for k in ks},
+        }
+    )
 
 # %% ../../nbs/metrics/06_retrieval.ipynb #1fd011c7
 def retrieval_queries(
@@ -178,9 +208,14 @@ def retrieval_queries(
     import torch
     if ties not in TIES: raise InputError(f"Unknown rule for ties {ties!r}. {close_matches(ties, TIES)}")
     dtype = "float64" if len(image_features) * len(text_features) <= 4e6 else "float32"
-    features = [torch.from_numpy(_unit(image_features, "Image", dtype)), torch.from_numpy(_unit(text_features, "Text", dtype))]
+    features = [
+        torch.from_numpy(_unit(image_features, "Image", dtype)),
+        torch.from_numpy(_unit(text_features, "Text", dtype)),
+    ]
     if features[0].shape[1] != features[1].shape[1]:
-        raise InputError(f"Images have {features[0].shape[1]} dimensions and texts {features[1].shape[1]}; they must come from one model.")
+        raise InputError(
+            f"Images have {features[0].shape[1]} dimensions and texts {features[1].shape[1]}; they must come from one model."
+        )
     codes, sizes = _pair_codes(image_ids, text_ids, *map(len, features)), [len(x) for x in features]
     counts = [np.bincount(c[c >= 0], minlength=max(x.max() for x in codes) + 1) for c in codes]
     if (counts[0] * counts[1]).sum() > MANY * max(sizes):
@@ -189,8 +224,13 @@ def retrieval_queries(
         return tuple(pd.concat(_sorted(*way, max(1, chunk // 8), ties, make), ignore_index=True) for way in ways)
     order = [np.argsort(c, kind="stable") for c in codes]
     pairs = positive_pairs(*(c[o] for c, o in zip(codes, order)))
-    found = _counted(*(x if (np.diff(o) == 1).all() else x[torch.from_numpy(o)] for x, o in zip(features, order)), pairs, chunk, ties)
-    return tuple(query_table(*way, size, ks).iloc[np.argsort(o)].reset_index(drop=True) for way, size, o in zip(found, sizes, order))
+    found = _counted(
+        *(x if (np.diff(o) == 1).all() else x[torch.from_numpy(o)] for x, o in zip(features, order)), pairs, chunk, ties
+    )
+    return tuple(
+        query_table(*way, size, ks).iloc[np.argsort(o)].reset_index(drop=True)
+        for way, size, o in zip(found, sizes, order)
+    )
 
 def retrieval_ranks(
     image_features: ArrayLike, # (n, d), any length: normalised here
@@ -201,10 +241,15 @@ def retrieval_ranks(
     ties: str = "mean", # Where negatives level with a positive stand: mean, optimistic, pessimistic
 ) -> tuple[np.ndarray, np.ndarray]: # (n,) rank of each image's best text, (m,) of each text's best image; NaN without a positive
     "Rank of the best positive by cosine, from 1, in both directions"
-    return tuple(way["rank"].to_numpy() for way in retrieval_queries(image_features, text_features, image_ids, text_ids, (), chunk, ties))
+    return tuple(
+        way["rank"].to_numpy()
+        for way in retrieval_queries(image_features, text_features, image_ids, text_ids, (), chunk, ties)
+    )
 
 # %% ../../nbs/metrics/06_retrieval.ipynb #cd66b99a
-def _summary(values: dict[str, np.ndarray], ranks: np.ndarray, weights: np.ndarray | None) -> dict[str, float | np.ndarray]:
+def _summary(
+    values: dict[str, np.ndarray], ranks: np.ndarray, weights: np.ndarray | None
+) -> dict[str, float | np.ndarray]:
     "Mean of every column and median of the ranks; numbers, or arrays with weights"
     every = np.ones((1, len(ranks))) if weights is None else weights
     means = weighted_means(np.stack(list(values.values()), 1), every)
@@ -231,9 +276,20 @@ def query_metrics(
     keep = queries["positives"].to_numpy() > 0
     rows, weights = queries[keep], None if weights is None else weights[:, keep]
     found, ranks = {int(c[6:]): rows[c].to_numpy() for c in rows if c.startswith("found@")}, rows["rank"].to_numpy()
-    values = {f"{name}@{k}": value for name, of in (("R", lambda f, k: f > 0), ("hit", lambda f, k: f > 0), ("recall", lambda f, k: f / rows["positives"].to_numpy()),
-                                                    ("precision", lambda f, k: f / k)) for k, f in found.items() for value in [of(f, k)]}
-    return _summary(values | {"MRR": 1 / ranks, "mAP": rows["average_precision"].to_numpy(), "mean_rank": ranks}, ranks, weights)
+    values = {
+        f"{name}@{k}": value
+        for name, of in (
+            ("R", lambda f, k: f > 0),
+            ("hit", lambda f, k: f > 0),
+            ("recall", lambda f, k: f / rows["positives"].to_numpy()),
+            ("precision", lambda f, k: f / k),
+        )
+        for k, f in found.items()
+        for value in [of(f, k)]
+    }
+    return _summary(
+        values | {"MRR": 1 / ranks, "mAP": rows["average_precision"].to_numpy(), "mean_rank": ranks}, ranks, weights
+    )
 
 # %% ../../nbs/metrics/06_retrieval.ipynb #a87df2a1
 def retrieval_metrics(
@@ -246,8 +302,14 @@ def retrieval_metrics(
     ties: str = "mean", # Where negatives level with a positive stand: mean, optimistic, pessimistic
 ) -> dict[str, float]: # image_to_text_ and text_to_image_ before R@k, hit@k, recall@k, precision@k, MRR, mAP, mean_rank, median_rank, n
     "Both directions of retrieval by cosine, from one matrix product"
-    ways = dict(zip(("image_to_text", "text_to_image"), retrieval_queries(image_features, text_features, image_ids, text_ids, ks, chunk, ties)))
-    if not ways["image_to_text"]["positives"].any(): raise InputError("No image has a text: image_ids and text_ids have no value in common.")
+    ways = dict(
+        zip(
+            ("image_to_text", "text_to_image"),
+            retrieval_queries(image_features, text_features, image_ids, text_ids, ks, chunk, ties),
+        )
+    )
+    if not ways["image_to_text"]["positives"].any():
+        raise InputError("No image has a text: image_ids and text_ids have no value in common.")
     return {f"{way}_{name}": value for way, queries in ways.items() for name, value in query_metrics(queries).items()}
 
 # %% ../../nbs/metrics/06_retrieval.ipynb #eb13711c

@@ -8,20 +8,29 @@ __all__ = ['unit_count', 'paired_bootstrap', 'mcnemar', 'delong_covariance', 'de
 
 # %% ../../nbs/metrics/08_significance.ipynb #1fd66be1
 from collections.abc import Callable, Sequence
+
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
+
 from ..core import InputError, close_matches
 from .curves import split_rows
 from .resampling import as_objects, bootstrap_weights, interval, summary_of
 
 # %% ../../nbs/metrics/08_significance.ipynb #38e72443
-def _paired_weights(before: ArrayLike, after: ArrayLike, groups: ArrayLike | None, n: int, seed: int) -> tuple[list[np.ndarray], dict[str, int]]:
+def _paired_weights(
+    before: ArrayLike, after: ArrayLike, groups: ArrayLike | None, n: int, seed: int
+) -> tuple[list[np.ndarray], dict[str, int]]:
     "Weights of the data as they are and of the resamples, and what is counted; raises `InputError` for different lengths"
-    if len(before) != len(after): raise InputError(f"{len(before)} rows before and {len(after)} after; a paired comparison needs the same rows.")
-    if groups is not None and len(groups) != len(before): raise InputError(f"{len(groups)} groups for {len(before)} rows.")
+    if len(before) != len(after):
+        raise InputError(f"{len(before)} rows before and {len(after)} after; a paired comparison needs the same rows.")
+    if groups is not None and len(groups) != len(before):
+        raise InputError(f"{len(groups)} groups for {len(before)} rows.")
     weights = bootstrap_weights(len(before) if groups is None else groups, n, seed)
-    return [np.ones((1, len(before)), weights.dtype), weights], {"rows": len(before), "groups": len(before) if groups is None else unit_count(groups)}
+    return [np.ones((1, len(before)), weights.dtype), weights], {
+        "rows": len(before),
+        "groups": len(before) if groups is None else unit_count(groups),
+    }
 
 def _difference(before: Sequence[np.ndarray], after: Sequence[np.ndarray], level: float) -> dict[str, float]:
     "Compare (1,) values of the data and (n,) of the resamples"
@@ -29,7 +38,12 @@ def _difference(before: Sequence[np.ndarray], after: Sequence[np.ndarray], level
     change = many_b - many_a
     known, low_high = change[np.isfinite(change)], interval(change, level)
     p = min(1, 2 * (1 + min((known <= 0).sum(), (known >= 0).sum())) / (1 + len(known))) if len(known) > 1 else np.nan
-    return dict(zip(("before", "after", "difference", "low", "high", "p"), (float(a[0]), float(b[0]), float(b[0] - a[0]), *low_high, float(p))))
+    return dict(
+        zip(
+            ("before", "after", "difference", "low", "high", "p"),
+            (float(a[0]), float(b[0]), float(b[0] - a[0]), *low_high, float(p)),
+        )
+    )
 
 def unit_count(
     groups: ArrayLike, # (rows,) group of each row; a row without one stands for itself
@@ -60,17 +74,28 @@ def mcnemar(
     method: str = "exact", # exact (binomial), or continuity (chi squared, corrected)
 ) -> dict[str, float | int | str]: # lost, gained, rows, statistic, p, method
     "Paired test of two accuracies; for independent rows, see `paired_bootstrap` for groups"
-    if method not in ("exact", "continuity"): raise InputError(f"Unknown method {method!r}. {close_matches(method, ('exact', 'continuity'))}")
-    if len(before) != len(after): raise InputError(f"{len(before)} rows before and {len(after)} after; a paired comparison needs the same rows.")
+    if method not in ("exact", "continuity"):
+        raise InputError(f"Unknown method {method!r}. {close_matches(method, ('exact', 'continuity'))}")
+    if len(before) != len(after):
+        raise InputError(f"{len(before)} rows before and {len(after)} after; a paired comparison needs the same rows.")
     from scipy.stats import binomtest, chi2
     a, b = (pd.to_numeric(as_objects(x)).to_numpy(float) for x in (before, after))
     known = np.isfinite(a) & np.isfinite(b)
     a, b = a[known] > 0, b[known] > 0
     lost, gained = int((a & ~b).sum()), int((~a & b).sum())
     apart = lost + gained
-    statistic = float(min(lost, gained)) if method == "exact" else max(abs(lost - gained) - 1, 0)**2 / apart if apart else 0.0
+    statistic = (
+        float(min(lost, gained)) if method == "exact" else max(abs(lost - gained) - 1, 0) ** 2 / apart if apart else 0.0
+    )
     p = 1.0 if not apart else binomtest(gained, apart).pvalue if method == "exact" else chi2.sf(statistic, 1)
-    return {"lost": lost, "gained": gained, "rows": int(known.sum()), "statistic": float(statistic), "p": float(p), "method": method}
+    return {
+        "lost": lost,
+        "gained": gained,
+        "rows": int(known.sum()),
+        "statistic": float(statistic),
+        "p": float(p),
+        "method": method,
+    }
 
 # %% ../../nbs/metrics/08_significance.ipynb #1cb50138
 def delong_covariance(
@@ -101,7 +126,14 @@ def delong(
     (area,), ((variance,),) = delong_covariance(positive, scores)
     reach = norm.ppf((1 + level) / 2) * np.sqrt(variance)
     low, high = np.clip([area - reach, area + reach], 0, 1)
-    return {"auroc": float(area), "variance": float(variance), "low": float(low), "high": float(high), "positives": len(hits), "negatives": len(others)}
+    return {
+        "auroc": float(area),
+        "variance": float(variance),
+        "low": float(low),
+        "high": float(high),
+        "positives": len(hits),
+        "negatives": len(others),
+    }
 
 def delong_test(
     positive: ArrayLike, # (rows,) 1, 0, or NaN for a row without a label
@@ -111,14 +143,31 @@ def delong_test(
 ) -> dict[str, float | int]: # before, after, difference (after minus before), low, high, z, p, positives, negatives
     "Paired test of two AUROCs; p is NaN where they differ without any variance; for independent rows"
     from scipy.stats import norm
-    if len(before) != len(after): raise InputError(f"{len(before)} rows before and {len(after)} after; a paired comparison needs the same rows.")
+    if len(before) != len(after):
+        raise InputError(f"{len(before)} rows before and {len(after)} after; a paired comparison needs the same rows.")
     (a, b), covariance = delong_covariance(positive, [before, after])
     hits, others, _ = split_rows(positive, before)
-    difference, spread = float(b - a), float(np.sqrt(max(0, covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])) if np.isfinite(covariance).all() else np.nan)
+    difference, spread = (
+        float(b - a),
+        float(
+            np.sqrt(max(0, covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]))
+            if np.isfinite(covariance).all()
+            else np.nan
+        ),
+    )
     z = difference / spread if spread > 1e-12 else 0.0 if difference == 0 and spread == spread else np.nan
     reach = norm.ppf((1 + level) / 2) * spread
-    return {"before": float(a), "after": float(b), "difference": difference, "low": difference - reach, "high": difference + reach,
-            "z": float(z), "p": float(2 * norm.sf(abs(z))), "positives": len(hits), "negatives": len(others)}
+    return {
+        "before": float(a),
+        "after": float(b),
+        "difference": difference,
+        "low": difference - reach,
+        "high": difference + reach,
+        "z": float(z),
+        "p": float(2 * norm.sf(abs(z))),
+        "positives": len(hits),
+        "negatives": len(others),
+    }
 
 # %% ../../nbs/metrics/08_significance.ipynb #dc22ee98
 def holm(
@@ -166,7 +215,14 @@ def over_seeds(
     n = len(known)
     mean, sd = float(known.mean()) if n else np.nan, float(known.std(ddof=1)) if n > 1 else np.nan
     reach = t.ppf((1 + level) / 2, n - 1) * sd / np.sqrt(n) if n > 1 else np.nan
-    return {"mean": mean, "sd": sd, "low": float(mean - reach), "high": float(mean + reach), "n": n, "missing": len(values) - n}
+    return {
+        "mean": mean,
+        "sd": sd,
+        "low": float(mean - reach),
+        "high": float(mean + reach),
+        "n": n,
+        "missing": len(values) - n,
+    }
 
 # %% ../../nbs/metrics/08_significance.ipynb #e89d563b
 def _subgroups(values: pd.Series, bins: int | Sequence[float] | None) -> pd.Series:
@@ -191,13 +247,22 @@ def subgroup_table(
 ) -> pd.DataFrame: # Index the subgroup, "all" first; rows, units, value, low, high, few
     "A metric in each subgroup of a column, with counts, interval, and a flag for few; raises `InputError` for an unknown column"
     for name in [column] + ([metric] if isinstance(metric, str) else []):
-        if name not in predictions: raise InputError(f"The predictions have no column {name!r}. {close_matches(name, predictions.columns)}")
+        if name not in predictions:
+            raise InputError(f"The predictions have no column {name!r}. {close_matches(name, predictions.columns)}")
     frame = predictions[pd.to_numeric(predictions[metric]).notna()] if isinstance(metric, str) else predictions
-    of = (lambda rows, weights: summary_of("mean")(pd.to_numeric(rows[metric]), weights)) if isinstance(metric, str) else metric
+    of = (
+        (lambda rows, weights: summary_of("mean")(pd.to_numeric(rows[metric]), weights))
+        if isinstance(metric, str)
+        else metric
+    )
     names, found = _subgroups(frame[column], bins), {}
     for name, rows in [("all", frame), *((g, frame[(names == g).to_numpy()]) for g in names.cat.categories)]:
         units = rows[groups] if groups and groups in rows else np.arange(len(rows))
-        value, samples = (np.ravel(of(rows, w)) for w in (np.ones((1, len(rows)), np.uint16), bootstrap_weights(units, n, seed)))
+        value, samples = (
+            np.ravel(of(rows, w)) for w in (np.ones((1, len(rows)), np.uint16), bootstrap_weights(units, n, seed))
+        )
         count = unit_count(units)
         found[name] = (len(rows), count, float(value[0]), *interval(samples, level), count < few)
-    return pd.DataFrame(found.values(), columns=["rows", "units", "value", "low", "high", "few"], index=pd.Index(found, name=column))
+    return pd.DataFrame(
+        found.values(), columns=["rows", "units", "value", "low", "high", "few"], index=pd.Index(found, name=column)
+    )

@@ -37,25 +37,51 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     "A boolean mask (true where nothing may look) as one to add"
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf")) if mask.dtype == torch.bool else mask.to(dtype)
+    return (
+        torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+        if mask.dtype == torch.bool
+        else mask.to(dtype)
+    )
 
 # %% ../../nbs/models/11_adapters.ipynb #c63e0406
 class SplitAttention(nn.Module):
     "`nn.MultiheadAttention` with layers `q_proj`, `k_proj`, `v_proj` and `out_proj` that are called"
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
-        if attention.bias_k is not None or attention.add_zero_attn: raise InputError("Attention with an extra key and value cannot be split.")
+        if attention.bias_k is not None or attention.add_zero_attn:
+            raise InputError("Attention with an extra key and value cannot be split.")
         m, fused = attention, attention.in_proj_weight is not None
         weights = m.in_proj_weight.chunk(3) if fused else (m.q_proj_weight, m.k_proj_weight, m.v_proj_weight)
         biases = m.in_proj_bias.chunk(3) if m.in_proj_bias is not None else (None,) * 3
         self.q_proj, self.k_proj, self.v_proj = (_linear(w, b) for w, b in zip(weights, biases))
-        self.out_proj, self.num_heads, self.dropout, self.batch_first = m.out_proj, m.num_heads, m.dropout, m.batch_first
+        self.out_proj, self.num_heads, self.dropout, self.batch_first = (
+            m.out_proj,
+            m.num_heads,
+            m.dropout,
+            m.batch_first,
+        )
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None, need_weights: bool = True,
-                attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         if not self.batch_first: query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (self.q_proj(query), self.k_proj(key), self.v_proj(value)))
-        mask = None if attn_mask is None else _additive(attn_mask if attn_mask.ndim == 2 else attn_mask.unflatten(0, (-1, self.num_heads)), q.dtype)
+        q, k, v = (
+            x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for x in (self.q_proj(query), self.k_proj(key), self.v_proj(value))
+        )
+        mask = (
+            None
+            if attn_mask is None
+            else _additive(attn_mask if attn_mask.ndim == 2 else attn_mask.unflatten(0, (-1, self.num_heads)), q.dtype)
+        )
         if key_padding_mask is not None:
             padding = _additive(key_padding_mask, q.dtype)[:, None, None]
             mask = padding if mask is None else mask + padding
@@ -84,7 +110,10 @@ class CalledAttentionPool(AttentionPool2d):
     def forward(self, x: Tensor) -> Tensor: # (n, c, h, w) -> (n, d)
         x = x.flatten(2).transpose(1, 2)
         x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding.to(x.dtype)
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)))
+        q, k, v = (
+            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for y in (self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x))
+        )
         return self.c_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)[:, 0])
 
 # %% ../../nbs/models/11_adapters.ipynb #b20389ca
@@ -95,7 +124,8 @@ def split_attention(
     for parent in list(model.modules()):
         if type(parent) is AttentionPool2d: parent.__class__ = CalledAttentionPool
         for name, child in list(parent.named_children()):
-            if type(child) is nn.MultiheadAttention and not child.add_zero_attn: setattr(parent, name, SplitAttention(child).train(child.training))
+            if type(child) is nn.MultiheadAttention and not child.add_zero_attn:
+                setattr(parent, name, SplitAttention(child).train(child.training))
             elif name == "qkv" and type(child) is nn.Linear and getattr(parent, "q_bias", None) is None:
                 setattr(parent, name, SplitQKV(child).train(child.training))
     return model
@@ -107,7 +137,11 @@ def join_attention(
     "Undo `split_attention`"
     def joined(part: SplitAttention | SplitQKV, name: str) -> nn.Parameter | None:
         values = [getattr(layer, name) for layer in (part.q_proj, part.k_proj, part.v_proj)]
-        return None if values[0] is None else nn.Parameter(torch.cat([v.detach() for v in values]), values[0].requires_grad)
+        return (
+            None
+            if values[0] is None
+            else nn.Parameter(torch.cat([v.detach() for v in values]), values[0].requires_grad)
+        )
     for parent in list(model.modules()):
         if type(parent) is CalledAttentionPool: parent.__class__ = AttentionPool2d
         for name, child in list(parent.named_children()):
@@ -120,8 +154,17 @@ def join_attention(
 def _fused(split: SplitAttention, joined: Any) -> nn.MultiheadAttention:
     "The attention that was split"
     q, k, v = split.q_proj, split.k_proj, split.v_proj
-    fused = nn.MultiheadAttention(q.out_features, split.num_heads, split.dropout, q.bias is not None, kdim=k.in_features, vdim=v.in_features,
-                                  batch_first=split.batch_first, device=q.weight.device, dtype=q.weight.dtype)
+    fused = nn.MultiheadAttention(
+        q.out_features,
+        split.num_heads,
+        split.dropout,
+        q.bias is not None,
+        kdim=k.in_features,
+        vdim=v.in_features,
+        batch_first=split.batch_first,
+        device=q.weight.device,
+        dtype=q.weight.dtype,
+    )
     if fused.in_proj_weight is not None: fused.in_proj_weight = joined(split, "weight")
     else: fused.q_proj_weight, fused.k_proj_weight, fused.v_proj_weight = q.weight, k.weight, v.weight
     fused.in_proj_bias, fused.out_proj = joined(split, "bias"), split.out_proj
@@ -141,7 +184,9 @@ def _find_targets(model: nn.Module, targets: Iterable[str], tower: str) -> list[
     "Names of the layers to adapt in one tower"
     def wanted(name: str, module: nn.Module) -> bool:
         if isinstance(module, nn.Conv2d): return "conv" in targets and module.groups == 1
-        return isinstance(module, nn.Linear) and any(re.search(rf"(?:^|\.)(?:{TARGETS[t]})$", name) for t in targets if t != "conv")
+        return isinstance(module, nn.Linear) and any(
+            re.search(rf"(?:^|\.)(?:{TARGETS[t]})$", name) for t in targets if t != "conv"
+        )
     return [name for name, module in model.named_modules() if tower_of(name) == tower and wanted(name, module)]
 
 def _pattern(names: Iterable[str]) -> str:
@@ -171,8 +216,13 @@ def adapter_facts(
     if not layers: return {}
     config = model.peft_config["default"]
     scales = sorted({layer.scaling["default"] for layer in layers})
-    return {"rank": config.r, "alpha": config.lora_alpha, "scale": scales[0] if len(scales) == 1 else scales, "dropout": config.lora_dropout,
-            "layers": len(layers)}
+    return {
+        "rank": config.r,
+        "alpha": config.lora_alpha,
+        "scale": scales[0] if len(scales) == 1 else scales,
+        "dropout": config.lora_dropout,
+        "layers": len(layers),
+    }
 
 # %% ../../nbs/models/11_adapters.ipynb #47f214be
 def add_lora(
@@ -190,7 +240,8 @@ def add_lora(
         for name in given:
             if name not in known: raise InputError(f"Unknown {kind} {name!r}. {close_matches(name, known)}")
     if rank < 1: raise InputError(f"The rank of an adapter is 1 or more, got {rank}.")
-    if has_adapters(clip.model): raise InputError("This model has adapters already; `merge_lora` makes them part of the weights.")
+    if has_adapters(clip.model):
+        raise InputError("This model has adapters already; `merge_lora` makes them part of the weights.")
     split_attention(clip.model)
     found = {tower: _find_targets(clip.model, targets, tower) for tower in towers}
     for tower, names in found.items():
@@ -210,7 +261,8 @@ def add_lora(
 def _release(model: nn.Module) -> nn.Module:
     "Let everything train again"
     for m in model.modules():
-        for key in [k for k, hook in m._forward_pre_hooks.items() if hook is _stay_in_eval]: del m._forward_pre_hooks[key]
+        for key in [k for k, hook in m._forward_pre_hooks.items() if hook is _stay_in_eval]:
+            del m._forward_pre_hooks[key]
     return model.requires_grad_(True)
 
 def merge_lora(
@@ -249,7 +301,9 @@ def write_adapter(
     folder: str | Path, # An existing folder
 ) -> None:
     "Write the two files of a PEFT adapter"
-    safetensors.torch.save_file(adapter_state(clip.model), Path(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+    safetensors.torch.save_file(
+        adapter_state(clip.model), Path(folder, "adapter_model.safetensors"), metadata={"format": "pt"}
+    )
     clip.model.peft_config["default"].save_pretrained(str(folder))
 
 def save_adapter(
@@ -267,16 +321,30 @@ def _read_adapter(folder: Path) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder/name).is_file():
             pickled = (folder/"adapter_model.bin").exists()
-            raise InputError(f"{folder}: an adapter folder holds {name}" + ("; a pickled adapter_model.bin is not opened." if pickled else "."))
-    try: config, state = peft.PeftConfig.from_pretrained(str(folder)), safetensors.torch.load_file(folder/"adapter_model.safetensors")
-    except Exception as e: raise InputError(f"{folder}: cannot be read as an adapter ({type(e).__name__}: {str(e)[:200]})") from None
-    if not isinstance(config, peft.LoraConfig): raise InputError(f"{folder}: adapters of type {config.peft_type} are not supported, only LoRA.")
+            raise InputError(
+                f"{folder}: an adapter folder holds {name}"
+                + ("; a pickled adapter_model.bin is not opened." if pickled else ".")
+            )
+    try:
+        config, state = (
+            peft.PeftConfig.from_pretrained(str(folder)),
+            safetensors.torch.load_file(folder / "adapter_model.safetensors"),
+        )
+    except Exception as e:
+        raise InputError(f"{folder}: cannot be read as an adapter ({type(e).__name__}: {str(e)[:200]})") from None
+    if not isinstance(config, peft.LoraConfig):
+        raise InputError(f"{folder}: adapters of type {config.peft_type} are not supported, only LoRA.")
     return config, {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state.items()}
 
 def _open_clip_name(name: str, text: str) -> str:
     "A layer's name in open_clip for its name in Hugging Face's CLIP"
-    rules = {r"^vision_model\.encoder\.layers\.": "visual.transformer.resblocks.", r"^text_model\.encoder\.layers\.": text + "transformer.resblocks.",
-             r"\.self_attn\.": ".attn.", r"(resblocks\.\d+)\.mlp\.fc1": r"\1.mlp.c_fc", r"(resblocks\.\d+)\.mlp\.fc2": r"\1.mlp.c_proj"}
+    rules = {
+        r"^vision_model\.encoder\.layers\.": "visual.transformer.resblocks.",
+        r"^text_model\.encoder\.layers\.": text + "transformer.resblocks.",
+        r"\.self_attn\.": ".attn.",
+        r"(resblocks\.\d+)\.mlp\.fc1": r"\1.mlp.c_fc",
+        r"(resblocks\.\d+)\.mlp\.fc2": r"\1.mlp.c_proj",
+    }
     for old, new in rules.items(): name = re.sub(old, new, name)
     return name
 
@@ -289,14 +357,19 @@ def load_adapter(
     folder = Path(folder)
     config, state = _read_adapter(folder)
     if any(name.startswith(("vision_model.", "text_model.")) for name in state):
-        state = {_open_clip_name(name, "text." if hasattr(clip.model, "text") else ""): tensor for name, tensor in state.items()}
+        state = {
+            _open_clip_name(name, "text." if hasattr(clip.model, "text") else ""): tensor
+            for name, tensor in state.items()
+        }
     layers = {name.split(".lora_")[0] for name in state}
     fresh = not has_adapters(clip.model)
     if fresh: split_attention(clip.model)
     modules = {name for name, m in clip.model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d, LoraLayer))}
     if strange := sorted(layers - modules):
         if fresh: join_attention(clip.model)
-        raise InputError(f"{folder} does not fit model {clip.spec!r}, which has no layers {strange[:4]}{' ...' if len(strange) > 4 else ''}.")
+        raise InputError(
+            f"{folder} does not fit model {clip.spec!r}, which has no layers {strange[:4]}{' ...' if len(strange) > 4 else ''}."
+        )
     if fresh:
         config.target_modules, config.inference_mode = _pattern(layers), False
         _inject(clip.model, config)
@@ -307,6 +380,8 @@ def load_adapter(
     wrong += [f"{n} has shape {theirs}, not {own}" for n, (theirs, own) in shapes.items() if theirs != own]
     if wrong:
         if fresh: clip.model = merge_lora(clip).model
-        raise InputError(f"{folder} does not fit model {clip.spec!r}: {'; '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}.")
+        raise InputError(
+            f"{folder} does not fit model {clip.spec!r}: {'; '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}."
+        )
     peft.set_peft_model_state_dict(clip.model, state)
     return clip

@@ -20,7 +20,13 @@ from ..images.reading import read_image
 from .adapters import adapter_facts, has_adapters
 from .freezing import trainable
 from medclip_nb.models.long_text import (
-    Parts, can_trim, check_long_text, cut_share, token_counts, tokenize, trimmed_features,
+    Parts,
+    can_trim,
+    check_long_text,
+    cut_share,
+    token_counts,
+    tokenize,
+    trimmed_features,
 )
 from .tokens import _token_reader
 
@@ -71,7 +77,10 @@ class Encoders(Towers):
         by_length = self.causal_text and self.device.type == "cpu" and isinstance(tokens, Tensor)
         order = tokens.argmax(-1).argsort(stable=True) if by_length else torch.arange(len(tokens))
         parts = order.split(32) if by_length else [order]
-        with self.inference(): features = torch.cat([F.normalize(self.forward_texts(tokens[part]).float(), dim=-1).cpu() for part in parts])
+        with self.inference():
+            features = torch.cat(
+                [F.normalize(self.forward_texts(tokens[part]).float(), dim=-1).cpu() for part in parts]
+            )
         return features[order.argsort()]
 
 # %% ../../nbs/models/01_clip.ipynb #0c76f417
@@ -93,7 +102,8 @@ class ClipModel(Encoders):
     def context_length(self) -> int: return self.model.context_length
 
     @property
-    def dtype(self) -> torch.dtype: return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+    def dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
     @property
     def logit_scale(self) -> float: return self.model.logit_scale.exp().item()
@@ -127,10 +137,20 @@ def describe(
     size = clip.model.visual.image_size
     more = {"long texts": clip.long_text} if clip.long_text != "truncate" else {}
     if has_adapters(clip.model): more["adapters"] = adapter_facts(clip.model)
-    if not all(p.requires_grad for p in clip.model.parameters()): more["trained share"] = round(float(trainable(clip)["share"].iloc[-1]), 6)
-    return {"model": clip.spec, "image tower (M parameters)": millions(clip.model.visual), "all (M parameters)": millions(clip.model),
-            "embedding": clip.dim, "image size (px)": size[0] if isinstance(size, tuple) else size, "context (tokens)": clip.context_length,
-            "precision": clip.precision, "logit scale": round(clip.logit_scale, 3), "weights": clip.weights_hash(), **more}
+    if not all(p.requires_grad for p in clip.model.parameters()):
+        more["trained share"] = round(float(trainable(clip)["share"].iloc[-1]), 6)
+    return {
+        "model": clip.spec,
+        "image tower (M parameters)": millions(clip.model.visual),
+        "all (M parameters)": millions(clip.model),
+        "embedding": clip.dim,
+        "image size (px)": size[0] if isinstance(size, tuple) else size,
+        "context (tokens)": clip.context_length,
+        "precision": clip.precision,
+        "logit scale": round(clip.logit_scale, 3),
+        "weights": clip.weights_hash(),
+        **more,
+    }
 
 ClipModel.token_counts, ClipModel.cut_share, ClipModel.tokenize = token_counts, cut_share, tokenize
 ClipModel.set_long_text, ClipModel.describe = set_long_text, describe
@@ -142,7 +162,10 @@ def forward_image_tokens(
 ) -> tuple[Tensor, Tensor]: # Global features (n, d) and tokens (n, l, d), row by row from the top left
     "Global feature and tokens, projected, not normalised, with gradients; raises `InputError` for a tower without tokens"
     reader = _token_reader(clip.model.visual)
-    if reader is None: raise InputError(f"Model {clip.spec!r}: its image tower ({type(clip.model.visual).__name__}) gives no tokens to project.")
+    if reader is None:
+        raise InputError(
+            f"Model {clip.spec!r}: its image tower ({type(clip.model.visual).__name__}) gives no tokens to project."
+        )
     return reader(clip.model.visual, images.to(clip.device, clip.dtype))
 
 def encode_image_tokens(

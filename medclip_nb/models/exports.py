@@ -14,7 +14,6 @@ from typing import Any
 import safetensors.torch
 import torch
 from open_clip import SimpleTokenizer
-from torch import nn
 
 from ..core import InputError, atomic_folder, atomic_path, close_matches
 from .adapters import plain_state
@@ -33,16 +32,30 @@ def _features(clip: ClipModel, folder: Path) -> float:
     with clip.inference():
         pairs = ((clip.forward_images(pixels), theirs.get_image_features(pixel_values=pixels)),
                  (clip.forward_texts(tokens), theirs.get_text_features(input_ids=tokens)))
-        return max(((a.float().cpu() - getattr(b, "pooler_output", b)).abs().max() / a.abs().max()).item() for a, b in pairs)
+        return max(
+            ((a.float().cpu() - getattr(b, "pooler_output", b)).abs().max() / a.abs().max()).item() for a, b in pairs
+        )
 
 def _write_tokenizer(clip: ClipModel, folder: Path) -> None:
     "CLIP's own tokenizer as transformers reads it"
     t, start, end = clip.tokenizer, "<|startoftext|>", "<|endoftext|>"
     marks = {"<start_of_text>": start, "<end_of_text>": end}
     write_config(folder/"vocab.json", {marks.get(token, token): i for token, i in t.encoder.items()})
-    (folder/"merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in t.bpe_ranks) + "\n", encoding="utf-8")
-    write_config(folder/"tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "model_max_length": clip.context_length, "do_lower_case": True,
-                                                  "bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end})
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in t.bpe_ranks) + "\n", encoding="utf-8"
+    )
+    write_config(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": clip.context_length,
+            "do_lower_case": True,
+            "bos_token": start,
+            "eos_token": end,
+            "pad_token": end,
+            "unk_token": end,
+        },
+    )
 
 # %% ../../nbs/models/08_exports.ipynb #0d67aa6b
 def save_huggingface(
@@ -58,7 +71,8 @@ def save_huggingface(
     state = {name: tensor.float() for name, tensor in open_clip_to_hf(plain_state(clip)).items()}
     with atomic_folder(folder) as temporary:
         safetensors.torch.save_file(state, temporary/"model.safetensors", metadata={"format": "pt"})
-        for name, content in hf_files(clip.config, size[0], bool(quick_gelu(clip.model))).items(): write_config(temporary/name, content)
+        for name, content in hf_files(clip.config, size[0], bool(quick_gelu(clip.model))).items():
+            write_config(temporary/name, content)
         _write_tokenizer(clip, temporary)
         allowed = 1e-4 if clip.precision == "fp32" else 0.1
         if not (worst := _features(clip, temporary)) < allowed:
@@ -88,7 +102,9 @@ def _public(name: str | None) -> str | None: return Path(name).name if name and 
 
 def _metrics_table(metrics: dict[str, dict]) -> str:
     "Every metric with its interval"
-    rows = [f"| {_cell(name)} | {_number(m['value'])} | {_interval(m)} | {m.get('n', '')} |" for name, m in metrics.items()]
+    rows = [
+        f"| {_cell(name)} | {_number(m['value'])} | {_interval(m)} | {m.get('n', '')} |" for name, m in metrics.items()
+    ]
     return "\n".join(["| metric | value | 95 % interval | n |", "|---|---|---|---|", *rows])
 
 # %% ../../nbs/models/08_exports.ipynb #887bf777
@@ -96,14 +112,34 @@ def _header(name: str, run: dict, license: str, base_model: str, to: str) -> str
     "The YAML of a card, by huggingface_hub"
     from huggingface_hub import EvalResult, ModelCardData
     details, task = run.get("details", {}), str(run.get("task", "")).replace("_", "-")
-    metrics = {name: m for name, m in run.get("metrics", {}).items() if m["value"] is not None} if "dataset" in details else {}
+    metrics = (
+        {name: m for name, m in run.get("metrics", {}).items() if m["value"] is not None}
+        if "dataset" in details
+        else {}
+    )
     order = sorted(metrics, key=lambda name: name not in details.get("headline", []))
-    results = [EvalResult(task_type=task, dataset_type=details["dataset"], dataset_name=details["dataset"],
-                          dataset_split="+".join(details.get("split", [])) or None, metric_type=metric,
-                          metric_name=f"{metric} (95 % interval {_interval(metrics[metric])})", metric_value=metrics[metric]["value"]) for metric in order]
-    data = ModelCardData(license=license, license_name="see-model-card" if license == "other" else None, base_model=base_model or None,
-                         library_name="transformers" if to == "huggingface" else "open_clip", pipeline_tag="zero-shot-image-classification",
-                         tags=["clip", "medical", "medclip_nb"], model_name=name if results else None, eval_results=results or None)
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=details["dataset"],
+            dataset_name=details["dataset"],
+            dataset_split="+".join(details.get("split", [])) or None,
+            metric_type=metric,
+            metric_name=f"{metric} (95 % interval {_interval(metrics[metric])})",
+            metric_value=metrics[metric]["value"],
+        )
+        for metric in order
+    ]
+    data = ModelCardData(
+        license=license,
+        license_name="see-model-card" if license == "other" else None,
+        base_model=base_model or None,
+        library_name="transformers" if to == "huggingface" else "open_clip",
+        pipeline_tag="zero-shot-image-classification",
+        tags=["clip", "medical", "medclip_nb"],
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
     return data.to_yaml()
 
 LOADING = {
@@ -156,10 +192,12 @@ Research on medical images and text: comparing methods, retrieval and zero-shot 
 def _limits(details: dict) -> list[str]:
     "What a reader must not take for granted"
     rows = details.get("rows")
-    return ["It was measured on the data named above and nowhere else; other scanners, protocols, populations and wordings can change every number.",
-            f"The intervals say how far {rows or 'so few'} examples can tell; they do not cover a change of data.",
-            "Whether it works equally well for all groups of patients has not been shown unless a table here shows it.",
-            "A similarity is not a probability of disease, and a text that fits best can still be wrong."]
+    return [
+        "It was measured on the data named above and nowhere else; other scanners, protocols, populations and wordings can change every number.",
+        f"The intervals say how far {rows or 'so few'} examples can tell; they do not cover a change of data.",
+        "Whether it works equally well for all groups of patients has not been shown unless a table here shows it.",
+        "A similarity is not a probability of disease, and a text that fits best can still be wrong.",
+    ]
 
 # %% ../../nbs/models/08_exports.ipynb #c1df3861
 def model_card(
@@ -172,21 +210,52 @@ def model_card(
 ) -> str: # Markdown with a YAML header
     "Fill a model card from what a run has recorded"
     details, parameters = run.get("details", {}), run.get("parameters", {})
-    bullets = lambda pairs: "\n".join(f"- {k}: {_cell(v)}" for k, v in pairs if v not in (None, "", [], {})) or "Not recorded."
-    what = [("architecture", _public(details.get("model"))), ("started from", base_model or _public(parameters.get("model"))),
-            ("checkpoint at the start", _public(parameters.get("checkpoint"))), *((k, v) for k, v in (facts or {}).items() if k not in ("model", "weights"))]
+    bullets = lambda pairs: (
+        "\n".join(f"- {k}: {_cell(v)}" for k, v in pairs if v not in (None, "", [], {})) or "Not recorded."
+    )
+    what = [
+        ("architecture", _public(details.get("model"))),
+        ("started from", base_model or _public(parameters.get("model"))),
+        ("checkpoint at the start", _public(parameters.get("checkpoint"))),
+        *((k, v) for k, v in (facts or {}).items() if k not in ("model", "weights")),
+    ]
     data = [("dataset", details.get("dataset")), ("licence of the data", details.get("license")),
             ("split measured", ", ".join(details.get("split", []))), ("examples measured", details.get("rows")),
             ("how it was split", details.get("split_source")), ("fingerprint of the table", details.get("manifest"))]
     unit = details.get("bootstrap", {}).get("unit")
-    results = _metrics_table(run["metrics"]) + (f"\n\nIntervals: bootstrap, resampled by {unit}." if unit else "") if run.get("metrics") else "Nothing was measured."
-    chosen = {k: v for k, v in parameters.items() if isinstance(v, (int, float, bool)) or k in ("augment", "mode", "objective", "texts")}
-    packages = {p: v for p, v in run.get("packages", {}).items() if p in ("torch", "open_clip_torch", "timm", "peft", "medclip_nb")}
-    origin = [("template", run.get("template")), ("code", run.get("commit")), ("weights", (facts or {}).get("weights") or details.get("weights")),
-              ("seed", details.get("seed")), ("parameters", ", ".join(f"{k}={v}" for k, v in chosen.items())),
-              ("packages", ", ".join(f"{p} {v}" for p, v in packages.items()))]
-    return CARD.format(header=_header(name, run, license, base_model, to), name=name, what=bullets(what), data=bullets(data), results=results,
-                       limits="\n".join(f"- {line}" for line in _limits(details)), loading=f"```python\n{LOADING[to]}\n```", origin=bullets(origin))
+    results = (
+        _metrics_table(run["metrics"]) + (f"\n\nIntervals: bootstrap, resampled by {unit}." if unit else "")
+        if run.get("metrics")
+        else "Nothing was measured."
+    )
+    chosen = {
+        k: v
+        for k, v in parameters.items()
+        if isinstance(v, (int, float, bool)) or k in ("augment", "mode", "objective", "texts")
+    }
+    packages = {
+        p: v
+        for p, v in run.get("packages", {}).items()
+        if p in ("torch", "open_clip_torch", "timm", "peft", "medclip_nb")
+    }
+    origin = [
+        ("template", run.get("template")),
+        ("code", run.get("commit")),
+        ("weights", (facts or {}).get("weights") or details.get("weights")),
+        ("seed", details.get("seed")),
+        ("parameters", ", ".join(f"{k}={v}" for k, v in chosen.items())),
+        ("packages", ", ".join(f"{p} {v}" for p, v in packages.items())),
+    ]
+    return CARD.format(
+        header=_header(name, run, license, base_model, to),
+        name=name,
+        what=bullets(what),
+        data=bullets(data),
+        results=results,
+        limits="\n".join(f"- {line}" for line in _limits(details)),
+        loading=f"```python\n{LOADING[to]}\n```",
+        origin=bullets(origin),
+    )
 
 # %% ../../nbs/models/08_exports.ipynb #455770eb
 EXPORT_LAYOUTS = ("open_clip", "huggingface", "card")
@@ -194,12 +263,16 @@ EXPORT_LAYOUTS = ("open_clip", "huggingface", "card")
 def _find_model(source: Path, model: str) -> ClipModel:
     "The model of a run folder, of a folder with weights, or of a file with its model's name"
     if not source.exists(): raise InputError(f"{source}: there is no such run or checkpoint.")
-    whole = lambda folder: any((folder/name).is_file() for name in ("open_clip_config.json", "config.json")) and has_weights(folder)
+    whole = lambda folder: (
+        any((folder / name).is_file() for name in ("open_clip_config.json", "config.json")) and has_weights(folder)
+    )
     own = next((folder for folder in (source/"checkpoint", source) if whole(folder)), None)
     if model: return load_model(model, checkpoint=own or source, device="cpu", precision="fp32")
     if own is None:
-        raise InputError(f"{source}: no checkpoint/ and no open_clip_config.json with weights; a run that trained leaves one. "
-                         "For bare weights or an adapter, name the model they belong to.")
+        raise InputError(
+            f"{source}: no checkpoint/ and no open_clip_config.json with weights; a run that trained leaves one. "
+            "For bare weights or an adapter, name the model they belong to."
+        )
     return load_model(str(own), device="cpu", precision="fp32")
 
 def export(
@@ -220,7 +293,8 @@ def export(
         card = model_card(run, name or out.name, "open_clip", None, license, base_model)
         with atomic_path(out/"README.md") as path: path.write_text(card, encoding="utf-8")
         return out
-    if out.resolve() in (source.resolve(), *source.resolve().parents): raise InputError(f"{out} holds what is to be exported; choose another folder.")
+    if out.resolve() in (source.resolve(), *source.resolve().parents):
+        raise InputError(f"{out} holds what is to be exported; choose another folder.")
     clip = _find_model(source, model)
     {"open_clip": save_checkpoint, "huggingface": save_huggingface}[to](clip, out)
     card = model_card(run, name or out.name, to, clip.describe(), license, base_model)
@@ -241,10 +315,13 @@ def push(
     folder = Path(folder)
     if not has_weights(folder) or not (folder/"README.md").is_file():
         raise InputError(f"{folder}: a model to push has weights and a README.md; `export` writes both.")
-    if repo_id.count("/") != 1: raise InputError(f"{repo_id!r} is not the name of a repository, as in 'organisation/name'.")
+    if repo_id.count("/") != 1:
+        raise InputError(f"{repo_id!r} is not the name of a repository, as in 'organisation/name'.")
     if api is None:
         from huggingface_hub import HfApi
         api = HfApi()
     url = api.create_repo(repo_id=repo_id, repo_type="model", private=private, exist_ok=True)
-    api.upload_folder(repo_id=repo_id, repo_type="model", folder_path=str(folder), allow_patterns=list(SENT), commit_message=message)
+    api.upload_folder(
+        repo_id=repo_id, repo_type="model", folder_path=str(folder), allow_patterns=list(SENT), commit_message=message
+    )
     return str(url)

@@ -23,7 +23,15 @@ def tower_of(
 ) -> str: # image, text or other: the scale, and what belongs to neither
     "The tower that a name belongs to"
     if name.startswith("visual."): return "image"
-    text = ("text.", "transformer.", "token_embedding", "positional_embedding", "ln_final", "text_projection", "cls_emb")
+    text = (
+        "text.",
+        "transformer.",
+        "token_embedding",
+        "positional_embedding",
+        "ln_final",
+        "text_projection",
+        "cls_emb",
+    )
     return "text" if name.startswith(text) else "other"
 
 # %% ../../nbs/models/10_freezing.ipynb #f63aa922
@@ -43,11 +51,18 @@ def trainable(
     "Count what is trained"
     rows = [(tower_of(name), p.numel(), p.numel() * p.requires_grad) for name, p in clip.model.named_parameters()]
     counts = pd.DataFrame(rows, columns=["tower", "parameters", "trained"])
-    table = pd.concat([counts, counts.assign(tower="all")]).groupby("tower").sum().reindex([*TOWERS, "other", "all"], fill_value=0)
+    table = (
+        pd.concat([counts, counts.assign(tower="all")])
+        .groupby("tower")
+        .sum()
+        .reindex([*TOWERS, "other", "all"], fill_value=0)
+    )
     return table.assign(share=table["trained"] / table["parameters"].clip(1)).reset_index()
 
 # %% ../../nbs/models/10_freezing.ipynb #5ed853b4
-_FIRST = re.compile(r"conv\d|bn\d|class_embedding|positional_embedding|ln_pre|token_embedding|cls_emb|transformer\.(?:embed|shared)")
+_FIRST = re.compile(
+    r"conv\d|bn\d|class_embedding|positional_embedding|ln_pre|token_embedding|cls_emb|transformer\.(?:embed|shared)"
+)
 _LAYER = re.compile(r"(?:transformer\.resblocks\.|transformer\.(?:encoder\.)?(?:layers?|block)\.|layer)(\d+)\.")
 
 def layer_groups(
@@ -57,7 +72,10 @@ def layer_groups(
     "The parameters of a tower by depth"
     trunk = getattr(model.visual, "trunk", None) if tower == "image" else None
     if trunk is not None:
-        return [[f"visual.trunk.{name}" for name in names] for _, names in sorted(group_parameters(trunk, trunk.group_matcher()).items())]
+        return [
+            [f"visual.trunk.{name}" for name in names]
+            for _, names in sorted(group_parameters(trunk, trunk.group_matcher()).items())
+        ]
     groups: dict[int, list[str]] = {}
     for name in (n for n, _ in model.named_parameters() if tower_of(n) == tower):
         inside = name.removeprefix("visual.").removeprefix("text.")
@@ -80,7 +98,9 @@ def lock(
     for tower, n in (("image", image_layers), ("text", text_layers)):
         groups = layer_groups(clip.model, tower) if n else []
         if n and not 0 < n < len(groups):
-            raise InputError(f"{tower}_layers={n}, but the {tower} tower of {clip.spec!r} has {max(0, len(groups) - 1)} layers to lock.")
+            raise InputError(
+                f"{tower}_layers={n}, but the {tower} tower of {clip.spec!r} has {max(0, len(groups) - 1)} layers to lock."
+            )
         if n: locked.update(*groups[:n + 1])
     for name, p in clip.model.named_parameters():
         if name in locked: p.requires_grad_(False)

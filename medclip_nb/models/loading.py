@@ -30,7 +30,14 @@ from .clip import ClipModel, set_long_text
 from .published import PUBLISHED, published_state, text_files
 from .starter import STARTERS
 from medclip_nb.models.weights import (
-    align_state, find_weights, has_weights, hf_configuration, hf_to_open_clip, is_hf_clip, misfits, read_state,
+    align_state,
+    find_weights,
+    has_weights,
+    hf_configuration,
+    hf_to_open_clip,
+    is_hf_clip,
+    misfits,
+    read_state,
     write_config,
 )
 
@@ -49,7 +56,10 @@ def _resolve(spec: str) -> tuple[str, str | None]:
     "open_clip's model name and pretrained tag for a spec"
     if spec.startswith("hf-hub:"): return spec, None
     name, _, tag = spec.partition("/")
-    if name not in open_clip.list_models(): raise InputError(f"Unknown model {spec!r}. {close_matches(name, [*STARTERS, *PUBLISHED, *open_clip.list_models()])}")
+    if name not in open_clip.list_models():
+        raise InputError(
+            f"Unknown model {spec!r}. {close_matches(name, [*STARTERS, *PUBLISHED, *open_clip.list_models()])}"
+        )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag and tag not in tags: raise InputError(f"Model {name!r} has no weights {tag!r}. {close_matches(tag, tags)}")
     return name, tag or None
@@ -61,16 +71,28 @@ def _folder_configuration(folder: Path) -> dict:
         if own := read("open_clip_config.json"): return own
         if read("config.json").get("model_type") == "clip": return hf_configuration(folder)
     except ValueError as e:
-        raise e if isinstance(e, InputError) else InputError(f"{folder}: its configuration cannot be read ({str(e)[:200]})") from None
-    hint = " This one holds an adapter: give it as the checkpoint of the model it was trained on." if _is_adapter(folder) else ""
-    raise InputError(f"{folder}: a model folder needs open_clip_config.json, or the config.json of a Hugging Face CLIPModel.{hint}")
+        raise (
+            e
+            if isinstance(e, InputError)
+            else InputError(f"{folder}: its configuration cannot be read ({str(e)[:200]})")
+        ) from None
+    hint = (
+        " This one holds an adapter: give it as the checkpoint of the model it was trained on."
+        if _is_adapter(folder)
+        else ""
+    )
+    raise InputError(
+        f"{folder}: a model folder needs open_clip_config.json, or the config.json of a Hugging Face CLIPModel.{hint}"
+    )
 
 # %% ../../nbs/models/02_loading.ipynb #fb177fa7
 def _create(name: str, spec: str, device: torch.device, precision: str, **options) -> ClipModel:
     "Let open_clip build a model"
     with _quiet():
         try:
-            model, _, preprocess = open_clip.create_model_and_transforms(name, precision=precision, device=device, **options)
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                name, precision=precision, device=device, **options
+            )
             tokenizer, model_cfg = open_clip.get_tokenizer(name), deepcopy(open_clip.get_model_config(name))
         except (RuntimeError, OSError, ValueError) as error:
             raise InputError(f"Model {spec!r} could not be loaded: {str(error).splitlines()[0]} "
@@ -81,7 +103,9 @@ def _create(name: str, spec: str, device: torch.device, precision: str, **option
 
 _EXTENSIONS = {"volume_cfg": "medclip_nb.models.study_clip", "pooling_cfg": "medclip_nb.models.study_clip"} # Key that open_clip lacks -> module whose `build` knows it
 
-def _build(config: dict, spec: str, device: torch.device, precision: str, files: Path | None = None, **options) -> ClipModel:
+def _build(
+    config: dict, spec: str, device: torch.device, precision: str, files: Path | None = None, **options
+) -> ClipModel:
     "A model by its configuration, with random weights unless `options` ask for others"
     if more := _EXTENSIONS.keys() & {*config["model_cfg"], *config["model_cfg"]["vision_cfg"]}:
         return importlib.import_module(_EXTENSIONS[min(more)]).build(config, spec, device, precision, files, **options)
@@ -94,7 +118,9 @@ def _build(config: dict, spec: str, device: torch.device, precision: str, files:
             if text.get("hf_model_name") and (files/"config.json").is_file():
                 text["hf_model_name"] = str(files) if options.get("pretrained_text") else folder
         write_config(f"{folder}/open_clip_config.json", own)
-        clip = _create(f"local-dir:{folder}", spec, device, precision, load_weights=False, **{"pretrained_text": False} | options)
+        clip = _create(
+            f"local-dir:{folder}", spec, device, precision, load_weights=False, **{"pretrained_text": False} | options
+        )
     clip.config["model_cfg"] = deepcopy(config["model_cfg"])
     set_long_text(clip, config.get("long_text", "truncate"))
     return clip
@@ -111,7 +137,8 @@ def load_model(
     precision = pick_precision(precision, device)
     folder = Path(spec)
     if spec in STARTERS: clip = _build(STARTERS[spec], spec, device, precision)
-    elif spec in PUBLISHED: clip = _build(PUBLISHED[spec], spec, device, precision, text_files(checkpoint), pretrained_text=not checkpoint)
+    elif spec in PUBLISHED:
+        clip = _build(PUBLISHED[spec], spec, device, precision, text_files(checkpoint), pretrained_text=not checkpoint)
     elif folder.is_dir():
         clip = _build(_folder_configuration(folder), spec, device, precision, folder)
         if (not checkpoint or _is_adapter(Path(checkpoint))) and has_weights(folder): load_checkpoint(clip, folder)
@@ -133,7 +160,11 @@ def save_checkpoint(
     "Write a model in the hub's layout, atomically"
     config = deepcopy(clip.config)
     text = config["model_cfg"]["text_cfg"]
-    text |= {key: Path(text[key]).name for key in ("hf_model_name", "hf_tokenizer_name") if Path(text.get(key) or "").is_absolute()}
+    text |= {
+        key: Path(text[key]).name
+        for key in ("hf_model_name", "hf_tokenizer_name")
+        if Path(text.get(key) or "").is_absolute()
+    }
     with atomic_folder(folder) as temporary:
         safetensors.torch.save_file(plain_state(clip), temporary/WEIGHTS, metadata={"format": "pt"})
         write_config(temporary/"open_clip_config.json", config)
@@ -156,7 +187,9 @@ def quick_gelu(
 def _heads(model: nn.Module) -> list[int]:
     "The numbers of heads in the first block of each of open_clip's transformers"
     kinds = (nn.MultiheadAttention, SplitAttention)
-    return sorted(m.num_heads for name, m in model.named_modules() if name.endswith("resblocks.0.attn") and isinstance(m, kinds))
+    return sorted(
+        m.num_heads for name, m in model.named_modules() if name.endswith("resblocks.0.attn") and isinstance(m, kinds)
+    )
 
 def _check_configuration(clip: ClipModel, path: Path, converted: bool) -> None:
     "Raise `InputError` where the configuration beside the weights contradicts the model"
@@ -167,11 +200,16 @@ def _check_configuration(clip: ClipModel, path: Path, converted: bool) -> None:
     theirs = _folder_configuration(path.parent)["model_cfg"]
     if theirs.get("quick_gelu", False) != own:
         names = {True: "quick_gelu", False: "gelu"}
-        raise InputError(f"{path} was trained with {names[not own]}, and model {clip.spec!r} computes {names[own]}. Give the folder itself as the model, "
-                         f"or an architecture that computes {names[not own]} (open_clip's are named so, as in 'ViT-B-32-quickgelu').")
+        raise InputError(
+            f"{path} was trained with {names[not own]}, and model {clip.spec!r} computes {names[own]}. Give the folder itself as the model, "
+            f"or an architecture that computes {names[not own]} (open_clip's are named so, as in 'ViT-B-32-quickgelu')."
+        )
     if converted:
-        heads = sorted([theirs["vision_cfg"]["width"] // theirs["vision_cfg"]["head_width"], theirs["text_cfg"]["heads"]])
-        if heads != _heads(clip.model): raise InputError(f"{path} has {heads} attention heads, and model {clip.spec!r} {_heads(clip.model)}.")
+        heads = sorted(
+            [theirs["vision_cfg"]["width"] // theirs["vision_cfg"]["head_width"], theirs["text_cfg"]["heads"]]
+        )
+        if heads != _heads(clip.model):
+            raise InputError(f"{path} has {heads} attention heads, and model {clip.spec!r} {_heads(clip.model)}.")
 
 # %% ../../nbs/models/02_loading.ipynb #a1818f06
 def load_checkpoint(
@@ -188,13 +226,19 @@ def load_checkpoint(
         return
     path = find_weights(path)
     if has_adapters(clip.model):
-        raise InputError(f"{path} holds no adapters, and model {clip.spec!r} has some; load the weights first and add adapters then.")
+        raise InputError(
+            f"{path} holds no adapters, and model {clip.spec!r} has some; load the weights first and add adapters then."
+        )
     state, expected = read_state(path), clip.model.state_dict()
     converted = is_hf_clip(state)
     _check_configuration(clip, path, converted)
     state = align_state(hf_to_open_clip(state) if converted else published_state(state), expected)
     if wrong := misfits(state, expected):
-        hint = " It is another architecture: give the folder itself as the model." if own.get("model_cfg", clip.config["model_cfg"]) != clip.config["model_cfg"] else ""
+        hint = (
+            " It is another architecture: give the folder itself as the model."
+            if own.get("model_cfg", clip.config["model_cfg"]) != clip.config["model_cfg"]
+            else ""
+        )
         raise InputError(f"{path} does not fit model {clip.spec!r}: {'; '.join(wrong)}.{hint}")
     clip.model.load_state_dict(state, strict=True)
 
@@ -207,8 +251,14 @@ def _load_around_adapters(clip: ClipModel, folder: Path) -> None:
     "Load a saved model that has adapters: the adapters, and the weights that have none; the rest must be the same already"
     saved, own = read_state(folder), clip.model.state_dict()
     load_adapter(clip, folder)
-    clip.model.load_state_dict({name: tensor for name, tensor in saved.items() if name in own and own[name].shape == tensor.shape}, strict=False)
+    clip.model.load_state_dict(
+        {name: tensor for name, tensor in saved.items() if name in own and own[name].shape == tensor.shape},
+        strict=False,
+    )
     merged = plain_state(clip)
-    if wrong := misfits(saved, merged): raise InputError(f"{folder} does not fit model {clip.spec!r}: {'; '.join(wrong)}")
+    if wrong := misfits(saved, merged):
+        raise InputError(f"{folder} does not fit model {clip.spec!r}: {'; '.join(wrong)}")
     if other := [n for n, t in merged.items() if not torch.allclose(t.float(), saved[n].float(), rtol=1e-2, atol=1e-4)]:
-        raise InputError(f"{folder}: its adapters were trained on other weights than those of {clip.spec!r}; {other[0]} differs.")
+        raise InputError(
+            f"{folder}: its adapters were trained on other weights than those of {clip.spec!r}; {other[0]} differs."
+        )

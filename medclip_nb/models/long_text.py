@@ -27,7 +27,11 @@ def token_counts(
     "How long texts are before anything is cut"
     t = clip.tokenizer
     if not hasattr(t, "tokenizer"): return [len(t.encode(x)) + 2 for x in texts]
-    return [len(ids) for ids in t.tokenizer([t.clean_fn(x) for x in texts], verbose=False)["input_ids"]] if len(texts) else []
+    return (
+        [len(ids) for ids in t.tokenizer([t.clean_fn(x) for x in texts], verbose=False)["input_ids"]]
+        if len(texts)
+        else []
+    )
 
 def cut_share(
     clip: Any, # A `ClipModel`; its context is the limit
@@ -57,7 +61,8 @@ class Parts:
         tokens: Tensor, # (p, context) token ids of all parts, text by text
         counts: Tensor, # (n,) parts of each text, at least 1, p in all
     ) -> None:
-        if counts.sum() != len(tokens): raise InputError(f"{len(tokens)} parts cannot be {int(counts.sum())} parts of {len(counts)} texts.")
+        if counts.sum() != len(tokens):
+            raise InputError(f"{len(tokens)} parts cannot be {int(counts.sum())} parts of {len(counts)} texts.")
         self.tokens, self.counts = tokens, counts
 
     def __len__(self) -> int: return len(self.counts)
@@ -83,9 +88,12 @@ def check_long_text(
     long_text: str, # truncate, chunks or interpolate
 ) -> str: # The same
     "Raise `InputError` for a way to read long texts that there is not, or that the text tower cannot"
-    if long_text not in LONG_TEXT: raise InputError(f"Unknown long_text {long_text!r}. {close_matches(long_text, LONG_TEXT)}")
+    if long_text not in LONG_TEXT:
+        raise InputError(f"Unknown long_text {long_text!r}. {close_matches(long_text, LONG_TEXT)}")
     if long_text == "interpolate" and not clip.causal_text:
-        raise InputError(f"The positions of {clip.spec!r} cannot be stretched, as its text tower is not causal; use 'truncate' or 'chunks'.")
+        raise InputError(
+            f"The positions of {clip.spec!r} cannot be stretched, as its text tower is not causal; use 'truncate' or 'chunks'."
+        )
     return long_text
 
 def tokenize(
@@ -96,9 +104,16 @@ def tokenize(
     "What a text tower reads; raises `InputError` as `check_long_text` does"
     way, texts = check_long_text(clip, long_text), list(texts)
     if way == "truncate": return clip.tokenizer(texts)
-    if way == "interpolate": return clip.tokenizer(texts, context_length=max([clip.context_length, *token_counts(clip, texts)]))
-    parts = [split_text(clip, text) if n > clip.context_length else [text] for n, text in zip(token_counts(clip, texts), texts)]
-    return Parts(clip.tokenizer([part for own in parts for part in own]), torch.tensor([len(own) for own in parts], dtype=torch.long))
+    if way == "interpolate":
+        return clip.tokenizer(texts, context_length=max([clip.context_length, *token_counts(clip, texts)]))
+    parts = [
+        split_text(clip, text) if n > clip.context_length else [text]
+        for n, text in zip(token_counts(clip, texts), texts)
+    ]
+    return Parts(
+        clip.tokenizer([part for own in parts for part in own]),
+        torch.tensor([len(own) for own in parts], dtype=torch.long),
+    )
 
 # %% ../../nbs/models/09_long_text.ipynb #f755f6da
 def stretch_context(
@@ -119,8 +134,13 @@ def can_trim(
     pool_type: str, # Where it reads its feature
 ) -> bool: # Whether nothing after the end-of-text token can reach the feature
     "Whether padding can be cut"
-    return (pool_type == "argmax" and getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
-            and not getattr(text, "use_pad_mask", False) and hasattr(text, "ln_final"))
+    return (
+        pool_type == "argmax"
+        and getattr(text, "attn_mask", None) is not None
+        and getattr(text, "cls_emb", None) is None
+        and not getattr(text, "use_pad_mask", False)
+        and hasattr(text, "ln_final")
+    )
 
 def trimmed_features(
     text: nn.Module, # A text tower that can be trimmed
@@ -131,7 +151,11 @@ def trimmed_features(
     length = int(end.max()) + 1
     dtype, table, mask = text.transformer.get_cast_dtype(), text.positional_embedding, text.attn_mask
     positions = table[:length] if length <= len(table) else stretch_context(table, end, length)
-    mask = mask[:length, :length] if length <= len(mask) else torch.full((length, length), -math.inf, dtype=mask.dtype, device=mask.device).triu_(1)
+    mask = (
+        mask[:length, :length]
+        if length <= len(mask)
+        else torch.full((length, length), -math.inf, dtype=mask.dtype, device=mask.device).triu_(1)
+    )
     x = text.token_embedding(tokens[:, :length]).to(dtype) + positions.to(dtype)
     x = text.ln_final(text.transformer(x, attn_mask=mask))
     x = x[torch.arange(len(x), device=x.device), end]

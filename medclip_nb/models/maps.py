@@ -30,9 +30,12 @@ def choose_method(
 ) -> str: # One of `MAP_METHODS`
     "The kind of maps that a model can give: attention where it has a pooling, else relevance; raises `InputError` for what it cannot"
     if method == "auto": return "relevance" if clip.pooling is None else "attention"
-    if method not in MAP_METHODS: raise InputError(f"Unknown method {method!r}. {close_matches(method, ['auto', *MAP_METHODS])}")
+    if method not in MAP_METHODS:
+        raise InputError(f"Unknown method {method!r}. {close_matches(method, ['auto', *MAP_METHODS])}")
     if method == "attention" and clip.pooling is None:
-        raise InputError(f"Model {clip.spec!r} has no text-conditioned pooling, so no attention of a text; use method relevance or similarity.")
+        raise InputError(
+            f"Model {clip.spec!r} has no text-conditioned pooling, so no attention of a text; use method relevance or similarity."
+        )
     return method
 
 def available_methods(
@@ -47,7 +50,9 @@ def map_requests(
     others: Mapping[str, ClipModel] = {}, # Further models by name, each asked for relevance and similarity, which any model can give
 ) -> dict[str, tuple[ClipModel, str]]: # Name -> model and method; what others give is named plain-relevance
     "Which maps are asked of which model, those of `clip` first"
-    return {method: (clip, method) for method in methods} | {f"{name}-{method}": (other, method) for name, other in others.items() for method in MAP_METHODS[1:]}
+    return {method: (clip, method) for method in methods} | {
+        f"{name}-{method}": (other, method) for name, other in others.items() for method in MAP_METHODS[1:]
+    }
 
 # %% ../../nbs/models/17_maps.ipynb #73868468
 @dataclass
@@ -60,7 +65,13 @@ class ItemMaps:
 # %% ../../nbs/models/17_maps.ipynb #48d0f33b
 def _raw_texts(clip: ClipModel, texts: Sequence[str]) -> Tensor: # (m, d)
     "Features of texts, not normalised"
-    with clip.inference(): return torch.cat([clip.forward_texts(clip.tokenize(texts[i:i + 256], clip.long_text)).float().cpu() for i in range(0, len(texts), 256)])
+    with clip.inference():
+        return torch.cat(
+            [
+                clip.forward_texts(clip.tokenize(texts[i : i + 256], clip.long_text)).float().cpu()
+                for i in range(0, len(texts), 256)
+            ]
+        )
 
 def _attention(clip: ClipModel, images: Tensor | StudyBatch, texts: Sequence[str], of: Sequence[int]) -> ItemMaps:
     "Maps of the pooling"
@@ -71,7 +82,9 @@ def _attention(clip: ClipModel, images: Tensor | StudyBatch, texts: Sequence[str
     maps, (zero_mass, similarity) = torch.zeros(len(of), tokens.shape[1]), torch.zeros(2, len(of))
     for pair, (image, text) in enumerate(zip(of, texts)):
         own = slice(None) if known is None else known[image]
-        maps[pair, own], zero_mass[pair], similarity[pair] = (found[0] for found in pair_maps(tokens[image, own][None], features, clip.pooling, [(0, place[text])]))
+        maps[pair, own], zero_mass[pair], similarity[pair] = (
+            found[0] for found in pair_maps(tokens[image, own][None], features, clip.pooling, [(0, place[text])])
+        )
     return ItemMaps(on_grid(clip, images, maps), zero_mass, similarity)
 
 # %% ../../nbs/models/17_maps.ipynb #37a7a539
@@ -93,10 +106,14 @@ def item_maps(
 ) -> ItemMaps: # One map a pair
     "Where each text looks in its image"
     method, images = choose_method(clip, method), clip.pixels(images)
-    if of is None and len(images) != len(texts): raise InputError(f"{len(images)} images and {len(texts)} texts; say with `of` which image each text is about.")
+    if of is None and len(images) != len(texts):
+        raise InputError(f"{len(images)} images and {len(texts)} texts; say with `of` which image each text is about.")
     of, texts = list(range(len(texts)) if of is None else of), list(texts)
     if method == "attention": return _attention(clip, images, texts, of)
-    make, chunk = {"relevance": relevance_maps, "similarity": _similarity}[method], 1 if isinstance(images, StudyBatch) else 32
+    make, chunk = (
+        {"relevance": relevance_maps, "similarity": _similarity}[method],
+        1 if isinstance(images, StudyBatch) else 32,
+    )
     maps = torch.cat([make(clip, images[of[i:i + chunk]], texts[i:i + chunk]) for i in range(0, len(of), chunk)])
     cosines = (clip.encode_images(images)[of] * clip.encode_texts(texts)).sum(1)
     return ItemMaps(maps, torch.full_like(cosines, torch.nan), cosines)
@@ -127,7 +144,9 @@ def shown_box(
     elif mode == "shortest" and sides[0] == sides[1]: fitted = [int(sides[0] * n / min(size)) for n in size]
     else: fitted = [round(n / (max if mode == "longest" else min)(ratios)) for n in size]
     starts = [round((n - side) / 2) if n >= side else -((side - n) // 2) for n, side in zip(fitted, sides)]
-    (top, height), (left, width) = ((start * n / f, side * n / f) for start, side, n, f in zip(starts, sides, size, fitted))
+    (top, height), (left, width) = (
+        (start * n / f, side * n / f) for start, side, n, f in zip(starts, sides, size, fitted)
+    )
     return top, left, height, width
 
 # %% ../../nbs/models/17_maps.ipynb #7b9b0cf9
@@ -154,8 +173,23 @@ def upsample_to_image(
     top, left, height, width = shown_box(size, clip)
     side = clip.model.visual.image_size
     sides = (side, side) if isinstance(side, int) else side
-    y, x = ((torch.arange(n) + 0.5 - start) / extent + by / pixels for n, start, extent, by, pixels in zip(size, (top, left), (height, width), shift, sides))
+    y, x = (
+        (torch.arange(n) + 0.5 - start) / extent + by / pixels
+        for n, start, extent, by, pixels in zip(size, (top, left), (height, width), shift, sides)
+    )
     grid = torch.stack(torch.meshgrid(2 * y - 1, 2 * x - 1, indexing="ij")[::-1], -1).float()
-    if upsample == "spline": found = spline_weights(y * maps.shape[1] - 0.5, maps.shape[1]) @ maps.float() @ spline_weights(x * maps.shape[2] - 0.5, maps.shape[2]).T
-    else: found = F.grid_sample(maps.float()[:, None], grid.expand(len(maps), -1, -1, -1), upsample, padding_mode="border", align_corners=False)[:, 0]
+    if upsample == "spline":
+        found = (
+            spline_weights(y * maps.shape[1] - 0.5, maps.shape[1])
+            @ maps.float()
+            @ spline_weights(x * maps.shape[2] - 0.5, maps.shape[2]).T
+        )
+    else:
+        found = F.grid_sample(
+            maps.float()[:, None],
+            grid.expand(len(maps), -1, -1, -1),
+            upsample,
+            padding_mode="border",
+            align_corners=False,
+        )[:, 0]
     return torch.where((grid.abs() <= 1).all(-1), found.clamp(min=0), torch.nan).numpy()

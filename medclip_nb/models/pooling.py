@@ -34,11 +34,17 @@ class _Projections(nn.Module):
         tokens: Tensor, # (b, l, d) tokens of images, not normalised
     ) -> tuple[Tensor, Tensor]: # Keys and values, each (b, heads, l + 1, d / heads), the zero key last
         "Keys and values of images; an image that meets many texts is projected once"
-        norms, weights, biases = (self.ln_k, self.ln_v), self.attn.in_proj_weight[self.dim:].chunk(2), self.attn.in_proj_bias[self.dim:].chunk(2)
+        norms, weights, biases = (
+            (self.ln_k, self.ln_v),
+            self.attn.in_proj_weight[self.dim :].chunk(2),
+            self.attn.in_proj_bias[self.dim :].chunk(2),
+        )
         weight = torch.cat([w * norm.weight for w, norm in zip(weights, norms)])
         bias = torch.cat([w @ norm.bias + b for w, b, norm in zip(weights, biases, norms)])
         both = F.linear(F.layer_norm(tokens, (self.dim,), eps=self.ln_k.eps), weight, bias)
-        return tuple(F.pad(both.unflatten(-1, (2, self.heads, self.dim // self.heads)).permute(2, 0, 3, 1, 4), (0, 0, 0, 1)))
+        return tuple(
+            F.pad(both.unflatten(-1, (2, self.heads, self.dim // self.heads)).permute(2, 0, 3, 1, 4), (0, 0, 0, 1))
+        )
 
     def join(self,
         pooled: Tensor, # (b, heads, t, d / heads) weighted sums of values
@@ -51,7 +57,8 @@ def key_mask(
     token_mask: Tensor, # True where a text may attend: (b, l), (b, t, l) or (b, heads, t, l)
 ) -> Tensor: # (b, 1 or heads, 1 or t, l + 1)
     "A mask of tokens as the keys have it, with the zero key, which is never masked; raises `InputError` for another shape"
-    if not 2 <= token_mask.ndim <= 4: raise InputError(f"token_mask must be (b, l), (b, t, l) or (b, heads, t, l), got {tuple(token_mask.shape)}")
+    if not 2 <= token_mask.ndim <= 4:
+        raise InputError(f"token_mask must be (b, l), (b, t, l) or (b, heads, t, l), got {tuple(token_mask.shape)}")
     while token_mask.ndim < 4: token_mask = token_mask.unsqueeze(1)
     return F.pad(token_mask.bool(), (0, 1), value=True)
 
@@ -77,7 +84,11 @@ class TextConditionedPooling(_Projections):
     ) -> Tensor: # (b, t, d), the heads one after the other
         "What each head of each text finds in each image"
         mask = None if token_mask is None else key_mask(token_mask)
-        return F.scaled_dot_product_attention(self._split(queries, len(keys)), keys, values, attn_mask=mask).transpose(1, 2).flatten(2)
+        return (
+            F.scaled_dot_product_attention(self._split(queries, len(keys)), keys, values, attn_mask=mask)
+            .transpose(1, 2)
+            .flatten(2)
+        )
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, token_mask: Tensor | None = None) -> Tensor: # (b, t, d), not normalised
         "What each text finds in each image: `pool` and the output projection"
@@ -113,8 +124,14 @@ def pooling_from(
     "The pooling of a published checkpoint; raises `InputError` for tensors that are missing, unexpected or of another shape"
     prefix = next((p for p in POOLING_PREFIXES if any(name.startswith(p) for name in state)), "")
     mine = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    if "ln_q.weight" not in mine: raise InputError(f"no pooling in the checkpoint: neither {' nor '.join(p + 'ln_q.weight' for p in POOLING_PREFIXES)} is there.")
+    if "ln_q.weight" not in mine:
+        raise InputError(
+            f"no pooling in the checkpoint: neither {' nor '.join(p + 'ln_q.weight' for p in POOLING_PREFIXES)} is there."
+        )
     pooling = TextConditionedPooling(len(mine["ln_q.weight"]), heads).to(mine["ln_q.weight"].dtype)
     try: pooling.load_state_dict(mine)
-    except RuntimeError as error: raise InputError(f"the pooling of the checkpoint ({prefix}*) does not fit: {' '.join(str(error).split())}") from None
+    except RuntimeError as error:
+        raise InputError(
+            f"the pooling of the checkpoint ({prefix}*) does not fit: {' '.join(str(error).split())}"
+        ) from None
     return pooling

@@ -14,7 +14,10 @@ from torch import Tensor
 
 # %% ../../nbs/models/07_published.ipynb #b6921da7
 _BIAS = {"init_logit_bias": -10.0, "pooling_cfg": {"heads": 8}}
-_BIOMEDBERT, _CXR_BERT = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext", "microsoft/BiomedVLP-CXR-BERT-specialized"
+_BIOMEDBERT, _CXR_BERT = (
+    "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext",
+    "microsoft/BiomedVLP-CXR-BERT-specialized",
+)
 
 def _flat(context: int) -> dict:
     "A ViT-B/16 and CLIP's text transformer, with pooling"
@@ -24,8 +27,19 @@ def _flat(context: int) -> dict:
 
 def _study(layout: str, bert: str, context: int, images: str, more: Mapping = {}, **volume) -> dict:
     "A volume encoder and a BERT"
-    text = {"hf_model_name": bert, "hf_tokenizer_name": bert, "hf_proj_type": "linear", "hf_pooler_type": "cls_last_hidden_state_pooler", "context_length": context}
-    model = {"embed_dim": 512, "custom_text": True, "vision_cfg": {"volume_cfg": {"layout": layout, "drop_path": 0.2} | volume}, "text_cfg": text}
+    text = {
+        "hf_model_name": bert,
+        "hf_tokenizer_name": bert,
+        "hf_proj_type": "linear",
+        "hf_pooler_type": "cls_last_hidden_state_pooler",
+        "context_length": context,
+    }
+    model = {
+        "embed_dim": 512,
+        "custom_text": True,
+        "vision_cfg": {"volume_cfg": {"layout": layout, "drop_path": 0.2} | volume},
+        "text_cfg": text,
+    }
     return {"model_cfg": model | more, "preprocess_cfg": {"study": images}}
 
 PUBLISHED: dict[str, dict] = {
@@ -51,7 +65,10 @@ def published_state(
     state = dict(state)
     if "image_post2.proj" in state: state["image_post.proj"] = state.pop("image_post2.proj")
     if "image_post.proj" in state: state.setdefault("logit_bias", torch.zeros(()))
-    return {_RENAMED.get(n, f"visual_proj.{n.removeprefix('visual_attn.')}" if n.startswith("visual_attn.") else n): t for n, t in state.items()}
+    return {
+        _RENAMED.get(n, f"visual_proj.{n.removeprefix('visual_attn.')}" if n.startswith("visual_attn.") else n): t
+        for n, t in state.items()
+    }
 
 # %% ../../nbs/models/07_published.ipynb #15f19e69
 def text_files(

@@ -30,7 +30,8 @@ def token_grid(
     size = clip.model.visual.image_size
     height, width = (size, size) if isinstance(size, int) else size
     rows = round((tokens * height / width)**0.5)
-    if not rows or tokens % rows: raise InputError(f"{tokens} tokens do not fill a grid of an image of {height} x {width} pixels.")
+    if not rows or tokens % rows:
+        raise InputError(f"{tokens} tokens do not fill a grid of an image of {height} x {width} pixels.")
     return rows, tokens // rows
 
 def on_grid(
@@ -39,7 +40,9 @@ def on_grid(
     values: Tensor, # (n, l), one a token
 ) -> Tensor: # (n, rows, columns), or (n, scans, slabs, rows, columns) for studies
     "Values of tokens where the tokens lie"
-    return values.unflatten(1, clip.token_grid(images) if isinstance(clip, StudyModel) else token_grid(clip, values.shape[1]))
+    return values.unflatten(
+        1, clip.token_grid(images) if isinstance(clip, StudyModel) else token_grid(clip, values.shape[1])
+    )
 
 def similarity_maps(
     clip: ClipModel, # A model whose image tower has tokens
@@ -72,10 +75,17 @@ class _Shown(nn.Module):
     "Attention that keeps its weights (n, heads, queries, keys), on the way of the gradient"
     def __init__(self, attention: nn.MultiheadAttention | SplitAttention) -> None:
         super().__init__()
-        self.inner, self.weights = attention if isinstance(attention, SplitAttention) else SplitAttention(attention), None
+        self.inner, self.weights = (
+            attention if isinstance(attention, SplitAttention) else SplitAttention(attention),
+            None,
+        )
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options) -> tuple[Tensor, None]:
-        out, self.weights = self.inner(query, key, value, attn_mask=attn_mask, need_weights=True, average_attn_weights=False)
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options
+    ) -> tuple[Tensor, None]:
+        out, self.weights = self.inner(
+            query, key, value, attn_mask=attn_mask, need_weights=True, average_attn_weights=False
+        )
         return out, None
 
 def _last_attention(visual: nn.Module) -> tuple[nn.Module, str] | None:
@@ -111,7 +121,10 @@ def _whole_block(visual: nn.Module) -> nn.Module:
     "The part of a tower to look into: all of it, but of a volume encoder the last block that looks at whole studies"
     if not isinstance(trunk := getattr(visual, "trunk", None), VolumeEncoder): return visual
     whole = [block for block, level in zip(trunk.blocks, trunk.levels) if level == "study"]
-    if not whole: raise InputError(f"Relevance is read from a block that looks at whole studies, and there is none: levels are {' '.join(trunk.levels)}.")
+    if not whole:
+        raise InputError(
+            f"Relevance is read from a block that looks at whole studies, and there is none: levels are {' '.join(trunk.levels)}."
+        )
     return whole[-1]
 
 def _attention_relevance(clip: ClipModel, images: Tensor | StudyBatch, texts: Sequence[str]) -> Tensor:
@@ -130,11 +143,14 @@ def _slice_relevance(clip: StudyModel, images: Tensor | StudyBatch, texts: Seque
         return seen[0]
     hook = clip.model.visual.trunk.patch_embed.register_forward_hook(kept)
     try:
-        with torch.enable_grad(): gradient, = torch.autograd.grad(_score(clip, clip.forward_images(images), texts), seen)
+        with torch.enable_grad():
+            gradient, = torch.autograd.grad(_score(clip, clip.forward_images(images), texts), seen)
     finally: hook.remove()
     found, mask = (gradient * seen[0]).sum(-1).flatten(1).relu().float(), getattr(images, "scan_mask", None)
     if mask is None: return found.view(len(images), -1)
-    return found.new_zeros(*mask.shape, found.shape[1]).masked_scatter(mask[..., None].to(found.device), found).flatten(1)
+    return (
+        found.new_zeros(*mask.shape, found.shape[1]).masked_scatter(mask[..., None].to(found.device), found).flatten(1)
+    )
 
 # %% ../../nbs/models/16_relevance.ipynb #5604aa1b
 def relevance_maps(
@@ -143,11 +159,13 @@ def relevance_maps(
     texts: Sequence[str], # n texts, one an image
 ) -> Tensor: # (n, rows, columns), or (n, scans, slabs, rows, columns); >= 0, float32 on the CPU
     "What in each image speaks for its text; raises `InputError` for a tower with neither attention nor a grid"
-    if len(images) != len(texts): raise InputError(f"{len(images)} images and {len(texts)} texts; relevance is of pairs.")
+    if len(images) != len(texts):
+        raise InputError(f"{len(images)} images and {len(texts)} texts; relevance is of pairs.")
     visual, training = clip.model.visual, clip.model.training
     clip.model.eval()
     try:
-        if isinstance(getattr(getattr(visual, "trunk", None), "patch_embed", None), SlicePatches): found = _slice_relevance(clip, images, texts)
+        if isinstance(getattr(getattr(visual, "trunk", None), "patch_embed", None), SlicePatches):
+            found = _slice_relevance(clip, images, texts)
         elif _last_attention(visual): found = _attention_relevance(clip, images, texts)
         elif hasattr(visual, "trunk"): found = _grid_relevance(clip, images, texts)
         else: raise InputError(f"Model {clip.spec!r}: no relevance for an image tower of type {type(visual).__name__}.")

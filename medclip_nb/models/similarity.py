@@ -22,9 +22,13 @@ class _Cosine:
         out, heads, self.size = pooling.attn.out_proj, pooling.heads, pooling.dim // pooling.heads
         whole = torch.cat([out.weight, out.bias[:, None]], 1).cpu().double()
         triangle = torch.linalg.qr(whole, mode="r").R.unflatten(0, (heads, self.size))
-        left, scale, right = torch.linalg.svd(torch.stack([part[:, n * self.size:(n + 1) * self.size] for n, part in enumerate(triangle)]))
+        left, scale, right = torch.linalg.svd(
+            torch.stack([part[:, n * self.size : (n + 1) * self.size] for n, part in enumerate(triangle)])
+        )
         triangle, self.turn = (left.mT @ triangle).flatten(0, 1), right.mT.to(out.weight)
-        turn = lambda columns: (columns.unflatten(1, (heads, self.size)).transpose(0, 1) @ right.mT).transpose(0, 1).flatten(1)
+        turn = lambda columns: (
+            (columns.unflatten(1, (heads, self.size)).transpose(0, 1) @ right.mT).transpose(0, 1).flatten(1)
+        )
         self.blocks, folded = turn(triangle[:, :-1]).T.contiguous().to(out.weight), turn(whole[:, :-1])
         self.scale, self.shift = scale.flatten().to(out.weight), triangle[:, -1].to(out.weight)
         self.texts, self.bias = unit @ folded.to(unit), unit @ out.bias.to(unit)
@@ -32,7 +36,8 @@ class _Cosine:
     def __call__(self, pooled: Tensor, some: slice | Tensor) -> Tensor: # (..., m)
         rows = pooled.flatten(0, -2)
         out = torch.addcmul(self.shift, rows, self.scale)
-        for n in range(self.size, rows.shape[1], self.size): out[:, n - self.size:n].addmm_(rows[:, n:], self.blocks[n:, n - self.size:n])
+        for n in range(self.size, rows.shape[1], self.size):
+            out[:, n - self.size:n].addmm_(rows[:, n:], self.blocks[n:, n - self.size:n])
         length = torch.linalg.vector_norm(out, dim=1, dtype=self.texts.dtype).clamp(min=1e-12)
         return ((pooled * self.texts[some]).sum(-1) + self.bias[some]) / length.view(pooled.shape[:-1])
 
@@ -56,7 +61,8 @@ def item_similarity(
     "TCSim of every image and every text; raises `InputError` for a chunk below 1 or candidates of another shape"
     if chunk < 1: raise InputError(f"chunk must be 1 or more rows, got {chunk}")
     (n, l), m, where = image_tokens.shape[:2], len(texts), _where(pooling)
-    if candidates is not None and candidates.shape != (n, m): raise InputError(f"candidates must be {(n, m)}, got {tuple(candidates.shape)}")
+    if candidates is not None and candidates.shape != (n, m):
+        raise InputError(f"candidates must be {(n, m)}, got {tuple(candidates.shape)}")
     unit, queries = _unit(texts.to(**where)), pooling.project_texts(texts.to(**where))
     cosine, found = _Cosine(pooling, unit), unit.new_full((n, m), -torch.inf)
     blocks = [slice(start, start + chunk) for start in range(0, m, chunk)]
@@ -64,7 +70,9 @@ def item_similarity(
     for start in range(0, n, some_images):
         keys, values = pooling.project_tokens(torch.as_tensor(image_tokens[start:start + some_images]).to(**where))
         for i, k, v in zip(range(start, n, together), keys.split(together), (values @ cosine.turn).split(together)):
-            for some in blocks if candidates is None else candidates[i].nonzero().flatten().to(found.device).split(chunk):
+            for some in (
+                blocks if candidates is None else candidates[i].nonzero().flatten().to(found.device).split(chunk)
+            ):
                 found[i:i + len(k), some] = cosine(pooling.pool(queries[some], k, v), some)
     return found.to(texts.device)
 

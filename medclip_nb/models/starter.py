@@ -15,14 +15,22 @@ from torch import Tensor, nn
 # %% ../../nbs/models/03_starter.ipynb #ad929353
 def conv(in_chans: int, out_chans: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     "Convolution and batch norm"
-    return nn.Sequential(nn.Conv2d(in_chans, out_chans, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(out_chans))
+    return nn.Sequential(
+        nn.Conv2d(in_chans, out_chans, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(out_chans)
+    )
 
 class ConvBlock(nn.Module):
     "Two 3 x 3 convolutions and a shortcut"
     def __init__(self, in_chans: int, out_chans: int, stride: int = 1) -> None:
         super().__init__()
-        self.body = nn.Sequential(conv(in_chans, out_chans, 3, stride), nn.ReLU(inplace=True), conv(out_chans, out_chans))
-        self.shortcut = nn.Sequential(nn.AvgPool2d(stride), conv(in_chans, out_chans, 1)) if (in_chans, stride) != (out_chans, 1) else nn.Identity()
+        self.body = nn.Sequential(
+            conv(in_chans, out_chans, 3, stride), nn.ReLU(inplace=True), conv(out_chans, out_chans)
+        )
+        self.shortcut = (
+            nn.Sequential(nn.AvgPool2d(stride), conv(in_chans, out_chans, 1))
+            if (in_chans, stride) != (out_chans, 1)
+            else nn.Identity()
+        )
 
     def forward(self, x: Tensor) -> Tensor: return F.relu(self.body(x) + self.shortcut(x), inplace=True)
 
@@ -40,7 +48,11 @@ class StarterTrunk(nn.Module):
         self.stem = nn.Sequential(conv(in_chans, width, 3, 2), nn.ReLU(inplace=True), nn.MaxPool2d(2),
                                   ConvBlock(width, width), ConvBlock(width, 2 * width, 2), ConvBlock(2 * width, 64))
         self.position = nn.Parameter(0.02 * torch.randn(1, 64, cells, cells))
-        self.deep, self.fine, self.norm = ConvBlock(64, num_features, 2), nn.Conv2d(64, num_features, 1), nn.BatchNorm2d(num_features)
+        self.deep, self.fine, self.norm = (
+            ConvBlock(64, num_features, 2),
+            nn.Conv2d(64, num_features, 1),
+            nn.BatchNorm2d(num_features),
+        )
         self.default_cfg = self.pretrained_cfg = {"url": "", "input_size": (in_chans, img_size, img_size)}
         self.reset_classifier(0)
 
@@ -66,18 +78,37 @@ def medclip_starter(pretrained: bool = False, **kwargs) -> StarterTrunk:
 
 STARTER = {
     "model_cfg": {
-        "embed_dim": 128, "custom_text": True,
-        "vision_cfg": {"timm_model_name": "medclip_starter", "timm_model_pretrained": False, "timm_pool": "avgmax", "timm_proj": "linear", "image_size": 80},
+        "embed_dim": 128,
+        "custom_text": True,
+        "vision_cfg": {
+            "timm_model_name": "medclip_starter",
+            "timm_model_pretrained": False,
+            "timm_pool": "avgmax",
+            "timm_proj": "linear",
+            "image_size": 80,
+        },
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 1},
     },
     "preprocess_cfg": {"mean": [0.25] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "resize_mode": "shortest"},
 }
 
-STARTER_STUDIES = { # For `view="studies"`: axial slices 8 mm apart, read by the trunk of `STARTER` in its pixels of 2.4 mm
+STARTER_STUDIES = {  # For `view="studies"`: axial slices 8 mm apart, read by the trunk of `STARTER` in its pixels of 2.4 mm
     "model_cfg": {
-        "embed_dim": 128, "custom_text": True,
-        "vision_cfg": {"volume_cfg": {"width": 128, "depth": 1, "heads": 4, "patch_size": [1, 8, 8], "grid": [14, 10, 10], "levels": ["slice"],
-                                      "max_scans": 8, "slices": "medclip_starter", "position_scale": 0.05}},
+        "embed_dim": 128,
+        "custom_text": True,
+        "vision_cfg": {
+            "volume_cfg": {
+                "width": 128,
+                "depth": 1,
+                "heads": 4,
+                "patch_size": [1, 8, 8],
+                "grid": [14, 10, 10],
+                "levels": ["slice"],
+                "max_scans": 8,
+                "slices": "medclip_starter",
+                "position_scale": 0.05,
+            }
+        },
         "text_cfg": STARTER["model_cfg"]["text_cfg"],
     },
     "preprocess_cfg": {"study": {"spacing": [8, 2.4, 2.4], "size": [14, 80, 80], "mean": 0.25, "std": 0.25}},

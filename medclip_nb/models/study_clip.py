@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import InputError, pick_device, pick_precision, progress
-from ..images.studies import PREPROCESSING, Study, StudyBatch, StudyPreprocess, pad_studies, study_preprocess
+from ..images.studies import Study, StudyBatch, StudyPreprocess, pad_studies, study_preprocess
 from .clip import ClipModel
 from .loading import _build, load_model
 from .pooling import TextConditionedPooling
@@ -62,16 +62,26 @@ class StudyModel(ClipModel):
     def pixels(self, batch: Tensor | StudyBatch | Sequence[Mapping | Study]) -> Tensor | StudyBatch: # Ready for the model
         "Read the files of studies, pad studies to a batch; tensors (b, n, c, d, h, w) and batches pass; raises `InputError` for images"
         if isinstance(batch, StudyBatch) or isinstance(batch, Tensor) and batch.ndim == 6: return batch
-        odd = tuple(batch.shape) if isinstance(batch, Tensor) else next((x for x in batch if not isinstance(x, (Mapping, Study))), None)
+        odd = (
+            tuple(batch.shape)
+            if isinstance(batch, Tensor)
+            else next((x for x in batch if not isinstance(x, (Mapping, Study))), None)
+        )
         if odd is not None:
-            raise InputError(f"Model {self.spec!r} encodes studies, not {odd!r}. Give each study as series name -> file, or tensors (b, n, c, d, h, w).")
+            raise InputError(
+                f"Model {self.spec!r} encodes studies, not {odd!r}. Give each study as series name -> file, or tensors (b, n, c, d, h, w)."
+            )
         return pad_studies([self.preprocess(study) if isinstance(study, Mapping) else study for study in batch])
 
     def describe(self) -> dict:
         "What a report says about a model"
         trunk = self.model.visual.trunk
         size = " x ".join(map(str, self.model.visual.image_size))
-        return super().describe() | {"image size (px)": f"{size} a scan", "levels": " ".join(trunk.levels), "tokens": f"{math.prod(self.model.visual.grid)} a scan"}
+        return super().describe() | {
+            "image size (px)": f"{size} a scan",
+            "levels": " ".join(trunk.levels),
+            "tokens": f"{math.prod(self.model.visual.grid)} a scan",
+        }
 
     def token_grid(self, volumes: Tensor | StudyBatch) -> tuple[int, int, int, int]: # Scans, slabs, rows, columns
         "The shape of the tokens of a study: `tokens.unflatten(1, clip.token_grid(batch))`"
@@ -84,7 +94,10 @@ def _encoder(volume: Mapping) -> VolumeEncoder:
     own = {name: tuple(value) if isinstance(value, list) else value for name, value in volume.items()}
     name = own.pop("layout", None)
     try: return VolumeEncoder(**(layout(name, **own) if name else own))
-    except TypeError as error: raise InputError(f"volume_cfg: {str(error).split(') ')[-1]}; it takes a layout and the parameters of VolumeEncoder.") from None
+    except TypeError as error:
+        raise InputError(
+            f"volume_cfg: {str(error).split(') ')[-1]}; it takes a layout and the parameters of VolumeEncoder."
+        ) from None
 
 def _preprocess(config: Mapping) -> StudyPreprocess:
     "The preprocessing of a `preprocess_cfg`"
@@ -105,14 +118,21 @@ def build(
     "Build what `load_model` finds in a configuration; raises `InputError` where it cannot be"
     plain = deepcopy(dict(config))
     pooling, volume = plain["model_cfg"].pop("pooling_cfg", None), plain["model_cfg"]["vision_cfg"].get("volume_cfg")
-    if volume: plain |= {"preprocess_cfg": {}, "model_cfg": plain["model_cfg"] | {"custom_text": True, "vision_cfg": _STAND_IN}}
+    if volume:
+        plain |= {
+            "preprocess_cfg": {},
+            "model_cfg": plain["model_cfg"] | {"custom_text": True, "vision_cfg": _STAND_IN},
+        }
     text = plain["model_cfg"]["text_cfg"]
     with tempfile.TemporaryDirectory() as own:
-        if name := text.get("hf_model_name"): files = _text_files(str(files or name), Path(own), options.get("pretrained_text", False))
+        if name := text.get("hf_model_name"):
+            files = _text_files(str(files or name), Path(own), options.get("pretrained_text", False))
         clip = _build(plain, spec, device, precision, files, **options)
     if volume:
         clip.model.visual = StudyTower(_encoder(volume), clip.dim).to(device, clip.dtype)
-        clip = StudyModel(clip.model, clip.tokenizer, _preprocess(config["preprocess_cfg"]), spec, device, precision, clip.config)
+        clip = StudyModel(
+            clip.model, clip.tokenizer, _preprocess(config["preprocess_cfg"]), spec, device, precision, clip.config
+        )
         clip.config["preprocess_cfg"] = {"study": clip.preprocess.config()}
     if pooling is not None: clip.model.visual_proj = TextConditionedPooling(clip.dim, **pooling).to(device, clip.dtype)
     clip.config["model_cfg"] = deepcopy(config["model_cfg"])
@@ -122,7 +142,11 @@ def build(
 # %% ../../nbs/models/15_study_clip.ipynb #1e3e01d3
 def _volume_part(volume: str | Mapping) -> dict:
     "The `volume_cfg` of a layout's name, or the one given"
-    return {"layout": volume} if isinstance(volume, str) else {k: list(v) if isinstance(v, tuple) else v for k, v in volume.items()}
+    return (
+        {"layout": volume}
+        if isinstance(volume, str)
+        else {k: list(v) if isinstance(v, tuple) else v for k, v in volume.items()}
+    )
 
 def _hf_part(name: str) -> dict:
     "The `text_cfg` of a Hugging Face encoder"
@@ -142,9 +166,24 @@ def study_model(
 ) -> StudyModel: # In evaluation mode
     "Put a volume encoder and a text tower together; raises `InputError` for parts that cannot be"
     hub = text[3:] if isinstance(text, str) and text.startswith("hf:") else None
-    words = None if hub or not isinstance(text, str) or text == "scratch" else load_model(text, device="cpu", precision="fp32")
-    part = _hf_part(hub) if hub else words.config["model_cfg"]["text_cfg"] if words else _text_part(text if isinstance(text, str) else dict(text))
-    model = {"embed_dim": dim, "custom_text": True, "vision_cfg": {"volume_cfg": _volume_part(volume)}, "text_cfg": part}
+    words = (
+        None
+        if hub or not isinstance(text, str) or text == "scratch"
+        else load_model(text, device="cpu", precision="fp32")
+    )
+    part = (
+        _hf_part(hub)
+        if hub
+        else words.config["model_cfg"]["text_cfg"]
+        if words
+        else _text_part(text if isinstance(text, str) else dict(text))
+    )
+    model = {
+        "embed_dim": dim,
+        "custom_text": True,
+        "vision_cfg": {"volume_cfg": _volume_part(volume)},
+        "text_cfg": part,
+    }
     if words and words.config["model_cfg"].get("quick_gelu"): model["quick_gelu"] = True
     if pooling_heads: model["pooling_cfg"] = {"heads": pooling_heads}
     if logit_bias is not None: model["init_logit_bias"] = logit_bias
@@ -152,7 +191,13 @@ def study_model(
     trained = bool(hub) and (not Path(hub).is_dir() or has_weights(hub))
     device = pick_device(device)
     name = f"{volume if isinstance(volume, str) else 'volumes'} + {_short(text)}"
-    clip = build({"model_cfg": model, "preprocess_cfg": {"study": steps}}, name, device, pick_precision(precision, device), pretrained_text=trained)
+    clip = build(
+        {"model_cfg": model, "preprocess_cfg": {"study": steps}},
+        name,
+        device,
+        pick_precision(precision, device),
+        pretrained_text=trained,
+    )
     if words: _fill(clip, align_state(words.model.state_dict(), clip.model.state_dict()), "text.")
     if image_weights: inflate(clip.model.visual.trunk, image_weights)
     return clip
@@ -189,15 +234,24 @@ def start_from_slices(
 ) -> list[str]: # Names of the parameters that stay new
     "Start a study model where a model of pictures is; raises `InputError` for parts that do not fit"
     encoder, steps = clip.model.visual.trunk, clip.preprocess
-    if not isinstance(encoder.patch_embed, SlicePatches): raise InputError(f"{clip.spec!r} has no network that reads slices, see the parameter slices of VolumeEncoder.")
+    if not isinstance(encoder.patch_embed, SlicePatches):
+        raise InputError(f"{clip.spec!r} has no network that reads slices, see the parameter slices of VolumeEncoder.")
     seen = [pictures.config["preprocess_cfg"].get(name, []) for name in ("mean", "std")]
     if any({*values} != {own} for values, own in zip(seen, (steps.mean, steps.std))):
-        raise InputError(f"{pictures.spec!r} saw pictures with mean {seen[0]} and std {seen[1]}. Give them to the preprocessing of the studies instead of {steps.mean} and {steps.std}.")
+        raise InputError(
+            f"{pictures.spec!r} saw pictures with mean {seen[0]} and std {seen[1]}. Give them to the preprocessing of the studies instead of {steps.mean} and {steps.std}."
+        )
     whole, before = clip.model.state_dict(), "visual.trunk."
     state = {n.replace(before, _SLICES): t for n, t in align_state(pictures.model.state_dict(), whole).items()}
-    given, own = re.compile(r"visual_proj\.|logit_bias$"), re.compile(r"visual\.trunk\.(?!patch_embed\.)|visual_proj\.|logit_bias$")
+    given, own = (
+        re.compile(r"visual_proj\.|logit_bias$"),
+        re.compile(r"visual\.trunk\.(?!patch_embed\.)|visual_proj\.|logit_bias$"),
+    )
     new = [n for n in whole if n not in state and own.match(n)]
-    if wrong := misfits({n: t for n, t in state.items() if n in whole or not given.match(n)}, {n: t for n, t in whole.items() if n not in new}):
+    if wrong := misfits(
+        {n: t for n, t in state.items() if n in whole or not given.match(n)},
+        {n: t for n, t in whole.items() if n not in new},
+    ):
         raise InputError(f"{pictures.spec!r} does not fit {clip.spec!r}: {'; '.join(wrong)}")
     if pictures.pooling is not None: give_pooling(clip, **pictures.config["model_cfg"]["pooling_cfg"])
     if pictures.model.logit_bias is not None: give_bias(clip)
@@ -214,4 +268,9 @@ def encode_studies(
 ) -> Tensor: # (n, d) unit-norm float32
     "Features of many studies, in their order"
     starts = range(0, len(series), batch_size)
-    return torch.cat([clip.encode_images(series[i:i + batch_size]) for i in progress(starts, desc="encoding studies", unit="batch")])
+    return torch.cat(
+        [
+            clip.encode_images(series[i : i + batch_size])
+            for i in progress(starts, desc="encoding studies", unit="batch")
+        ]
+    )

@@ -21,7 +21,10 @@ def _timm_tokens(visual: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     features = visual.trunk.forward_features(images)
     pooled = visual.head(visual.trunk.forward_head(features))
     if features.ndim == 4: tokens = features.flatten(2).transpose(1, 2)
-    else: tokens = getattr(visual.trunk, "fc_norm", nn.Identity())(features[:, getattr(visual.trunk, "num_prefix_tokens", 0):])
+    else:
+        tokens = getattr(visual.trunk, "fc_norm", nn.Identity())(
+            features[:, getattr(visual.trunk, "num_prefix_tokens", 0) :]
+        )
     return pooled, visual.head(tokens)
 
 def _resnet_tokens(visual: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ import re
 import tempfile
 from pathlib import Path
 
-from timm.models import get_pretrained_cfg as get_timm_cfg, is_model, list_models
+from timm.models import get_pretrained_cfg as get_timm_cfg
+from timm.models import is_model, list_models
 from torch import Tensor, nn
 
 from ..core import InputError, close_matches, pick_device, pick_precision
@@ -27,8 +28,18 @@ def _image_part(image: str | dict) -> tuple[dict, dict]:
     name, _, _ = image.removeprefix("timm:").partition("/")
     if not is_model(name): raise InputError(f"timm has no model {name!r}. {close_matches(name, list_models())}")
     own = get_timm_cfg(name)
-    vision = {"timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "", "timm_proj": "linear", "image_size": own.input_size[-1] if own else 224}
-    return vision, {"mean": list(own.mean), "std": list(own.std), "interpolation": own.interpolation or "bicubic"} if own else {}
+    vision = {
+        "timm_model_name": name,
+        "timm_model_pretrained": False,
+        "timm_pool": "",
+        "timm_proj": "linear",
+        "image_size": own.input_size[-1] if own else 224,
+    }
+    return vision, {
+        "mean": list(own.mean),
+        "std": list(own.std),
+        "interpolation": own.interpolation or "bicubic",
+    } if own else {}
 
 def _text_part(text: str | dict) -> dict:
     "The `text_cfg` of a Hugging Face tower or of one from scratch, or the one given"
@@ -36,7 +47,8 @@ def _text_part(text: str | dict) -> dict:
     from transformers import AutoConfig
     name = text.removeprefix("hf:")
     try: config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as e: raise InputError(f"Text tower 'hf:{name}' could not be found: {str(e).splitlines()[0][:200]}") from None
+    except (OSError, ValueError) as e:
+        raise InputError(f"Text tower 'hf:{name}' could not be found: {str(e).splitlines()[0][:200]}") from None
     pooler = "cls_last_hidden_state_pooler" if config.model_type == "bert" else "mean_pooler"
     return {"hf_model_name": name, "hf_tokenizer_name": name, "hf_proj_type": "linear", "hf_pooler_type": pooler,
             "context_length": min(512, getattr(config, "max_position_embeddings", 512))}
@@ -45,7 +57,10 @@ def _text_part(text: str | dict) -> dict:
 def _text_files(name: str, folder: Path, weights: bool) -> Path:
     "A text encoder's tokenizer and configuration, with its weights or without, copied from the hub or from a folder; no code of theirs is run"
     import transformers
-    parts = [("AutoTokenizer", "BertTokenizerFast"), ("AutoModel", "BertModel") if weights else ("AutoConfig", "BertConfig")]
+    parts = [
+        ("AutoTokenizer", "BertTokenizerFast"),
+        ("AutoModel", "BertModel") if weights else ("AutoConfig", "BertConfig"),
+    ]
     try:
         for auto, bert in parts:
             with _quiet():
@@ -53,8 +68,10 @@ def _text_files(name: str, folder: Path, weights: bool) -> Path:
                 except (ValueError, KeyError): found = getattr(transformers, bert).from_pretrained(name) # CXR-BERT is a BERT with code of its own
                 found.save_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise InputError(f"The text encoder {name!r} could not be found: {str(error).splitlines()[0][:200]} (by name it needs a network or a filled "
-                         "cache; without, put its config.json and the files of its tokenizer beside the checkpoint)") from None
+        raise InputError(
+            f"The text encoder {name!r} could not be found: {str(error).splitlines()[0][:200]} (by name it needs a network or a filled "
+            "cache; without, put its config.json and the files of its tokenizer beside the checkpoint)"
+        ) from None
     return folder
 
 # %% ../../nbs/models/04_towers.ipynb #c8c22b7f
@@ -67,9 +84,13 @@ def _source(part: str | dict, side: str) -> "ClipModel | None": # None where the
     "The model that a tower is taken from; raises `InputError` for a tower of the other side"
     if isinstance(part, dict): return None
     if side == "image" and (part.startswith("hf:") or part == "scratch"):
-        raise InputError(f"{part!r} is a text tower. An image tower is a model of open_clip ('RN50'), 'timm:name' or a folder.")
+        raise InputError(
+            f"{part!r} is a text tower. An image tower is a model of open_clip ('RN50'), 'timm:name' or a folder."
+        )
     if side == "text" and part.startswith("timm:"):
-        raise InputError(f"{part!r} is an image tower. A text tower is a model of open_clip, 'hf:name', 'scratch' or a folder.")
+        raise InputError(
+            f"{part!r} is an image tower. A text tower is a model of open_clip, 'hf:name', 'scratch' or a folder."
+        )
     own = part.startswith("timm:") if side == "image" else part.startswith("hf:") or part == "scratch"
     return None if own else load_model(part, device="cpu", precision="fp32")
 
@@ -79,8 +100,13 @@ def _text_of(clip: ClipModel) -> nn.Module:
 
 def _activation(image: str | dict, text: str | dict, pictures: ClipModel | None, words: ClipModel | None) -> bool:
     "Whether both towers compute the quick GELU; raises `InputError` where one does and the other does not"
-    acts = {quick_gelu(tower) for tower in (pictures and pictures.model.visual, words and _text_of(words)) if tower is not None} - {None}
-    if len(acts) > 1: raise InputError(f"{image!r} and {text!r} were trained with different activations; open_clip has one for both.")
+    acts = {
+        quick_gelu(tower)
+        for tower in (pictures and pictures.model.visual, words and _text_of(words))
+        if tower is not None
+    } - {None}
+    if len(acts) > 1:
+        raise InputError(f"{image!r} and {text!r} were trained with different activations; open_clip has one for both.")
     return acts == {True}
 
 # %% ../../nbs/models/04_towers.ipynb #bbe8277c
@@ -89,16 +115,21 @@ CLASSIFIERS = re.compile(r"(?:head|fc|classifier|head_dist)\.")
 
 def _fill(clip: ClipModel, state: dict[str, Tensor], prefix: str) -> None:
     "Give a tower its weights, apart from a projection of another width"
-    state, expected = ({n: t for n, t in whole.items() if n.startswith(prefix)} for whole in (state, clip.model.state_dict()))
+    state, expected = (
+        {n: t for n, t in whole.items() if n.startswith(prefix)} for whole in (state, clip.model.state_dict())
+    )
     new = [n for n, t in expected.items() if PROJECTIONS.fullmatch(n) and (n not in state or state[n].shape != t.shape)]
-    if wrong := misfits({n: t for n, t in state.items() if n not in new}, {n: t for n, t in expected.items() if n not in new}):
+    if wrong := misfits(
+        {n: t for n, t in state.items() if n not in new}, {n: t for n, t in expected.items() if n not in new}
+    ):
         raise InputError(f"The weights of {prefix.rstrip('.')} do not fit {clip.spec!r}: {'; '.join(wrong)}")
     clip.model.load_state_dict({n: t for n, t in state.items() if n not in new}, strict=False)
     if new: print(f"{clip.spec}: new, with random weights: {', '.join(new)}")
 
 def _fill_trunk(clip: ClipModel, weights: str | Path) -> None:
     "Give a timm tower the weights of a file, its classifier left out"
-    if not hasattr(clip.model.visual, "trunk"): raise InputError(f"{weights}: weights from a file are for an image tower of timm ('timm:name').")
+    if not hasattr(clip.model.visual, "trunk"):
+        raise InputError(f"{weights}: weights from a file are for an image tower of timm ('timm:name').")
     trunk = {n: t for n, t in read_state(weights).items() if not CLASSIFIERS.match(n)}
     _fill(clip, {f"visual.trunk.{n}": t for n, t in trunk.items()}, "visual.trunk.")
 
@@ -114,13 +145,34 @@ def swap_towers(
     "Put an image tower and a text tower together and say what is new; raises `InputError` for towers that cannot be"
     pictures, words = _source(image, "image"), _source(text, "text")
     quick = _activation(image, text, pictures, words)
-    vision, pixels = (pictures.config["model_cfg"]["vision_cfg"], pictures.config["preprocess_cfg"]) if pictures else _image_part(image)
+    vision, pixels = (
+        (pictures.config["model_cfg"]["vision_cfg"], pictures.config["preprocess_cfg"])
+        if pictures
+        else _image_part(image)
+    )
     text_cfg = words.config["model_cfg"]["text_cfg"] if words else _text_part(text)
     width = dim or next((m.dim for m in (words, pictures) if m), 512)
-    config = {"model_cfg": {"embed_dim": width, "custom_text": True, "quick_gelu": quick, "vision_cfg": vision, "text_cfg": text_cfg},
-              "preprocess_cfg": {k: v for k, v in pixels.items() if k != "size"}}
-    hub_image, hub_text = isinstance(image, str) and image.endswith("/pretrained"), isinstance(text, str) and text.startswith("hf:")
-    files = Path(text[3:]) if hub_text and Path(text[3:]).is_dir() else Path(text) if words and Path(text).is_dir() else None
+    config = {
+        "model_cfg": {
+            "embed_dim": width,
+            "custom_text": True,
+            "quick_gelu": quick,
+            "vision_cfg": vision,
+            "text_cfg": text_cfg,
+        },
+        "preprocess_cfg": {k: v for k, v in pixels.items() if k != "size"},
+    }
+    hub_image, hub_text = (
+        isinstance(image, str) and image.endswith("/pretrained"),
+        isinstance(text, str) and text.startswith("hf:"),
+    )
+    files = (
+        Path(text[3:])
+        if hub_text and Path(text[3:]).is_dir()
+        else Path(text)
+        if words and Path(text).is_dir()
+        else None
+    )
     trained, device = hub_text and (files is None or has_weights(files)), pick_device(device)
     with tempfile.TemporaryDirectory() as own:
         if hub_text and files is None: files = _text_files(text[3:], Path(own), trained)

@@ -65,7 +65,10 @@ def regroup(
     parts: Arrangement, # Of the batch
 ) -> Tensor: # The same tokens in groups of the new level
     "Move between levels"
-    (low, high), up = sorted((ATTENTION_LEVELS.index(old), ATTENTION_LEVELS.index(new))), ATTENTION_LEVELS.index(new) > ATTENTION_LEVELS.index(old)
+    (low, high), up = (
+        sorted((ATTENTION_LEVELS.index(old), ATTENTION_LEVELS.index(new))),
+        ATTENTION_LEVELS.index(new) > ATTENTION_LEVELS.index(old),
+    )
     if parts.present is None or high < 2 or low == 2:
         n = math.prod((parts.slabs, parts.scans)[low:high])
         return merged(x, n) if up else parted(x, n)
@@ -142,7 +145,11 @@ class _NameAttention(nn.Module):
     "Attention of four heads among the characters of a name"
     def __init__(self, width: int, heads: int = 4) -> None:
         super().__init__()
-        self.heads, self.to_qkv, self.to_out = heads, nn.Linear(width, 3*width, bias=False), nn.Sequential(nn.Linear(width, width))
+        self.heads, self.to_qkv, self.to_out = (
+            heads,
+            nn.Linear(width, 3 * width, bias=False),
+            nn.Sequential(nn.Linear(width, width)),
+        )
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -161,7 +168,10 @@ class SeriesNameEncoder(nn.Module):
     def __init__(self, width: int = 256, places: int = 10, depth: int = 3, hidden: int = 300) -> None:
         super().__init__()
         self.places, self.embed, self.transformer = places, nn.Embedding(END + 1, width - places), nn.Module()
-        layers = [nn.ModuleList([_Residual(width, _NameAttention(width)), _Residual(width, _NameMLP(width, hidden))]) for _ in range(depth)]
+        layers = [
+            nn.ModuleList([_Residual(width, _NameAttention(width)), _Residual(width, _NameMLP(width, hidden))])
+            for _ in range(depth)
+        ]
         self.transformer.layers = nn.ModuleList(layers)
         self.requires_grad_(False)
 
@@ -196,11 +206,18 @@ class SlicePatches(nn.Module):
     "Volumes read slice by slice; the cells of a network's grid are the patches. Raises `InputError` for a network or a patch that does not fit"
     def __init__(self, name: str, patch_size: tuple[int, int, int], width: int) -> None:
         super().__init__()
-        if not timm.is_model(name): raise InputError(f"timm has no model {name!r} to read slices. {close_matches(name, timm.list_models())}")
+        if not timm.is_model(name):
+            raise InputError(f"timm has no model {name!r} to read slices. {close_matches(name, timm.list_models())}")
         self.net = timm.create_model(name, num_classes=0).to(memory_format=torch.channels_last) # Half as fast again on a CPU
         self.patch_size = tuple(patch_size)
-        if self.patch_size[0] != 1: raise InputError(f"A network of slices takes patches of one slice, not of {self.patch_size[0]}: patch_size=(1, {patch_size[1]}, {patch_size[2]}).")
-        if self.net.num_features != width: raise InputError(f"{name} gives {self.net.num_features} numbers a cell. Set width to that instead of {width}.")
+        if self.patch_size[0] != 1:
+            raise InputError(
+                f"A network of slices takes patches of one slice, not of {self.patch_size[0]}: patch_size=(1, {patch_size[1]}, {patch_size[2]})."
+            )
+        if self.net.num_features != width:
+            raise InputError(
+                f"{name} gives {self.net.num_features} numbers a cell. Set width to that instead of {width}."
+            )
 
     def forward(self, x: Tensor) -> Tensor: # (s, c, D, H, W), c of 1 or what the network takes -> (s, D, h, w, width)
         slices, chans = x.transpose(1, 2).flatten(0, 1), self.net.default_cfg["input_size"][0]
@@ -208,7 +225,9 @@ class SlicePatches(nn.Module):
         cells = self.net.forward_features(slices.contiguous(memory_format=torch.channels_last))
         wanted = tuple(n // p for n, p in zip(x.shape[3:], self.patch_size[1:]))
         if cells.ndim != 4 or tuple(cells.shape[2:]) != wanted:
-            raise InputError(f"The network's grid for slices of {tuple(x.shape[3:])} is {tuple(cells.shape[2:])}, and patch_size {self.patch_size} wants {wanted}.")
+            raise InputError(
+                f"The network's grid for slices of {tuple(x.shape[3:])} is {tuple(cells.shape[2:])}, and patch_size {self.patch_size} wants {wanted}."
+            )
         return cells.unflatten(0, (len(x), -1)).movedim(2, -1)
 
 # %% ../../nbs/models/14_volume_encoder.ipynb #56f40797
@@ -230,18 +249,32 @@ class VolumeEncoder(nn.Module):
         slices: str | None = None, # A network of timm that reads every slice; the cells of its grid are the patches, `patch_size` is (1, its stride, its stride)
     ) -> None:
         super().__init__()
-        if len(levels) != depth: raise InputError(f"levels has {len(levels)} entries for {depth} blocks; give one of {', '.join(ATTENTION_LEVELS)} each.")
-        for level in set(levels) - set(ATTENTION_LEVELS): raise InputError(f"Unknown level {level!r}. {close_matches(level, ATTENTION_LEVELS)}")
+        if len(levels) != depth:
+            raise InputError(
+                f"levels has {len(levels)} entries for {depth} blocks; give one of {', '.join(ATTENTION_LEVELS)} each."
+            )
+        for level in set(levels) - set(ATTENTION_LEVELS):
+            raise InputError(f"Unknown level {level!r}. {close_matches(level, ATTENTION_LEVELS)}")
         if width % heads: raise InputError(f"width {width} should be a multiple of the {heads} heads.")
-        self.num_features, self.patch_size, self.levels, self.max_scans = width, tuple(patch_size), tuple(levels), max_scans
+        self.num_features, self.patch_size, self.levels, self.max_scans = (
+            width,
+            tuple(patch_size),
+            tuple(levels),
+            max_scans,
+        )
         self.series_names, self.patch_drop, self.grad_checkpointing = series_names, patch_drop, False
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.patch_embed = SlicePatches(slices, patch_size, width) if slices else VolumePatches(patch_size, in_chans, width)
+        self.patch_embed = (
+            SlicePatches(slices, patch_size, width) if slices else VolumePatches(patch_size, in_chans, width)
+        )
         self.spatial_posemb = nn.Parameter(position_scale * sincos_grid(grid, width), requires_grad=False)
         if series_names: self.serienameencoder, self.sne_proj = SeriesNameEncoder(), nn.Linear(256, width)
-        elif max_scans > 1: self.sequential_posemb = nn.Parameter(position_scale * sincos(max_scans, width)[None], requires_grad=False)
+        elif max_scans > 1:
+            self.sequential_posemb = nn.Parameter(position_scale * sincos(max_scans, width)[None], requires_grad=False)
         norm, rates = partial(nn.LayerNorm, eps=1e-6), [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList([Block(width, heads, qkv_bias=True, norm_layer=norm, drop_path=rate) for rate in rates])
+        self.blocks = nn.ModuleList(
+            [Block(width, heads, qkv_bias=True, norm_layer=norm, drop_path=rate) for rate in rates]
+        )
         self.norm = norm(width)
         self._reset()
 
@@ -270,30 +303,45 @@ class VolumeEncoder(nn.Module):
     def no_weight_decay(self) -> set[str]: return {"cls_token", "spatial_posemb", "sequential_posemb"}
 
     def group_matcher(self, coarse: bool = False) -> dict: # Depth of the parameters, as timm wants it
-        return {"stem": r"^(?:cls_token|patch_embed|spatial_posemb|sequential_posemb|serienameencoder|sne_proj)", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+        return {
+            "stem": r"^(?:cls_token|patch_embed|spatial_posemb|sequential_posemb|serienameencoder|sne_proj)",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
 
 # %% ../../nbs/models/14_volume_encoder.ipynb #3a04f319
 def _scan_codes(self: VolumeEncoder, counts: list[int], names: Sequence[Sequence[str]] | None) -> Tensor | None:
     "What tells scans apart, (scans, width), study by study"
     if self.series_names:
         if names is None or [len(own) for own in names] != counts:
-            raise InputError(f"This encoder reads the names of series. Give one for each of the {counts} scans of the studies.")
+            raise InputError(
+                f"This encoder reads the names of series. Give one for each of the {counts} scans of the studies."
+            )
         flat = [name for own in names for name in own]
         known = sorted(set(flat))
         return self.sne_proj(self.serienameencoder(known))[[known.index(name) for name in flat]]
     most = max(counts)
     if self.max_scans == 1:
-        if most > 1: raise InputError(f"This encoder takes one scan a study, but there are {most}. Choose one, or an encoder with max_scans above 1.")
+        if most > 1:
+            raise InputError(
+                f"This encoder takes one scan a study, but there are {most}. Choose one, or an encoder with max_scans above 1."
+            )
         return None
     if not self.training: return torch.cat([stretch_positions(self.sequential_posemb, n) for n in counts])
-    if most > self.max_scans: raise InputError(f"A study has {most} scans, and training takes {self.max_scans} at most. Choose some of them, or raise max_scans.")
+    if most > self.max_scans:
+        raise InputError(
+            f"A study has {most} scans, and training takes {self.max_scans} at most. Choose some of them, or raise max_scans."
+        )
     order = torch.randperm(self.max_scans)
     return torch.cat([self.sequential_posemb[0, order[:n]] for n in counts])
 
-def _embed(self: VolumeEncoder, x: Tensor, scan_mask: Tensor | None, names: Sequence[Sequence[str]] | None) -> tuple[Tensor, Arrangement]:
+def _embed(
+    self: VolumeEncoder, x: Tensor, scan_mask: Tensor | None, names: Sequence[Sequence[str]] | None
+) -> tuple[Tensor, Arrangement]:
     "Tokens in groups of scans, (scans, 1 + patches, width), and how they are arranged"
     if x.ndim != 6 or any(n % p for n, p in zip(x.shape[3:], self.patch_size)):
-        raise InputError(f"Studies should be (b, n, c, d, h, w) with multiples of the patch {self.patch_size}, but are {tuple(x.shape)}.")
+        raise InputError(
+            f"Studies should be (b, n, c, d, h, w) with multiples of the patch {self.patch_size}, but are {tuple(x.shape)}."
+        )
     if scan_mask is not None:
         scan_mask = scan_mask.to(x.device, torch.bool)
         if not scan_mask.any(1).all(): raise InputError("A study of the batch has no scans. Leave it out.")
@@ -320,10 +368,14 @@ VolumeEncoder._scan_codes, VolumeEncoder.embed, VolumeEncoder._through_blocks = 
 # %% ../../nbs/models/14_volume_encoder.ipynb #bf75543c
 _BASE = {"width": 768, "depth": 12, "heads": 12}
 VOLUME_LAYOUTS: dict[str, dict] = {
-    "singlescan_h2_token2744": _BASE | {"patch_size": (8, 24, 24), "grid": (14, 14, 14), "levels": ("slice", "slice", "study") * 4, "max_scans": 1},
-    "multiscan_h2_token588": _BASE | {"patch_size": (16, 16, 16), "grid": (3, 14, 14), "levels": ("scan", "scan", "study") * 4},
-    "multiscan_h2_token1176": _BASE | {"patch_size": (8, 16, 16), "grid": (6, 14, 14), "levels": ("scan", "scan", "study") * 4},
-    "multiscan_h3_token1176": _BASE | {"patch_size": (8, 16, 16), "grid": (6, 14, 14), "levels": ("slice", "scan", "study") * 4},
+    "singlescan_h2_token2744": _BASE
+    | {"patch_size": (8, 24, 24), "grid": (14, 14, 14), "levels": ("slice", "slice", "study") * 4, "max_scans": 1},
+    "multiscan_h2_token588": _BASE
+    | {"patch_size": (16, 16, 16), "grid": (3, 14, 14), "levels": ("scan", "scan", "study") * 4},
+    "multiscan_h2_token1176": _BASE
+    | {"patch_size": (8, 16, 16), "grid": (6, 14, 14), "levels": ("scan", "scan", "study") * 4},
+    "multiscan_h3_token1176": _BASE
+    | {"patch_size": (8, 16, 16), "grid": (6, 14, 14), "levels": ("slice", "scan", "study") * 4},
 }
 
 def layout(
@@ -345,10 +397,16 @@ def inflated(
     rest = [n for n in state if n.startswith(_OUTSIDE)]
     state = {n: t.float() for n, t in state.items() if n not in rest}
     if missing := [n for n in ("cls_token", "pos_embed", "patch_embed.proj.weight") if n not in state]:
-        raise InputError(f"These are not the weights of a vision transformer with positions: {', '.join(missing)} is missing.")
-    (out, chans, depth, *size), (_, d, h, w, width) = encoder.patch_embed.proj.weight.shape, encoder.spatial_posemb.shape
+        raise InputError(
+            f"These are not the weights of a vision transformer with positions: {', '.join(missing)} is missing."
+        )
+    (out, chans, depth, *size), (_, d, h, w, width) = (
+        encoder.patch_embed.proj.weight.shape,
+        encoder.spatial_posemb.shape,
+    )
     filters, positions = state["patch_embed.proj.weight"], state.pop("pos_embed")
-    if tuple(filters.shape[2:]) != tuple(size): filters = F.interpolate(filters, size=tuple(size), mode="bicubic", align_corners=False)
+    if tuple(filters.shape[2:]) != tuple(size):
+        filters = F.interpolate(filters, size=tuple(size), mode="bicubic", align_corners=False)
     state["patch_embed.proj.weight"] = filters.sum(1)[:, None, None].expand(-1, chans, depth, -1, -1) / (depth * chans)
     side = math.isqrt(positions.shape[1] - 1)
     plane = positions[:, 1:].unflatten(1, (side, side)).movedim(-1, 1)
@@ -363,7 +421,10 @@ def inflate(
     weights: str | Path | Mapping[str, Tensor], # File or state dict of a timm or MAE vision transformer
 ) -> list[str]: # Names that have no place in the encoder, such as those of a classifier
     "Start from a 2-D transformer; what tells scans apart stays as it is"
-    if isinstance(encoder.patch_embed, SlicePatches): raise InputError("The encoder reads slices with a network of its own, and takes no patches of a transformer. See `start_from_slices`.")
+    if isinstance(encoder.patch_embed, SlicePatches):
+        raise InputError(
+            "The encoder reads slices with a network of its own, and takes no patches of a transformer. See `start_from_slices`."
+        )
     state, rest = inflated(weights if isinstance(weights, Mapping) else read_state(weights), encoder)
     own = ("sequential_posemb", "serienameencoder.", "sne_proj.")
     if wrong := misfits(state, {n: t for n, t in encoder.state_dict().items() if not n.startswith(own)}):

@@ -23,11 +23,19 @@ from ..core import InputError, atomic_path
 
 # %% ../../nbs/models/06_weights.ipynb #dc0fdc68
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-NAMES = ("open_clip_model.safetensors", "model.safetensors", "model.safetensors.index.json", "open_clip_pytorch_model.bin", "pytorch_model.bin")
+NAMES = (
+    "open_clip_model.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+)
 
 def _candidates(folder: Path) -> list[Path]:
     "Weights in a folder, the usual names first; adapters are none"
-    found = [folder/name for name in NAMES] + [p for suffix in WEIGHT_SUFFIXES for p in sorted(folder.glob(f"*{suffix}"))]
+    found = [folder / name for name in NAMES] + [
+        p for suffix in WEIGHT_SUFFIXES for p in sorted(folder.glob(f"*{suffix}"))
+    ]
     return [p for p in found if p.is_file() and not p.name.startswith("adapter_model.")]
 
 def has_weights(
@@ -42,7 +50,10 @@ def find_weights(
     "The file with the weights; raises `InputError` if there is none"
     path = Path(path)
     if path.is_dir(): path = next(iter(_candidates(path)), path/NAMES[0])
-    if not path.is_file(): raise InputError(f"{path}: no such checkpoint. Give a {', '.join(WEIGHT_SUFFIXES[:3])} file, or a folder that holds one.")
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such checkpoint. Give a {', '.join(WEIGHT_SUFFIXES[:3])} file, or a folder that holds one."
+        )
     return path
 
 def _numpy_numbers() -> Any:
@@ -57,7 +68,11 @@ def _load(path: Path) -> Any:
     "What a file holds, tensors and plain values only"
     if path.name.endswith(".index.json"):
         parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        return {name: tensor for part in parts for name, tensor in safetensors.torch.load_file(path.parent/Path(part).name).items()}
+        return {
+            name: tensor
+            for part in parts
+            for name, tensor in safetensors.torch.load_file(path.parent / Path(part).name).items()
+        }
     if path.suffix == ".safetensors": return safetensors.torch.load_file(path)
     with _numpy_numbers(): return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -72,10 +87,17 @@ def read_state(
     path = find_weights(path)
     try: state = _load(path)
     except Exception as e:
-        raise InputError(f"{path}: cannot be read as a checkpoint ({type(e).__name__}: {' '.join(str(e).split())[:200]})") from None
-    while isinstance(state, dict) and (key := next((k for k in WRAPPERS if isinstance(state.get(k), dict)), None)): state = state[key]
+        raise InputError(
+            f"{path}: cannot be read as a checkpoint ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
+        ) from None
+    while isinstance(state, dict) and (key := next((k for k in WRAPPERS if isinstance(state.get(k), dict)), None)):
+        state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
-        found = f"has {', '.join(map(repr, list(state)[:5]))}" if isinstance(state, dict) else f"is a {type(state).__name__}"
+        found = (
+            f"has {', '.join(map(repr, list(state)[:5]))}"
+            if isinstance(state, dict)
+            else f"is a {type(state).__name__}"
+        )
         raise InputError(f"{path}: holds no state dict of tensors; it {found}.")
     return {WRAPPER_PREFIX.sub("", name): tensor for name, tensor in state.items() if not POSITIONS.search(name)}
 
@@ -90,7 +112,10 @@ def align_state(
     inside, nested = (any(name.startswith("text.") for name in names) for names in (state, expected))
     if nested and not inside: state = {f"text.{n}" if _TEXT.match(n) else n: t for n, t in state.items()}
     if inside and not nested: state = {n.removeprefix("text."): t for n, t in state.items()}
-    return {n: t.reshape(expected[n].shape) if n in expected and t.numel() == expected[n].numel() == 1 else t for n, t in state.items()}
+    return {
+        n: t.reshape(expected[n].shape) if n in expected and t.numel() == expected[n].numel() == 1 else t
+        for n, t in state.items()
+    }
 
 def misfits(
     state: dict[str, Tensor], # From a file
@@ -98,10 +123,19 @@ def misfits(
 ) -> list[str]: # One sentence part each; empty if all fits
     "Say by name what is missing, what is too much and what has another shape"
     def count(what: str, names: list[str]) -> list[str]:
-        return [f"{what} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"] if names else []
-    shapes = [f"{n} {tuple(state[n].shape)} for {tuple(t.shape)}" for n, t in expected.items() if n in state and state[n].shape != t.shape]
-    return (count("missing", [n for n in expected if n not in state]) + count("unexpected", [n for n in state if n not in expected])
-            + count("wrong shape", shapes))
+        return (
+            [f"{what} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"] if names else []
+        )
+    shapes = [
+        f"{n} {tuple(state[n].shape)} for {tuple(t.shape)}"
+        for n, t in expected.items()
+        if n in state and state[n].shape != t.shape
+    ]
+    return (
+        count("missing", [n for n in expected if n not in state])
+        + count("unexpected", [n for n in state if n not in expected])
+        + count("wrong shape", shapes)
+    )
 
 # %% ../../nbs/models/06_weights.ipynb #2801ce4d
 _KINDS = ("weight", "bias")
@@ -109,15 +143,22 @@ _BLOCK = [("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"), ("mlp.fc1", "mlp.c_f
           ("self_attn.out_proj", "attn.out_proj")]
 _NORMS = [("vision_model.pre_layrnorm", "visual.ln_pre"), ("vision_model.post_layernorm", "visual.ln_post"),
           ("text_model.final_layer_norm", "ln_final")]
-_OUTSIDE = [("logit_scale", "logit_scale"), ("visual_projection.weight", "visual.proj"), ("text_projection.weight", "text_projection"),
-            ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
-            ("vision_model.embeddings.patch_embedding.weight", "visual.conv1.weight"),
-            ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
-            ("text_model.embeddings.token_embedding.weight", "token_embedding.weight"),
-            ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
-            *((f"{a}.{p}", f"{b}.{p}") for a, b in _NORMS for p in _KINDS)]
+_OUTSIDE = [
+    ("logit_scale", "logit_scale"),
+    ("visual_projection.weight", "visual.proj"),
+    ("text_projection.weight", "text_projection"),
+    ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+    ("vision_model.embeddings.patch_embedding.weight", "visual.conv1.weight"),
+    ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+    ("text_model.embeddings.token_embedding.weight", "token_embedding.weight"),
+    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    *((f"{a}.{p}", f"{b}.{p}") for a, b in _NORMS for p in _KINDS),
+]
 _TURNED = ("visual.proj", "text_projection")
-_STACKS = (("vision_model.encoder.layers.", "visual.transformer.resblocks."), ("text_model.encoder.layers.", "transformer.resblocks."))
+_STACKS = (
+    ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
+    ("text_model.encoder.layers.", "transformer.resblocks."),
+)
 
 def _depth(state: dict[str, Tensor], stack: str) -> int:
     "How many blocks a stack has"
@@ -125,7 +166,13 @@ def _depth(state: dict[str, Tensor], stack: str) -> int:
 
 def _pairs(layers: list[int]) -> list[tuple[str, str]]:
     "Every name there and here, apart from the stacked projections"
-    return _OUTSIDE + [(f"{a}{i}.{x}.{p}", f"{b}{i}.{y}.{p}") for n, (a, b) in zip(layers, _STACKS) for i in range(n) for x, y in _BLOCK for p in _KINDS]
+    return _OUTSIDE + [
+        (f"{a}{i}.{x}.{p}", f"{b}{i}.{y}.{p}")
+        for n, (a, b) in zip(layers, _STACKS)
+        for i in range(n)
+        for x, y in _BLOCK
+        for p in _KINDS
+    ]
 
 def _stacked(layers: list[int]) -> list[tuple[list[str], str]]:
     "The three names there of every stacked projection here"
@@ -141,9 +188,13 @@ def is_hf_clip(
 
 def _convert(state: dict[str, Tensor], names: list[str], build: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     "Convert a state dict that has just these names"
-    wrong = [f"missing {n}" for n in names if n not in state] + [f"unexpected {n}" for n in sorted(state.keys() - set(names))]
+    wrong = [f"missing {n}" for n in names if n not in state] + [
+        f"unexpected {n}" for n in sorted(state.keys() - set(names))
+    ]
     if wrong:
-        raise InputError(f"These weights are not those of a plain CLIP with two transformers: {'; '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}.")
+        raise InputError(
+            f"These weights are not those of a plain CLIP with two transformers: {'; '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}."
+        )
     return build()
 
 def hf_to_open_clip(
@@ -193,18 +244,28 @@ def hf_configuration(
     config = CLIPConfig.from_pretrained(str(folder))
     vision, text = config.vision_config, config.text_config
     if vision.hidden_act != text.hidden_act or vision.hidden_act not in ("quick_gelu", "gelu"):
-        raise InputError(f"{folder}: the activations are {vision.hidden_act!r} for images and {text.hidden_act!r} for texts; "
-                         "both must be 'quick_gelu', or both 'gelu'.")
+        raise InputError(
+            f"{folder}: the activations are {vision.hidden_act!r} for images and {text.hidden_act!r} for texts; "
+            "both must be 'quick_gelu', or both 'gelu'."
+        )
     by_largest = text.eos_token_id in (2, text.vocab_size - 1)
-    text_cfg = _tower(text) | {"heads": text.num_attention_heads, "context_length": text.max_position_embeddings, "vocab_size": text.vocab_size}
+    text_cfg = _tower(text) | {
+        "heads": text.num_attention_heads,
+        "context_length": text.max_position_embeddings,
+        "vocab_size": text.vocab_size,
+    }
     model_cfg = {"embed_dim": config.projection_dim, "quick_gelu": vision.hidden_act == "quick_gelu",
                  "vision_cfg": _tower(vision) | {"image_size": vision.image_size, "patch_size": vision.patch_size,
                                                  "head_width": vision.hidden_size // vision.num_attention_heads},
                  "text_cfg": text_cfg | ({} if by_largest else {"pool_type": "eos", "eos_id": text.eos_token_id})}
     file = Path(folder, "preprocessor_config.json")
     pixels = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    preprocess_cfg = {"mean": list(pixels.get("image_mean", OPENAI_MEAN)), "std": list(pixels.get("image_std", OPENAI_STD)),
-                      "interpolation": RESAMPLE.get(pixels.get("resample"), "bicubic"), "resize_mode": "shortest"}
+    preprocess_cfg = {
+        "mean": list(pixels.get("image_mean", OPENAI_MEAN)),
+        "std": list(pixels.get("image_std", OPENAI_STD)),
+        "interpolation": RESAMPLE.get(pixels.get("resample"), "bicubic"),
+        "resize_mode": "shortest",
+    }
     return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
 
 # %% ../../nbs/models/06_weights.ipynb #728eff2d
@@ -213,15 +274,34 @@ def _hf_config(model: dict, image_size: int, act: str) -> dict:
     vision, text = model["vision_cfg"], model["text_cfg"]
     def tower(cfg: dict, width: int, layers: int, heads: int) -> dict:
         width, layers = cfg.get("width", width), cfg.get("layers", layers)
-        return {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": cfg.get("heads", heads),
-                "intermediate_size": int(width * cfg.get("mlp_ratio", 4.0)), "hidden_act": act, "layer_norm_eps": (cfg.get("norm_kwargs") or {}).get("eps", 1e-5), "projection_dim": model["embed_dim"]}
+        return {
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": cfg.get("heads", heads),
+            "intermediate_size": int(width * cfg.get("mlp_ratio", 4.0)),
+            "hidden_act": act,
+            "layer_norm_eps": (cfg.get("norm_kwargs") or {}).get("eps", 1e-5),
+            "projection_dim": model["embed_dim"],
+        }
     vocabulary = text.get("vocab_size", 49408)
-    words = {"vocab_size": vocabulary, "max_position_embeddings": text.get("context_length", 77), "bos_token_id": 49406, "pad_token_id": 0,
-             "eos_token_id": text["eos_id"] if text.get("pool_type") == "eos" else vocabulary - 1, "model_type": "clip_text_model"}
+    words = {
+        "vocab_size": vocabulary,
+        "max_position_embeddings": text.get("context_length", 77),
+        "bos_token_id": 49406,
+        "pad_token_id": 0,
+        "eos_token_id": text["eos_id"] if text.get("pool_type") == "eos" else vocabulary - 1,
+        "model_type": "clip_text_model",
+    }
     sight = {"image_size": image_size, "patch_size": vision.get("patch_size", 16), "model_type": "clip_vision_model"}
     heads = vision.get("width", 768) // vision.get("head_width", 64)
-    return {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": model["embed_dim"], "torch_dtype": "float32",
-            "vision_config": tower({**vision, "heads": heads}, 768, 12, heads) | sight, "text_config": tower(text, 512, 12, 8) | words}
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": model["embed_dim"],
+        "torch_dtype": "float32",
+        "vision_config": tower({**vision, "heads": heads}, 768, 12, heads) | sight,
+        "text_config": tower(text, 512, 12, 8) | words,
+    }
 
 def hf_files(
     config: dict, # open_clip's configuration: model_cfg, preprocess_cfg
@@ -230,7 +310,21 @@ def hf_files(
 ) -> dict[str, dict]: # File name -> content: config.json, preprocessor_config.json
     "The configuration files of a Hugging Face CLIP folder"
     pixels, resample = config["preprocess_cfg"], {name: number for number, name in RESAMPLE.items()}
-    processor = {"image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True, "size": {"shortest_edge": image_size},
-                 "resample": resample.get(pixels.get("interpolation"), 3), "do_center_crop": True, "crop_size": {"height": image_size, "width": image_size},
-                 "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(pixels["mean"]), "image_std": list(pixels["std"])}
-    return {"config.json": _hf_config(config["model_cfg"], image_size, "quick_gelu" if quick_gelu else "gelu"), "preprocessor_config.json": processor}
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": image_size},
+        "resample": resample.get(pixels.get("interpolation"), 3),
+        "do_center_crop": True,
+        "crop_size": {"height": image_size, "width": image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(pixels["mean"]),
+        "image_std": list(pixels["std"]),
+    }
+    return {
+        "config.json": _hf_config(config["model_cfg"], image_size, "quick_gelu" if quick_gelu else "gelu"),
+        "preprocessor_config.json": processor,
+    }

@@ -24,7 +24,9 @@ from .style import PALETTE, wrapped
 
 # %% ../../nbs/plots/07_attention.ipynb #33996922
 HUE, OUTLINE = (1.0, 0.42, 0.0), PALETTE[9]
-OVERLAY = LinearSegmentedColormap.from_list("overlay", [(*HUE, 0.0), (*HUE, 0.85)]).with_extremes(bad=(0.5, 0.5, 0.5, 0.55))
+OVERLAY = LinearSegmentedColormap.from_list("overlay", [(*HUE, 0.0), (*HUE, 0.85)]).with_extremes(
+    bad=(0.5, 0.5, 0.5, 0.55)
+)
 SCALES = ("common", "each")
 
 def scaled(
@@ -34,7 +36,11 @@ def scaled(
     "Maps in units that can be read off a colour bar; raises `InputError` for another scale"
     if scale not in SCALES: raise InputError(f"scale={scale!r}: use {' or '.join(map(repr, SCALES))}.")
     maps = np.asarray(maps, dtype=np.float32)
-    top = np.nanmean(maps) if scale == "common" else np.nanmax(maps.reshape(len(maps), -1), 1).reshape(-1, *[1] * (maps.ndim - 1))
+    top = (
+        np.nanmean(maps)
+        if scale == "common"
+        else np.nanmax(maps.reshape(len(maps), -1), 1).reshape(-1, *[1] * (maps.ndim - 1))
+    )
     return maps / np.maximum(top, np.finfo(np.float32).tiny)
 
 # %% ../../nbs/plots/07_attention.ipynb #153c7465
@@ -55,8 +61,13 @@ def panel(
 ) -> AxesImage | None: # For a colour bar
     "One image under its map"
     ax.imshow(_grey(image), cmap="gray", vmin=0, vmax=1.2, **how)
-    shown = None if map is None else ax.imshow(np.ma.masked_invalid(map), cmap=OVERLAY, vmin=0, vmax=most, interpolation="nearest", **how)
-    if mask is not None and 0 < mask.sum() < mask.size: ax.contour(mask.astype(float), [0.5], colors=[OUTLINE], linewidths=1.3, **how)
+    shown = (
+        None
+        if map is None
+        else ax.imshow(np.ma.masked_invalid(map), cmap=OVERLAY, vmin=0, vmax=most, interpolation="nearest", **how)
+    )
+    if mask is not None and 0 < mask.sum() < mask.size:
+        ax.contour(mask.astype(float), [0.5], colors=[OUTLINE], linewidths=1.3, **how)
     if peak and map is not None:
         y, x = np.unravel_index(np.nanargmax(map), map.shape)
         ax.plot(x, y, "+", color="white", markersize=9, markeredgewidth=1.6)
@@ -95,9 +106,13 @@ def item_overlays(
 ) -> Figure:
     "An image once for each item, under the item's map"
     maps = scaled(maps, scale)
-    if not len(maps) or len(maps) != len(texts): raise InputError(f"{len(maps)} maps for {len(texts)} items; there must be as many, and at least one.")
+    if not len(maps) or len(maps) != len(texts):
+        raise InputError(f"{len(maps)} maps for {len(texts)} items; there must be as many, and at least one.")
     height, width = maps.shape[1:]
-    titles = [_said(text, *(None if v is None else float(v[i]) for v in (similarities, zero_mass)), int(14.5 * size)) for i, text in enumerate(texts)]
+    titles = [
+        _said(text, *(None if v is None else float(v[i]) for v in (similarities, zero_mass)), int(14.5 * size))
+        for i, text in enumerate(texts)
+    ]
     above = 0.17 * max(title.count("\n") + 1 for title in titles) + 0.15
     figure, axes = cell_grid(len(texts), columns, size, size * (height / width - 1) + above)
     for ax in set(figure.axes) - set(axes): ax.remove()
@@ -105,7 +120,16 @@ def item_overlays(
         shown = panel(ax, image, maps[i], float(np.nanmax(maps)), None if masks is None else masks[i])
         ax.set_title(titles[i], fontsize=9)
     figure.set_size_inches(figure.get_size_inches() + (0.8, 0))
-    _bar(figure, shown, list(axes), f"{what}, " + ("multiple of the mean" if scale == "common" else "share of the maximum"), fraction=0.05, shrink=1 if len(axes) <= columns else 0.6, aspect=22, pad=0.02)
+    _bar(
+        figure,
+        shown,
+        list(axes),
+        f"{what}, " + ("multiple of the mean" if scale == "common" else "share of the maximum"),
+        fraction=0.05,
+        shrink=1 if len(axes) <= columns else 0.6,
+        aspect=22,
+        pad=0.02,
+    )
     return figure
 
 # %% ../../nbs/plots/07_attention.ipynb #f4c878ea
@@ -119,10 +143,19 @@ def overlay_grid(
 ) -> Figure:
     "Examples by methods: the image, then its map by each method"
     n, shapes = len(images), [_grey(image).shape for image in images]
-    if not n or any(len(own) != n for own in (texts, *maps.values())): raise InputError(f"{n} images, {len(texts)} texts and {', '.join(f'{len(m)} maps of {name}' for name, m in maps.items())}; there must be as many of each.")
+    if not n or any(len(own) != n for own in (texts, *maps.values())):
+        raise InputError(
+            f"{n} images, {len(texts)} texts and {', '.join(f'{len(m)} maps of {name}' for name, m in maps.items())}; there must be as many of each."
+        )
     heights = [size * h / w + (0.25 if notes else 0.06) for h, w in shapes]
-    figure, axes = plt.subplots(n, 2 + len(maps), figsize=(1.35 + size * (1 + len(maps)), sum(heights) + 0.3), squeeze=False,
-                                width_ratios=[1.3, *[size] * (1 + len(maps))], height_ratios=heights)
+    figure, axes = plt.subplots(
+        n,
+        2 + len(maps),
+        figsize=(1.35 + size * (1 + len(maps)), sum(heights) + 0.3),
+        squeeze=False,
+        width_ratios=[1.3, *[size] * (1 + len(maps))],
+        height_ratios=heights,
+    )
     for i, (line, image, text) in enumerate(zip(axes, images, texts)):
         mask = None if masks is None else masks[i]
         line[0].axis("off")
@@ -131,7 +164,8 @@ def overlay_grid(
         for ax, (name, own) in zip(line[2:], maps.items()):
             panel(ax, image, scaled(own[i][None], "each")[0], mask=mask, peak=True)
             if notes: ax.set_xlabel(notes[name][i], fontsize=8, loc="left")
-    for ax, name in zip(axes[0, 1:], ["image and finding" if masks is not None else "image", *maps]): ax.set_title(wrapped(name, 22, 1), fontsize=10)
+    for ax, name in zip(axes[0, 1:], ["image and finding" if masks is not None else "image", *maps]):
+        ax.set_title(wrapped(name, 22, 1), fontsize=10)
     return figure
 
 # %% ../../nbs/plots/07_attention.ipynb #c7b3d513
@@ -150,13 +184,25 @@ def _letters(ax: Axes, down: str, right: str) -> None:
     for y, letter, place in ((0.99, _OTHER[down], "top"), (0.01, down, "bottom")):
         ax.text(0.5, y, letter, ha="center", va=place, fontsize=8, color="0.9", transform=ax.transAxes)
 
-def _plane(ax: Axes, axis: int, at: Sequence[int], volume: np.ndarray, map: np.ndarray, mask: np.ndarray | None, spacing: Sequence[float], orientation: str | None, crosshair: bool) -> AxesImage:
+def _plane(
+    ax: Axes,
+    axis: int,
+    at: Sequence[int],
+    volume: np.ndarray,
+    map: np.ndarray,
+    mask: np.ndarray | None,
+    spacing: Sequence[float],
+    orientation: str | None,
+    crosshair: bool,
+) -> AxesImage:
     "One plane through the peak"
     rows, columns = (i for i in range(3) if i != axis)
     flip = bool(orientation) and orientation[rows] in "SA"
     parts = [None if a is None else _cut(a, axis, at[axis], flip) for a in (volume, map, mask)]
     height, width = volume.shape[rows] * spacing[rows], volume.shape[columns] * spacing[columns]
-    shown = panel(ax, parts[0], parts[1] / (map.max() or 1), 1.0, parts[2], extent=(0, width, height, 0), origin="upper")
+    shown = panel(
+        ax, parts[0], parts[1] / (map.max() or 1), 1.0, parts[2], extent=(0, width, height, 0), origin="upper"
+    )
     y, x = ((at[i] + 0.5) * spacing[i] for i in (rows, columns))
     if crosshair:
         ax.axhline(height - y if flip else y, color="white", linewidth=0.5, alpha=0.55)
@@ -179,7 +225,9 @@ def _shares(ax: Axes, maps: np.ndarray, names: Sequence[str], chosen: int) -> No
     share = maps.sum((1, 2, 3)) / max(maps.sum(), np.finfo(np.float32).tiny)
     ax.barh(range(len(share)), share, color=[HUE if i == chosen else "0.75" for i in range(len(share))], height=0.6)
     for i, value in enumerate(share): ax.text(value, i, f" {value:.0%}", va="center", fontsize=8)
-    ax.set(yticks=range(len(share)), xlim=(0, min(1.0, share.max() * 1.35) or 1), xticks=[], ylim=(len(share) - 0.4, -0.6))
+    ax.set(
+        yticks=range(len(share)), xlim=(0, min(1.0, share.max() * 1.35) or 1), xticks=[], ylim=(len(share) - 0.4, -0.6)
+    )
     ax.set_yticklabels([wrapped(name, 16, 2) for name in names], fontsize=8)
     ax.set_title("share of the series", fontsize=9)
     ax.set_box_aspect(min(1.6, 0.3 * len(share) + 0.1))
@@ -203,15 +251,32 @@ def volume_montage(
 ) -> Figure:
     "The series that carries most of the attention, in three planes through its strongest slabs"
     volumes, maps = (np.asarray(a, dtype=np.float32) for a in (volumes, maps))
-    if volumes.ndim == 3: volumes, maps, masks = volumes[None], maps[None], None if masks is None else np.asarray(masks)[None]
-    if volumes.shape != maps.shape: raise InputError(f"Volumes {volumes.shape} and maps {maps.shape} must be of one shape; `localisation.enlarge` makes maps larger.")
+    if volumes.ndim == 3:
+        volumes, maps, masks = volumes[None], maps[None], None if masks is None else np.asarray(masks)[None]
+    if volumes.shape != maps.shape:
+        raise InputError(
+            f"Volumes {volumes.shape} and maps {maps.shape} must be of one shape; `localisation.enlarge` makes maps larger."
+        )
     chosen = int(maps.sum((1, 2, 3)).argmax())
     at, extent = strongest(maps[chosen]), np.array(volumes.shape[1:]) * spacing
     sides = [tuple(i for i in range(3) if i != axis) for axis in range(3)]
     inch, several = height / max(extent[rows] for rows, _ in sides), len(volumes) > 1
     widths = [extent[columns] * inch for _, columns in sides] + [1.35] * several
-    figure, axes = plt.subplots(1, len(widths), figsize=(sum(widths) + 1.6, height + 0.75), width_ratios=widths, squeeze=False)
-    for axis in range(3): shown = _plane(axes[0, axis], axis, at, volumes[chosen], maps[chosen], None if masks is None else np.asarray(masks[chosen], dtype=bool), spacing, orientation, crosshair)
+    figure, axes = plt.subplots(
+        1, len(widths), figsize=(sum(widths) + 1.6, height + 0.75), width_ratios=widths, squeeze=False
+    )
+    for axis in range(3):
+        shown = _plane(
+            axes[0, axis],
+            axis,
+            at,
+            volumes[chosen],
+            maps[chosen],
+            None if masks is None else np.asarray(masks[chosen], dtype=bool),
+            spacing,
+            orientation,
+            crosshair,
+        )
     if several: _shares(axes[0, 3], maps, names or [f"series {i + 1}" for i in range(len(volumes))], chosen)
     _bar(figure, shown, list(axes[0, :3]), f"{what}, share of the maximum", fraction=0.03, aspect=22, pad=0.015)
     said = [names[chosen] if len(names) else "", _said(text.rstrip("."), similarity, zero_mass, 90).replace("\n", "; ")]

@@ -45,8 +45,18 @@ def study_figure(
 ) -> Figure:
     "One item of a study"
     volumes = study.volumes[:, 0].numpy()
-    return volume_montage(volumes, found.map, found.mask, found.spacing[0] if found.spacing else (1.0, 1.0, 1.0), study.names, found.text, found.similarity,
-                          found.zero_mass, found.orientation[0], what=what)
+    return volume_montage(
+        volumes,
+        found.map,
+        found.mask,
+        found.spacing[0] if found.spacing else (1.0, 1.0, 1.0),
+        study.names,
+        found.text,
+        found.similarity,
+        found.zero_mass,
+        found.orientation[0],
+        what=what,
+    )
 
 def row_figures(
     clip: ClipModel, # A StudyModel for studies
@@ -71,8 +81,15 @@ def select_examples(
     seed: int = 0, # Decides between equals
 ) -> list[tuple[Any, int]]: # Row of the manifest and item
     "The items at one end of a measure, of different groups first; raises `InputError` for an unknown measure"
-    if measure not in result.predictions: raise InputError(f"The predictions have no column {measure!r}. {close_matches(measure, result.predictions.columns)}")
-    rows = result.predictions[result.predictions[measure].notna()].sample(frac=1, random_state=seed).sort_values(measure, ascending=not best, kind="stable")
+    if measure not in result.predictions:
+        raise InputError(
+            f"The predictions have no column {measure!r}. {close_matches(measure, result.predictions.columns)}"
+        )
+    rows = (
+        result.predictions[result.predictions[measure].notna()]
+        .sample(frac=1, random_state=seed)
+        .sort_values(measure, ascending=not best, kind="stable")
+    )
     again = rows.duplicated("group").to_numpy()
     rows = pd.concat([rows[~again], rows[again]]).head(n)
     return list(zip(rows["row"].tolist(), rows["item"].tolist()))
@@ -86,12 +103,27 @@ def comparison_figures(
     others: Mapping[str, ClipModel] = {}, # Further models by name, asked for what `map_requests` says
 ) -> list[Figure]: # One of all picks; of studies one a pick and method
     "Examples by methods, with the share of each map inside the finding"
-    found = {name: [next(a for a in look_at_row(model, manifest, row, None, method, upsample) if a.item == item) for row, item in picks] for name, (model, method) in map_requests(clip, methods, others).items()}
+    found = {
+        name: [
+            next(a for a in look_at_row(model, manifest, row, None, method, upsample) if a.item == item)
+            for row, item in picks
+        ]
+        for name, (model, method) in map_requests(clip, methods, others).items()
+    }
     rows = [manifest.loc[[row]] for row, _ in picks]
     if isinstance(clip, StudyModel):
         studies = [clip.preprocess(series_paths(one)[0], **one.read) for one in rows]
         return [study_figure(study, own[i], method) for i, study in enumerate(studies) for method, own in found.items()]
-    inside = lambda a: "" if a.mask is None else f"{np.nansum(a.map * a.mask) / max(np.nansum(a.map), 1e-30):.0%} inside"
+    inside = lambda a: (
+        "" if a.mask is None else f"{np.nansum(a.map * a.mask) / max(np.nansum(a.map), 1e-30):.0%} inside"
+    )
     first = next(iter(found.values()))
-    return [overlay_grid([read_image(one.paths()[0], **one.read) for one in rows], [a.text for a in first], {name: [a.map for a in own] for name, own in found.items()},
-                         [a.mask for a in first], {name: [inside(a) for a in own] for name, own in found.items()})]
+    return [
+        overlay_grid(
+            [read_image(one.paths()[0], **one.read) for one in rows],
+            [a.text for a in first],
+            {name: [a.map for a in own] for name, own in found.items()},
+            [a.mask for a in first],
+            {name: [inside(a) for a in own] for name, own in found.items()},
+        )
+    ]

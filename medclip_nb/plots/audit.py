@@ -40,7 +40,8 @@ def label_counts(
     heights = [min(len(t), most) for t in tables]
     figure, axes = cell_grid(len(columns), 2, 4.6, 0.3 * max(heights) + 1.1 - 4.6)
     for ax, column, table in zip(axes, columns, tables): _bars(ax, table.head(most), column, len(table) - most)
-    if len(splits) > 1: figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(splits))
+    if len(splits) > 1:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(splits))
     return figure
 
 def _bars(ax: Axes, table: pd.DataFrame, column: str, left_out: int) -> None:
@@ -64,7 +65,9 @@ def caption_lengths(
     "Histogram of text lengths against the model's context"
     _, ax = plt.subplots(figsize=(6, 2.6))
     lengths = np.asarray(lengths)
-    sns.histplot(x=lengths, discrete=len(lengths) > 0 and np.ptp(lengths) < 60, ax=ax, color=PALETTE[0], edgecolor="white")
+    sns.histplot(
+        x=lengths, discrete=len(lengths) > 0 and np.ptp(lengths) < 60, ax=ax, color=PALETTE[0], edgecolor="white"
+    )
     if context: ax.axvline(context, color=WRONG, linewidth=1.5, label=f"context: {context} {unit}")
     if context: ax.legend(loc="upper center")
     ax.set(xlabel=f"length ({unit})", ylabel="captions", title="Length of the captions")
@@ -75,7 +78,11 @@ def caption_lengths(
 def _pictures(manifest: Manifest, n: int) -> list[tuple[str, str]]:
     "Path and text of up to n pictures; of a study, its first four series"
     if "image" in manifest: return [(row["image"], row.get("caption")) for row in manifest.head(n).to_dict("records")]
-    found = [(path, f"row {row}: {name}") for row, series in manifest["series"].items() for name, path in list(series.items())[:4]]
+    found = [
+        (path, f"row {row}: {name}")
+        for row, series in manifest["series"].items()
+        for name, path in list(series.items())[:4]
+    ]
     return found[:n]
 
 def _try_show(ax: Axes, manifest: Manifest, path: Any) -> None:
@@ -85,7 +92,9 @@ def _try_show(ax: Axes, manifest: Manifest, path: Any) -> None:
         said = str(error).removeprefix(str(Path(manifest.root, str(path)))).lstrip(": ")
         ax.set(xticks=[], yticks=[], facecolor="0.95")
         ax.grid(False)
-        ax.text(0.5, 0.5, wrapped(said, 22, 6), ha="center", va="center", fontsize=8, color=WRONG, transform=ax.transAxes)
+        ax.text(
+            0.5, 0.5, wrapped(said, 22, 6), ha="center", va="center", fontsize=8, color=WRONG, transform=ax.transAxes
+        )
 
 def example_grid(
     manifest: Manifest, # With images or series; rows to show, from the first
@@ -96,7 +105,9 @@ def example_grid(
     "Pictures of images or studies, whatever state they are in"
     pictures = _pictures(manifest, n)
     if not pictures: raise InputError("There is no row to show.")
-    figure, axes = cell_grid(len(pictures), columns, size, 0.9 if any(isinstance(text, str) for _, text in pictures) else 0.1)
+    figure, axes = cell_grid(
+        len(pictures), columns, size, 0.9 if any(isinstance(text, str) for _, text in pictures) else 0.1
+    )
     for ax, (path, text) in zip(axes, pictures):
         _try_show(ax, manifest, path)
         ax.set_xlabel(wrapped(text, int(15 * size), 6), fontsize=8, color="0.2")
@@ -113,10 +124,17 @@ def file_overview(
     depth = np.where(read["frames"] > 1, ", several frames", "")
     kinds = (read["format"] + ", " + read["mode"].astype(str) + depth).value_counts().head(12)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, max(2.8, 0.3 * len(kinds) + 1)), width_ratios=[1.1, 1])
-    left.scatter(sizes["width"], sizes["height"], s=15 + 300 * sizes["files"] / sizes["files"].max(), alpha=0.5, color=PALETTE[0])
+    left.scatter(
+        sizes["width"], sizes["height"], s=15 + 300 * sizes["files"] / sizes["files"].max(), alpha=0.5, color=PALETTE[0]
+    )
     most = sizes.loc[sizes["files"].idxmax()]
-    left.set(title=f"Most files: {most['width']} x {most['height']} ({most['files']} of {len(read)})", xlabel="width (pixels)", ylabel="height (pixels)",
-             xlim=(0, sizes["width"].max() * 1.15), ylim=(0, sizes["height"].max() * 1.15))
+    left.set(
+        title=f"Most files: {most['width']} x {most['height']} ({most['files']} of {len(read)})",
+        xlabel="width (pixels)",
+        ylabel="height (pixels)",
+        xlim=(0, sizes["width"].max() * 1.15),
+        ylim=(0, sizes["height"].max() * 1.15),
+    )
     _bars(right, kinds.to_frame("files"), "format and pixels", 0)
     right.set(xlabel="files", ylim=(max(len(kinds), 4) - 0.5, -0.5))
     return figure
@@ -129,7 +147,17 @@ def group_sizes(
     counts = manifest.groupby(["split", unit]).size().rename("rows").reset_index()
     _, ax = plt.subplots(figsize=(7, 2.6))
     order = sorted(set(counts["split"]), key=lambda s: (["train", "valid", "test", s].index(s), s))
-    sns.histplot(counts, x="rows", hue="split", hue_order=order, multiple="stack", discrete=np.ptp(counts["rows"]) < 60, ax=ax, edgecolor="white", alpha=1)
+    sns.histplot(
+        counts,
+        x="rows",
+        hue="split",
+        hue_order=order,
+        multiple="stack",
+        discrete=np.ptp(counts["rows"]) < 60,
+        ax=ax,
+        edgecolor="white",
+        alpha=1,
+    )
     sns.move_legend(ax, "center left", bbox_to_anchor=(1, 0.5), title=None)
     if np.ptp(counts["rows"]) < 6: ax.set_xlim(max(0, counts["rows"].min() - 3.5), counts["rows"].max() + 3.5)
     ax.set(xlabel=f"rows of one {unit}", ylabel=f"{unit}s", title=f"{len(counts)} {unit}s")
@@ -143,14 +171,20 @@ def leak_pairs(
     n: int = 4, # Most pairs
 ) -> Figure:
     "Pairs of pictures that connect two splits"
-    pairs = leaks[leaks["kind"] != "same group"].sort_values(["similarity", "row"], ascending=[False, True], kind="stable").head(n)
+    pairs = (
+        leaks[leaks["kind"] != "same group"]
+        .sort_values(["similarity", "row"], ascending=[False, True], kind="stable")
+        .head(n)
+    )
     if not len(pairs): raise InputError("No picture connects two splits.")
     figure, axes = cell_grid(2 * len(pairs), 4, 1.9, 0.6)
     for place, pair in enumerate(pairs.to_dict("records")):
         said = pair["kind"] if pair["kind"] == "same file" else f"near duplicate, similarity {pair['similarity']:.3f}"
         for ax, prefix in zip(axes[2 * place:], ("other_", "")):
             _try_show(ax, manifest, pair[f"{prefix}path"])
-            ax.set_xlabel(f"{pair[f'{prefix}split']}, row {pair[f'{prefix}row']}" + ("" if prefix else f"\n{said}"), fontsize=8)
+            ax.set_xlabel(
+                f"{pair[f'{prefix}split']}, row {pair[f'{prefix}row']}" + ("" if prefix else f"\n{said}"), fontsize=8
+            )
     return figure
 
 def item_counts(

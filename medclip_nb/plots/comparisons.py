@@ -30,7 +30,12 @@ def corruption_grid(
     size: float = 1.0, # Width of an image, inches
 ) -> Figure:
     "One image, clean and corrupted"
-    figure, axes = plt.subplots(len(corruptions), 1 + len(levels), figsize=(size * (1 + len(levels)) + 0.9, size * len(corruptions) + 0.3), squeeze=False)
+    figure, axes = plt.subplots(
+        len(corruptions),
+        1 + len(levels),
+        figsize=(size * (1 + len(levels)) + 0.9, size * len(corruptions) + 0.3),
+        squeeze=False,
+    )
     for line, name in zip(axes, corruptions):
         for ax, level in zip(line, (0, *levels)):
             ax.imshow(corrupt(image, name, level, seed) if level else image, cmap="gray", vmin=0, vmax=255)
@@ -38,7 +43,8 @@ def corruption_grid(
             ax.grid(False)
             for spine in ax.spines.values(): spine.set_visible(False)
         line[0].set_ylabel(wrapped(name.replace("_", " ")), rotation=0, ha="right", va="center")
-    for ax, level in zip(axes[0], (0, *levels)): ax.set_title(f"level {level}" if level else "clean", loc="center", fontsize=9)
+    for ax, level in zip(axes[0], (0, *levels)):
+        ax.set_title(f"level {level}" if level else "clean", loc="center", fontsize=9)
     return figure
 
 # %% ../../nbs/plots/09_comparisons.ipynb #3cc692c5
@@ -52,14 +58,21 @@ def accuracy_curves(
     names = list(rest.groupby("corruption")["value"].mean().sort_values(kind="stable").index)
     columns = min(columns, len(names))
     lines = math.ceil(len(names) / columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(2.6 * columns + 0.6, 2.1 * lines + 0.5), sharex=True, sharey=True, squeeze=False)
-    chance = 1 / len(result.details["classes"]) if result.details["metric"] in ("accuracy", "balanced_accuracy") else None
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(2.6 * columns + 0.6, 2.1 * lines + 0.5), sharex=True, sharey=True, squeeze=False
+    )
+    chance = (
+        1 / len(result.details["classes"]) if result.details["metric"] in ("accuracy", "balanced_accuracy") else None
+    )
     for ax in axes.flat[len(names):]: ax.set_visible(False)
     for ax, name in zip(axes.flat, names):
         part = rest[rest["corruption"] == name]
         ax.axhspan(clean["low"], clean["high"], color="0.5", alpha=0.15, linewidth=0)
         ax.axhline(clean["value"], color="0.35", linewidth=1.4, label="clean")
-        if chance is not None: ax.axhline(chance, color=CHANCE, linewidth=1.2, linestyle="--", label="chance, if classes were equally frequent")
+        if chance is not None:
+            ax.axhline(
+                chance, color=CHANCE, linewidth=1.2, linestyle="--", label="chance, if classes were equally frequent"
+            )
         ax.fill_between(part["level"], part["low"], part["high"], color=PALETTE[0], alpha=0.2, linewidth=0)
         ax.plot(part["level"], part["value"], "o-", color=PALETTE[0], markersize=4.5, label="corrupted", clip_on=False)
         ax.set(title=wrapped(name.replace("_", " ")), xticks=sorted(rest["level"].unique()))
@@ -76,11 +89,29 @@ def _span(ax: plt.Axes, rows: pd.DataFrame, names: Sequence[str], colours: Seque
     "A line a row: a point and its interval"
     for place, (row, colour, full) in enumerate(zip(rows.to_dict("records"), colours, filled)):
         if np.isfinite(row["low"]): ax.hlines(place, row["low"], row["high"], color=colour, linewidth=2.2, alpha=0.55)
-        ax.plot(row["value"], place, "o", color=colour, markerfacecolor=colour if full else "white", markersize=5.5, zorder=3, clip_on=False)
+        ax.plot(
+            row["value"],
+            place,
+            "o",
+            color=colour,
+            markerfacecolor=colour if full else "white",
+            markersize=5.5,
+            zorder=3,
+            clip_on=False,
+        )
     ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
     ax.grid(False, axis="y")
 
-def _plain(name: str) -> str: return wrapped(str(name).replace("image_to_text", "image → text").replace("text_to_image", "text → image").replace("auroc", "AUROC").replace("_", " ").replace("/", ": "), 60)
+def _plain(name: str) -> str:
+    return wrapped(
+        str(name)
+        .replace("image_to_text", "image → text")
+        .replace("text_to_image", "text → image")
+        .replace("auroc", "AUROC")
+        .replace("_", " ")
+        .replace("/", ": "),
+        60,
+    )
 
 def difference_intervals(
     table: pd.DataFrame, # From `differences.difference_table`
@@ -91,9 +122,18 @@ def difference_intervals(
     if not len(rows): raise InputError("There is no difference with an interval to draw.")
     pairs = list(rows.groupby(["before_run", "after_run"], sort=False))
     heights = [0.5 + 0.3 * len(part) for _, part in pairs]
-    figure, axes = plt.subplots(len(pairs), 1, figsize=(7.4, sum(heights) + 0.45 * len(pairs) + 0.4), squeeze=False, height_ratios=heights, sharex=True)
+    figure, axes = plt.subplots(
+        len(pairs),
+        1,
+        figsize=(7.4, sum(heights) + 0.45 * len(pairs) + 0.4),
+        squeeze=False,
+        height_ratios=heights,
+        sharex=True,
+    )
     for ax, ((before, after), part) in zip(axes.flat, pairs):
-        colours = [CHANCE if not p <= level else RIGHT if v > 0 else WRONG for p, v in zip(part["p_holm"], part["value"])]
+        colours = [
+            CHANCE if not p <= level else RIGHT if v > 0 else WRONG for p, v in zip(part["p_holm"], part["value"])
+        ]
         ax.axvline(0, color="0.35", linewidth=1.2)
         _span(ax, part, [_plain(m) for m in part["metric"]], colours, [True] * len(part))
         ax.set_title(wrapped(f"{after} minus {before}", 70, 1))
@@ -105,16 +145,28 @@ def subgroup_intervals(
     table: pd.DataFrame, # From `subgroups.subgroups`, of one metric
 ) -> Figure:
     "One metric in every subgroup, with counts"
-    if table["metric"].nunique() != 1: raise InputError(f"Choose one metric to draw, of {', '.join(table['metric'].unique())}.")
+    if table["metric"].nunique() != 1:
+        raise InputError(f"Choose one metric to draw, of {', '.join(table['metric'].unique())}.")
     panels = list(table.groupby("column", sort=False))
     heights = [0.5 + 0.3 * (len(part) - 1) for _, part in panels]
-    figure, axes = plt.subplots(len(panels), 1, figsize=(6.6, sum(heights) + 0.5 * len(panels) + 0.4), squeeze=False, height_ratios=heights, sharex=True)
+    figure, axes = plt.subplots(
+        len(panels),
+        1,
+        figsize=(6.6, sum(heights) + 0.5 * len(panels) + 0.4),
+        squeeze=False,
+        height_ratios=heights,
+        sharex=True,
+    )
     for ax, (column, part) in zip(axes.flat, panels):
         whole, rest = part[part["subgroup"] == "all"].iloc[0], part[part["subgroup"] != "all"]
         if np.isfinite(whole["low"]): ax.axvspan(whole["low"], whole["high"], color="0.5", alpha=0.15, linewidth=0)
         ax.axvline(whole["value"], color="0.35", linewidth=1.2)
-        names = [f"{wrapped(r['subgroup'], 30, 1)} ({r['rows']} rows, {r['groups']} groups)" for r in rest.to_dict("records")]
+        names = [
+            f"{wrapped(r['subgroup'], 30, 1)} ({r['rows']} rows, {r['groups']} groups)" for r in rest.to_dict("records")
+        ]
         _span(ax, rest, names, [PALETTE[0]] * len(rest), ~rest["few"].to_numpy())
         ax.set_title(wrapped(column, 60, 1))
-    axes.flat[-1].set_xlabel(f"{_plain(table['metric'].iloc[0])}, 95 % interval\n(line: all rows; open point: few groups)")
+    axes.flat[-1].set_xlabel(
+        f"{_plain(table['metric'].iloc[0])}, 95 % interval\n(line: all rows; open point: few groups)"
+    )
     return figure

@@ -27,18 +27,26 @@ def class_bars(
     most: int = 40, # Classes drawn, the first of the table
 ) -> Figure:
     "Bars of each class with intervals, a panel a metric"
-    if lost := [m for m in metrics if m not in table]: raise InputError(f"The table has no column {lost[0]!r}; it has {', '.join(table.columns)}.")
+    if lost := [m for m in metrics if m not in table]:
+        raise InputError(f"The table has no column {lost[0]!r}; it has {', '.join(table.columns)}.")
     rows, places = table.head(most), np.arange(min(most, len(table)))
-    figure, axes = plt.subplots(1, len(metrics), figsize=(1.8 + 2.3 * len(metrics), 1.1 + 0.3 * len(rows)), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(metrics), figsize=(1.8 + 2.3 * len(metrics), 1.1 + 0.3 * len(rows)), sharey=True, squeeze=False
+    )
     for ax, metric, colour in zip(axes.flat, metrics, PALETTE):
         value = rows[metric].to_numpy(float)
-        low, high = (rows[f"{metric}{end}"].to_numpy(float) if f"{metric}{end}" in rows else value for end in ("_low", "_high"))
+        low, high = (
+            rows[f"{metric}{end}"].to_numpy(float) if f"{metric}{end}" in rows else value for end in ("_low", "_high")
+        )
         ax.barh(places, value, color=colour, alpha=0.55, height=0.66)
         ax.hlines(places, low, high, color=colour, linewidth=2)
         if metric == "auroc": ax.axvline(0.5, color=CHANCE, linestyle="--", linewidth=1.2)
         ax.set(title=metric_words(metric), xlim=(0, 1.02), xticks=np.linspace(0, 1, 5), xlabel="value, 95 % interval")
         ax.grid(False, axis="y")
-    names = [f"{wrapped(name, 34, 1)}  ({n:.0f})" for name, n in zip(rows.index, rows["support" if "support" in rows else "positives"])]
+    names = [
+        f"{wrapped(name, 34, 1)}  ({n:.0f})"
+        for name, n in zip(rows.index, rows["support" if "support" in rows else "positives"])
+    ]
     axes[0, 0].set(yticks=places, yticklabels=names, ylim=(len(rows) - 0.4, -0.6))
     more = f" (first {most} of {len(table)} classes)" if len(table) > most else ""
     if title or more: figure.suptitle(wrapped(title + more, 90), x=0.01, ha="left", fontsize=11)
@@ -53,7 +61,9 @@ def prompt_dots(
     table = pd.DataFrame(rows)
     if not len(table): raise InputError("There is one template only, so there is nothing to compare.")
     names, metrics = list(table["template"].unique()), list(table["metric"].unique())
-    figure, axes = plt.subplots(1, len(metrics), figsize=(3.2 + 2.5 * len(metrics), 1.1 + 0.34 * len(names)), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(metrics), figsize=(3.2 + 2.5 * len(metrics), 1.1 + 0.34 * len(names)), sharey=True, squeeze=False
+    )
     for ax, metric in zip(axes.flat, metrics):
         part = table[table["metric"] == metric].set_index("template").loc[names]
         ax.axvline(part["value"].iloc[0], color="0.8", linewidth=4, zorder=0)
@@ -63,7 +73,9 @@ def prompt_dots(
             ax.plot(row["value"], place, "D" if place == 0 else "o", color=colour, markersize=6)
         ax.set(title=metric_words(metric), xlabel="value, 95 % interval")
         ax.grid(False, axis="y")
-    axes[0, 0].set(yticks=range(len(names)), yticklabels=[wrapped(n, 46, 2) for n in names], ylim=(len(names) - 0.5, -0.5))
+    axes[0, 0].set(
+        yticks=range(len(names)), yticklabels=[wrapped(n, 46, 2) for n in names], ylim=(len(names) - 0.5, -0.5)
+    )
     if title: figure.suptitle(wrapped(title, 90), x=0.01, ha="left", fontsize=11)
     return figure
 
@@ -80,8 +92,13 @@ def finding_counts(
     for state, colour in zip(counts, (PALETTE[0], "0.75", "0.93")):
         ax.barh(names, counts[state], left=start, color=colour, height=0.7, label=state)
         start = start + counts[state].to_numpy()
-    for place, total in enumerate(counts["present"]): ax.text(total, place, f" {total}", va="center", fontsize=8, color="0.15")
-    ax.set(xlabel="rows" + (f" (first {most} of {labels.shape[1]} findings)" if labels.shape[1] > most else ""), ylim=(len(counts) - 0.5, -0.5), xlim=(0, max(len(labels), 1)))
+    for place, total in enumerate(counts["present"]):
+        ax.text(total, place, f" {total}", va="center", fontsize=8, color="0.15")
+    ax.set(
+        xlabel="rows" + (f" (first {most} of {labels.shape[1]} findings)" if labels.shape[1] > most else ""),
+        ylim=(len(counts) - 0.5, -0.5),
+        xlim=(0, max(len(labels), 1)),
+    )
     ax.grid(False, axis="y")
     figure.legend(loc="outside lower center", ncols=3)
     return figure
@@ -92,15 +109,32 @@ def reliability_diagram(
     title: str = "", # Above the figure
 ) -> Figure:
     "Share of right predictions by confidence, before and after the temperature, with the counts below"
-    parts = {"as it is": calibration["before"]} | ({f"temperature {calibration['temperature']['value']:.3g}": calibration["after"]} if "after" in calibration else {})
-    figure, axes = plt.subplots(2, len(parts), figsize=(3.3 * len(parts), 3.7), height_ratios=[3, 1], sharex=True, sharey="row", squeeze=False)
+    parts = {"as it is": calibration["before"]} | (
+        {f"temperature {calibration['temperature']['value']:.3g}": calibration["after"]}
+        if "after" in calibration
+        else {}
+    )
+    figure, axes = plt.subplots(
+        2, len(parts), figsize=(3.3 * len(parts), 3.7), height_ratios=[3, 1], sharex=True, sharey="row", squeeze=False
+    )
     for column, (name, part), colour in zip(axes.T, parts.items(), PALETTE):
         table = pd.DataFrame(part["table"])
         column[0].plot([0, 1], [0, 1], color=CHANCE, linestyle="--", linewidth=1.2)
-        if "accuracy_low" in table: column[0].vlines(table["confidence"], table["accuracy_low"], table["accuracy_high"], color=colour, alpha=0.5, linewidth=2)
+        if "accuracy_low" in table:
+            column[0].vlines(
+                table["confidence"], table["accuracy_low"], table["accuracy_high"], color=colour, alpha=0.5, linewidth=2
+            )
         column[0].plot(table["confidence"], table["accuracy"], "o-", color=colour, markersize=5, linewidth=1)
         column[0].set(title=f"{name}: ECE {part['ece']['value']:.3f}", ylim=(-0.02, 1.02), xlim=(0, 1))
-        column[1].bar(table["above"], table["rows"], width=table["upto"] - table["above"], align="edge", color=colour, alpha=0.55, edgecolor="white")
+        column[1].bar(
+            table["above"],
+            table["rows"],
+            width=table["upto"] - table["above"],
+            align="edge",
+            color=colour,
+            alpha=0.55,
+            edgecolor="white",
+        )
         column[1].set(xlabel="confidence")
         column[1].yaxis.set_major_locator(MaxNLocator(3, integer=True))
     axes[0, 0].set_ylabel("share right")
@@ -109,7 +143,13 @@ def reliability_diagram(
     return figure
 
 # %% ../../nbs/plots/05_evaluation.ipynb #da78ef03
-TITLES = {"linear_probe": "linear probe", "blended_probe": "blended probe (LP++)", "tip_adapter": "cache (Tip-Adapter)", "nearest_mean": "nearest class mean", "knn": "nearest neighbours"}
+TITLES = {
+    "linear_probe": "linear probe",
+    "blended_probe": "blended probe (LP++)",
+    "tip_adapter": "cache (Tip-Adapter)",
+    "nearest_mean": "nearest class mean",
+    "knn": "nearest neighbours",
+}
 
 def curve_table(
     result: Any, # A few-shot Result
@@ -137,8 +177,13 @@ def _curves(ax: Axes, result: Any, metric: str) -> None:
         ax.plot(part["shots"], part["value"], "o-", color=colour, markersize=4.5, label=TITLES.get(name, name))
     shots = sorted(set(table["shots"]))
     ax.set_xscale("log", base=2)
-    ax.xaxis.set(major_locator=FixedLocator(shots), minor_locator=NullLocator(), major_formatter=lambda s, _: f"{s:.0f}")
-    ax.set(xlabel="labelled images of each class", ylim=(min(0, *table["low"].fillna(0)), 1.02) if metric != "auroc_macro" else (0.3, 1.02))
+    ax.xaxis.set(
+        major_locator=FixedLocator(shots), minor_locator=NullLocator(), major_formatter=lambda s, _: f"{s:.0f}"
+    )
+    ax.set(
+        xlabel="labelled images of each class",
+        ylim=(min(0, *table["low"].fillna(0)), 1.02) if metric != "auroc_macro" else (0.3, 1.02),
+    )
 
 def few_shot_curves(
     results: Any | Mapping[str, Any], # A few-shot Result, or label column -> Result
@@ -150,7 +195,9 @@ def few_shot_curves(
     for ax, (label, result) in zip(axes.flat, results.items()):
         _curves(ax, result, metric)
         ax.set_title(wrapped(label, 40))
-    axes.flat[0].set_ylabel({"balanced_accuracy": "balanced accuracy", "f1_macro": "macro F1", "auroc_macro": "macro AUROC"}[metric])
+    axes.flat[0].set_ylabel(
+        {"balanced_accuracy": "balanced accuracy", "f1_macro": "macro F1", "auroc_macro": "macro AUROC"}[metric]
+    )
     entries = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(entries.values(), entries.keys(), loc="outside right center")
     return figure

@@ -28,7 +28,17 @@ def _show(ax: Axes, manifest: Manifest, image: str, frame: Any = None, name: str
     ax.imshow(read_image(Path(manifest.root, image), **{} if "series" in manifest else manifest.read))
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
-    if name: ax.text(0.03, 0.97, wrapped(name, 22, 2), va="top", fontsize=7, color="white", transform=ax.transAxes, bbox=dict(facecolor="black", alpha=0.5, linewidth=0, pad=1))
+    if name:
+        ax.text(
+            0.03,
+            0.97,
+            wrapped(name, 22, 2),
+            va="top",
+            fontsize=7,
+            color="white",
+            transform=ax.transAxes,
+            bbox=dict(facecolor="black", alpha=0.5, linewidth=0, pad=1),
+        )
     for spine in ax.spines.values(): spine.set(visible=frame is not None, color=frame, linewidth=3)
 
 def show_row(
@@ -92,7 +102,8 @@ def study_grid(
         axes = part.subplots(1, width, squeeze=False)[0]
         for ax in axes[len(row["series"]):]: ax.set_visible(False)
         for ax, (name, path) in zip(axes, row["series"].items()): _show(ax, manifest, path, name=name)
-        if more := max(0, len(row["series"]) - width): axes[-1].set_xlabel(f"and {more} more series", fontsize=8, color="0.4")
+        if more := max(0, len(row["series"]) - width):
+            axes[-1].set_xlabel(f"and {more} more series", fontsize=8, color="0.4")
     return figure
 
 # %% ../../nbs/plots/02_grids.ipynb #0013a4cc
@@ -107,7 +118,11 @@ def prediction_grid(
     known = predictions[predictions["correct"].notna()]
     correct = known["correct"].astype(bool)
     kinds = [("right", known[correct], RIGHT), ("wrong", known[~correct], WRONG)]
-    kinds = [(name, rows.sample(min(n, len(rows)), random_state=seed), len(rows), colour) for name, rows, colour in kinds if len(rows)]
+    kinds = [
+        (name, rows.sample(min(n, len(rows)), random_state=seed), len(rows), colour)
+        for name, rows, colour in kinds
+        if len(rows)
+    ]
     if not kinds: raise InputError("No row has a label, so no prediction is right or wrong.")
     figure, axes = plt.subplots(len(kinds), n, figsize=(1.8 * n, 2.65 * len(kinds)), squeeze=False)
     for line, (name, rows, total, colour) in zip(axes, kinds):
@@ -165,7 +180,9 @@ def _texts_found(figure: Figure, cells: Any, manifest: Manifest, query: Mapping)
     ax.axis("off")
     for place, (row, good) in enumerate(zip(query["best_texts"], query["best_texts_right"])):
         text = manifest.loc[row, "caption"]
-        look = dict(va="center", fontsize=8, linespacing=1, color=RIGHT if good else "0.2", weight="bold" if good else "normal")
+        look = dict(
+            va="center", fontsize=8, linespacing=1, color=RIGHT if good else "0.2", weight="bold" if good else "normal"
+        )
         ax.text(0, place + 0.5, f"{place + 1}", **look)
         ax.text(0.03, place + 0.5, wrapped(text, 105, 2), **look)
 
@@ -181,7 +198,13 @@ def _write(ax: Axes, lines: list[tuple[str, str, float, bool]], width: int) -> N
     ax.set(xlim=(0, 1), ylim=(len(lines), 0))
     ax.axis("off")
     for at, (place, text, score, right) in enumerate(lines):
-        look = dict(va="center", fontsize=8, linespacing=1, color=RIGHT if right else "0.2", weight="bold" if right else "normal")
+        look = dict(
+            va="center",
+            fontsize=8,
+            linespacing=1,
+            color=RIGHT if right else "0.2",
+            weight="bold" if right else "normal",
+        )
         ax.text(0.045, at + 0.5, place, ha="right", **look)
         ax.text(0.06, at + 0.5, wrapped(text, width, 2), **look)
         if score == score: ax.text(1, at + 0.5, f"{score:.2f}", ha="right", **look)
@@ -197,10 +220,22 @@ def item_list_figure(
     asked = predictions[predictions["items"].map(len) > 0]
     if not len(asked): raise InputError("None of the predictions has items, so there is nothing to show.")
     several = asked["items"].map(len).clip(upper=2)
-    chosen = asked.sample(frac=1, random_state=seed).assign(several=several).sort_values("several", ascending=False, kind="stable").head(n).to_dict("records")
+    chosen = (
+        asked.sample(frac=1, random_state=seed)
+        .assign(several=several)
+        .sort_values("several", ascending=False, kind="stable")
+        .head(n)
+        .to_dict("records")
+    )
     lines = [_lines(row, top) for row in chosen]
-    figure, axes = plt.subplots(len(chosen), 2, figsize=(9, sum(max(1.6, 0.27 * len(l)) for l in lines)), squeeze=False, width_ratios=[1, 4.2],
-                                height_ratios=[max(1.6, 0.27 * len(l)) for l in lines])
+    figure, axes = plt.subplots(
+        len(chosen),
+        2,
+        figsize=(9, sum(max(1.6, 0.27 * len(l)) for l in lines)),
+        squeeze=False,
+        width_ratios=[1, 4.2],
+        height_ratios=[max(1.6, 0.27 * len(l)) for l in lines],
+    )
     for (left, right), row, said in zip(axes, chosen, lines):
         show_row(left, manifest, manifest.loc[row["row"]])
         _write(right, said, 86)

@@ -26,7 +26,8 @@ def _chance(result: Any) -> dict[str, float]:
     if isinstance(details.get("chance"), Mapping): return dict(details["chance"])
     found = {}
     for prefix, part in [("", details), *((f"{k}/", v) for k, v in details.get("labels", {}).items())]:
-        if "chance" in part: found |= {f"{prefix}balanced_accuracy": part["chance"], f"{prefix}auroc": 0.5, f"{prefix}auroc_macro": 0.5}
+        if "chance" in part:
+            found |= {f"{prefix}balanced_accuracy": part["chance"], f"{prefix}auroc": 0.5, f"{prefix}auroc_macro": 0.5}
     return found
 
 def _intervals(ax: Axes, rows: pd.DataFrame, line: str, series: str, names: list[str] | None = None) -> None:
@@ -38,7 +39,16 @@ def _intervals(ax: Axes, rows: pd.DataFrame, line: str, series: str, names: list
         place = np.array([names.index(n) for n in part[line]]) + shift
         low, high = (part[c].fillna(part["value"]) for c in ("low", "high"))
         ax.hlines(place, low, high, color=PALETTE[j % len(PALETTE)], linewidth=2.2, alpha=0.55)
-        ax.plot(part["value"], place, "o", color=PALETTE[j % len(PALETTE)], markersize=5.5, clip_on=False, zorder=3, label=metric_words(kind))
+        ax.plot(
+            part["value"],
+            place,
+            "o",
+            color=PALETTE[j % len(PALETTE)],
+            markersize=5.5,
+            clip_on=False,
+            zorder=3,
+            label=metric_words(kind),
+        )
         if "chance" in part: ax.plot(part["chance"], place, "|", color=CHANCE, markersize=9, markeredgewidth=2)
     ax.set(yticks=range(len(names)), yticklabels=[metric_words(n) for n in names], ylim=(len(names) - 0.5, -0.5))
     ax.grid(False, axis="y")
@@ -54,7 +64,11 @@ def metric_intervals(
     if not len(rows): raise InputError("There is no metric between 0 and 1 to draw.")
     levels = _chance(result) if chance is None else chance
     rows["chance"] = [levels.get(n, np.nan) if isinstance(levels, Mapping) else levels for n in rows["name"]]
-    parts = rows["name"].str.extract(r"^(?:(?P<panel>[^/]*)/)?(?P<way>image_to_text_|text_to_image_)?(?P<metric>.*)$").fillna("")
+    parts = (
+        rows["name"]
+        .str.extract(r"^(?:(?P<panel>[^/]*)/)?(?P<way>image_to_text_|text_to_image_)?(?P<metric>.*)$")
+        .fillna("")
+    )
     rows = rows.assign(panel=parts["panel"], way=parts["way"].str.strip("_"), metric=parts["metric"])
     doubled = rows["panel"].isin(rows.loc[rows["metric"] == "auroc", "panel"]) & (rows["metric"] == "auroc_macro")
     rows = rows[~doubled]
@@ -81,13 +95,28 @@ def confusion_matrix(
 ) -> Axes:
     "Counts of each true class by predicted class, coloured by share of the true class"
     true, predicted = pd.Series(list(y_true), dtype=object), pd.Series(list(y_pred), dtype=object)
-    counts = pd.crosstab(true[true.notna()], predicted[true.notna()]).reindex(index=classes, columns=classes, fill_value=0)
+    counts = pd.crosstab(true[true.notna()], predicted[true.notna()]).reindex(
+        index=classes, columns=classes, fill_value=0
+    )
     share = counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
     many = len(classes) > 12
     if ax is None: _, ax = plt.subplots(figsize=(2 + 0.5 * len(classes), 1.6 + 0.42 * len(classes)))
     names, below = [wrapped(c, 18, 2) for c in classes], [wrapped(c, 30, 1) for c in classes]
-    sns.heatmap(share, annot=False if many else counts, fmt="d", vmin=0, vmax=1, cmap="Blues", cbar=False, square=True, ax=ax,
-                linewidths=0.5, xticklabels=names, yticklabels=names, annot_kws={"fontsize": 9})
+    sns.heatmap(
+        share,
+        annot=False if many else counts,
+        fmt="d",
+        vmin=0,
+        vmax=1,
+        cmap="Blues",
+        cbar=False,
+        square=True,
+        ax=ax,
+        linewidths=0.5,
+        xticklabels=names,
+        yticklabels=names,
+        annot_kws={"fontsize": 9},
+    )
     ax.set_xticklabels(below, rotation=35, ha="right", rotation_mode="anchor")
     ax.tick_params(axis="y", rotation=0)
     ax.set_anchor("N")
@@ -99,7 +128,9 @@ def confusion_matrices(
 ) -> Figure:
     "A confusion matrix for each label"
     sizes = [1.6 + 0.55 * len(r.details["classes"]) for r in results.values()]
-    figure, axes = plt.subplots(1, len(sizes), figsize=(sum(sizes), max(sizes) + 0.3), squeeze=False, width_ratios=sizes)
+    figure, axes = plt.subplots(
+        1, len(sizes), figsize=(sum(sizes), max(sizes) + 0.3), squeeze=False, width_ratios=sizes
+    )
     for ax, (label, r) in zip(axes.flat, results.items()):
         confusion_matrix(r.predictions["label"], r.predictions["predicted"], r.details["classes"], label, ax)
     return figure

@@ -20,11 +20,26 @@ RIGHT, WRONG, CHANCE = PALETTE[2], PALETTE[3], "0.45"
 def use_style() -> None:
     "Set the look of every figure and table that follows: texts up to 240 characters, dollars no formulas"
     pd.set_option("display.max_colwidth", 240, "display.html.use_mathjax", False)
-    sns.set_theme(style="whitegrid", palette=PALETTE, rc={
-        "figure.dpi": 100, "savefig.dpi": 100, "figure.constrained_layout.use": True,
-        "font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10,
-        "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9, "legend.frameon": False, "axes.titlelocation": "left",
-        "grid.color": "0.9", "axes.edgecolor": "0.6", "svg.hashsalt": "medclip_nb"})
+    sns.set_theme(
+        style="whitegrid",
+        palette=PALETTE,
+        rc={
+            "figure.dpi": 100,
+            "savefig.dpi": 100,
+            "figure.constrained_layout.use": True,
+            "font.size": 10,
+            "axes.titlesize": 11,
+            "axes.labelsize": 10,
+            "xtick.labelsize": 9,
+            "ytick.labelsize": 9,
+            "legend.fontsize": 9,
+            "legend.frameon": False,
+            "axes.titlelocation": "left",
+            "grid.color": "0.9",
+            "axes.edgecolor": "0.6",
+            "svg.hashsalt": "medclip_nb",
+        },
+    )
 
 # %% ../../nbs/plots/01_style.ipynb #9f43404a
 def wrapped(
@@ -35,10 +50,21 @@ def wrapped(
     "Break a text into lines and keep matplotlib from reading formulas in it"
     if text is None or (isinstance(text, float) and math.isnan(text)): return ""
     found = textwrap.wrap(str(text), width) or [""]
-    if len(found) > lines: found = [*found[:lines - 1], textwrap.shorten(" ".join(found[lines - 1:]), width, placeholder=" …")]
+    if len(found) > lines:
+        found = [*found[:lines - 1], textwrap.shorten(" ".join(found[lines - 1:]), width, placeholder=" …")]
     return "\n".join(found).replace("$", r"\$")
 
-SPELLED = {"image_to_text": "image → text", "text_to_image": "text → image", "auroc": "AUROC", "f1": "F1", "mcc": "MCC", "ece": "ECE", "iou": "IoU", "_": " ", "/": ": "}
+SPELLED = {
+    "image_to_text": "image → text",
+    "text_to_image": "text → image",
+    "auroc": "AUROC",
+    "f1": "F1",
+    "mcc": "MCC",
+    "ece": "ECE",
+    "iou": "IoU",
+    "_": " ",
+    "/": ": ",
+}
 
 def metric_words(
     name: str, # Such as image_to_text_R@10

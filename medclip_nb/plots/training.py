@@ -25,18 +25,28 @@ def training_curves(
 ) -> Figure:
     "Loss, validation metrics and logit scale by epoch"
     shares = [c for c in history if c.startswith("valid_") and c != "valid_loss"]
-    if any(c.startswith("valid_item_") for c in shares): shares = [c for c in shares if c not in ("valid_R@1", "valid_R@10")]
+    if any(c.startswith("valid_item_") for c in shares):
+        shares = [c for c in shares if c not in ("valid_R@1", "valid_R@10")]
     panels = [("Loss", "loss (nats)", [c for c in ("train_loss", "valid_loss", *TERMS) if c in history]),
               ("On validation", "share", shares),
               ("Logit scale", "scale", [c for c in ("logit_scale",) if c in history])]
     panels = [p for p in panels if p[2]]
     figure, axes = plt.subplots(1, len(panels), figsize=(3.5 * len(panels), 3.4), squeeze=False)
     for ax, (title, unit, columns) in zip(axes.flat, panels):
-        for column in columns: ax.plot(history["epoch"], history[column], marker="o", markersize=3.5, label=_curve(column))
+        for column in columns:
+            ax.plot(history["epoch"], history[column], marker="o", markersize=3.5, label=_curve(column))
         if title == "Loss" and batch_size:
-            ax.axhline(math.log(batch_size), color=CHANCE, linestyle="--", linewidth=1.2, label=f"guessing, ln {batch_size}")
+            ax.axhline(
+                math.log(batch_size), color=CHANCE, linestyle="--", linewidth=1.2, label=f"guessing, ln {batch_size}"
+            )
         if best_epoch is not None:
-            ax.axvline(best_epoch, color="0.85", linewidth=5, zorder=0, label=f"kept: epoch {best_epoch}" if title != "Loss" else None)
+            ax.axvline(
+                best_epoch,
+                color="0.85",
+                linewidth=5,
+                zorder=0,
+                label=f"kept: epoch {best_epoch}" if title != "Loss" else None,
+            )
         ax.set(title=title, xlabel="epoch", ylabel=unit)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if unit == "share": ax.set_ylim(-0.02, 1.02)
@@ -45,5 +55,12 @@ def training_curves(
 
 def _curve(column: str) -> str:
     "What a column of the history is called in a legend"
-    named = {"train_loss": "training", "valid_loss": "validation", "logit_scale": "exp(logit scale)", "valid_mrr": "MRR", "valid_item_mrr": "items: MRR", "valid_balanced_accuracy": "balanced accuracy"} | TERMS
+    named = {
+        "train_loss": "training",
+        "valid_loss": "validation",
+        "logit_scale": "exp(logit scale)",
+        "valid_mrr": "MRR",
+        "valid_item_mrr": "items: MRR",
+        "valid_balanced_accuracy": "balanced accuracy",
+    } | TERMS
     return named.get(column, column.removeprefix("valid_").replace("item_", "items: "))

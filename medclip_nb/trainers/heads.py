@@ -45,7 +45,11 @@ class ClassificationHead(nn.Module):
         super().__init__()
         if len(classes) < 2: raise InputError(f"A head needs at least two classes, got {list(classes)}.")
         self.width, self.classes, self.hidden, self.dropout = width, list(classes), hidden, dropout
-        for name, value in (("mean", torch.zeros(width)), ("deviation", torch.ones(())), ("temperature", torch.ones(()))):
+        for name, value in (
+            ("mean", torch.zeros(width)),
+            ("deviation", torch.ones(())),
+            ("temperature", torch.ones(())),
+        ):
             self.register_buffer(name, value)
         last = nn.Linear(hidden or width, len(classes))
         self.layers = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), last) if hidden else last
@@ -76,7 +80,10 @@ def save_head(
     with atomic_folder(folder) as temporary:
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in head.state_dict().items()}
         safetensors.torch.save_file(state, temporary/"head.safetensors", metadata={"format": "pt"})
-        write_json(temporary/"head.json", {"classes": head.classes, "width": head.width, "hidden": head.hidden, "dropout": head.dropout, **facts})
+        write_json(
+            temporary / "head.json",
+            {"classes": head.classes, "width": head.width, "hidden": head.hidden, "dropout": head.dropout, **facts},
+        )
     return Path(folder)
 
 def load_head(
@@ -89,7 +96,10 @@ def load_head(
     facts = json.loads((folder/"head.json").read_text(encoding="utf-8"))
     head = ClassificationHead(facts["width"], facts["classes"], facts["hidden"], facts["dropout"])
     try: head.load_state_dict(safetensors.torch.load_file(folder/"head.safetensors"))
-    except Exception as error: raise InputError(f"{folder}: the weights of the head do not fit head.json ({str(error).splitlines()[0]}).") from None
+    except Exception as error:
+        raise InputError(
+            f"{folder}: the weights of the head do not fit head.json ({str(error).splitlines()[0]})."
+        ) from None
     return head.eval()
 
 # %% ../../nbs/trainers/11_heads.ipynb #f78b8fa8
@@ -116,12 +126,14 @@ def class_names(
 ) -> list[str]: # Sorted
     "The classes of some labels"
     classes = list(map(label_name, sorted(pd.Series(list(labels), dtype=object).dropna().unique())))
-    if len(classes) < 2: raise InputError(f"The labels have one class only ({classes}); there is nothing to tell apart.")
+    if len(classes) < 2:
+        raise InputError(f"The labels have one class only ({classes}); there is nothing to tell apart.")
     return classes
 
 def _weights(labels: Tensor, classes: int, class_weight: str) -> Tensor | None:
     "Weights of the classes in the loss"
-    if class_weight not in ("balanced", "none"): raise InputError(f"class_weight={class_weight!r}. {close_matches(class_weight, ('balanced', 'none'))}")
+    if class_weight not in ("balanced", "none"):
+        raise InputError(f"class_weight={class_weight!r}. {close_matches(class_weight, ('balanced', 'none'))}")
     return balanced(labels, classes) if class_weight == "balanced" else None
 
 def _recalls(head: ClassificationHead, features: Tensor, labels: Tensor) -> tuple[float, float]: # Mean recall, and minus the loss to break ties
@@ -157,7 +169,11 @@ def fit_head(
         head = ClassificationHead(x.shape[1], classes, hidden, dropout)
         head.mean, head.deviation = x.mean(0), x.var(0, correction=0).mean().sqrt().clamp(min=1e-6)
         weight = _weights(y, len(classes), class_weight)
-        best = _descend(head, x, y, held, weight, steps, batch_size, lr) if hidden else _solve(head, x, y, held, weight, penalties)
+        best = (
+            _descend(head, x, y, held, weight, steps, batch_size, lr)
+            if hidden
+            else _solve(head, x, y, held, weight, penalties)
+        )
     if held: best.temperature.fill_(fit_head_temperature(best(held[0]), held[1]))
     return best.eval().requires_grad_(True)
 
@@ -170,7 +186,14 @@ def _labelled(features: np.ndarray | Tensor, labels: Sequence, classes: list[str
 # %% ../../nbs/trainers/11_heads.ipynb #725a5f09
 PATH_ROWS = 20_000 # Rows that are enough to look for a penalty on
 
-def _walk(head: ClassificationHead, z: Tensor, y: Tensor, held: tuple | None, weight: Tensor | None, penalties: Sequence[float]) -> tuple[ClassificationHead, int]:
+def _walk(
+    head: ClassificationHead,
+    z: Tensor,
+    y: Tensor,
+    held: tuple | None,
+    weight: Tensor | None,
+    penalties: Sequence[float],
+) -> tuple[ClassificationHead, int]:
     "Solve for one penalty after another; the head that does best on held-out rows, and its place"
     best, value, at = head, (-math.inf,), 0
     for i, penalty in enumerate(penalties):
@@ -185,7 +208,14 @@ def _walk(head: ClassificationHead, z: Tensor, y: Tensor, held: tuple | None, we
         if held and (now := _recalls(head, *held)) > value: best, value, at = deepcopy(head), now, i
     return best, at
 
-def _solve(head: ClassificationHead, x: Tensor, y: Tensor, held: tuple | None, weight: Tensor | None, penalties: Sequence[float]) -> ClassificationHead:
+def _solve(
+    head: ClassificationHead,
+    x: Tensor,
+    y: Tensor,
+    held: tuple | None,
+    weight: Tensor | None,
+    penalties: Sequence[float],
+) -> ClassificationHead:
     "The linear head with the penalty that does best on held-out rows"
     z, path = head.standardise(x), sorted(penalties, reverse=True)
     if not held: path = [path[len(path) // 2]]
@@ -223,7 +253,16 @@ def _shuffled(z: Tensor, y: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]
         for i in range(0, len(z) - size + 1, size): yield rows[i:i + size], answers[i:i + size]
 
 # %% ../../nbs/trainers/11_heads.ipynb #dead3081
-def _descend(head: ClassificationHead, x: Tensor, y: Tensor, held: tuple | None, weight: Tensor | None, steps: int, batch_size: int, lr: float) -> ClassificationHead:
+def _descend(
+    head: ClassificationHead,
+    x: Tensor,
+    y: Tensor,
+    held: tuple | None,
+    weight: Tensor | None,
+    steps: int,
+    batch_size: int,
+    lr: float,
+) -> ClassificationHead:
     "The best point on the way down"
     optimizer = torch.optim.AdamW(parameter_groups(head, 0.01), lr=lr, fused=True)
     best, value, at, pace = head, (-math.inf,), 0, _Pace(steps)
@@ -274,8 +313,10 @@ def train_head(
     **options, # Fields of `Recipe` for a trained backbone: epochs, batch_size, lr, ...
 ) -> tuple[ClassificationHead, Training | None]: # The head, and the history of a trained backbone
     "Train a classification head; raises `InputError` for what the user can mend"
-    if backbone not in ("frozen", "trained"): raise InputError(f"backbone={backbone!r}. {close_matches(backbone, ('frozen', 'trained'))}")
-    if backbone == "trained" and out_dir is None: raise InputError("A trained backbone needs a folder for its checkpoint: out_dir=...")
+    if backbone not in ("frozen", "trained"):
+        raise InputError(f"backbone={backbone!r}. {close_matches(backbone, ('frozen', 'trained'))}")
+    if backbone == "trained" and out_dir is None:
+        raise InputError("A trained backbone needs a folder for its checkpoint: out_dir=...")
     classes = label_classes(train_rows, label)
     features = lambda rows: embed(clip, rows, cache, texts=False).images
     known = [rows[rows[label].notna()] for rows in (train_rows, valid_rows)]
@@ -288,8 +329,10 @@ def train_head(
         training = train(clip, *known, out_dir, objective, **options)
         head = head.cpu().eval()
         held = torch.from_numpy(embed(clip, known[1], texts=False).images)
-        with torch.no_grad(): head.temperature.mul_(fit_head_temperature(head(held), label_ids(known[1][label], classes)))
-    if out_dir is not None: save_head(head, Path(out_dir)/"head", label=label, model=clip.spec, weights=clip.weights_hash())
+        with torch.no_grad():
+            head.temperature.mul_(fit_head_temperature(head(held), label_ids(known[1][label], classes)))
+    if out_dir is not None:
+        save_head(head, Path(out_dir)/"head", label=label, model=clip.spec, weights=clip.weights_hash())
     return head, training
 
 # %% ../../nbs/trainers/11_heads.ipynb #187b50b1
@@ -304,9 +347,13 @@ def classify(
     seed: int = 0, # Of the resampling
 ) -> Result: # Predictions hold a probability for each class
     "Classify images with a head; raises `InputError` for a head of another width or labels that it does not know"
-    if head.width != clip.dim: raise InputError(f"The head reads features of width {head.width}, model {clip.spec!r} gives {clip.dim}.")
-    if label not in rows: raise InputError(f"{rows.dataset}: no label column {label!r}. {close_matches(label, rows.columns)}")
+    if head.width != clip.dim:
+        raise InputError(f"The head reads features of width {head.width}, model {clip.spec!r} gives {clip.dim}.")
+    if label not in rows:
+        raise InputError(f"{rows.dataset}: no label column {label!r}. {close_matches(label, rows.columns)}")
     label_ids(rows[label], head.classes)
     probabilities = head.probabilities(embed(clip, rows, cache, texts=False).images)
     details = provenance(clip, rows, n_boot, seed) | {"temperature": float(head.temperature), "hidden": head.hidden}
-    return classification("head", rows, label, head.classes, probabilities, probabilities, positive, n_boot, seed, details)
+    return classification(
+        "head", rows, label, head.classes, probabilities, probabilities, positive, n_boot, seed, details
+    )

@@ -71,7 +71,9 @@ def item_batch(
     merge: int = 3, # Most items in one text (diverse)
 ) -> ItemBatch:
     "What a batch sees of the reports; a cell without items gives an image without"
-    drawn = [sample_items(_listed(i), k, sampling, seed, epoch, int(row), merge) for i, row in zip(items, rows, strict=True)]
+    drawn = [
+        sample_items(_listed(i), k, sampling, seed, epoch, int(row), merge) for i, row in zip(items, rows, strict=True)
+    ]
     texts = [text for report in drawn for text in report + [PLACEHOLDER] * (k - len(report))]
     mask = torch.tensor([[slot < len(report) for slot in range(k)] for report in drawn], dtype=torch.bool).view(-1, k)
     ids = torch.tensor([text_id(text) for text in texts], dtype=torch.long).view(-1, k)
@@ -82,7 +84,8 @@ KEPT = 2**18 # Texts whose tokens are kept
 
 def _joined(parts: list[Tensor | Parts]) -> Tensor | Parts:
     "Tokens of single texts as those of many"
-    if isinstance(parts[0], Parts): return Parts(torch.cat([p.tokens for p in parts]), torch.cat([p.counts for p in parts]))
+    if isinstance(parts[0], Parts):
+        return Parts(torch.cat([p.tokens for p in parts]), torch.cat([p.counts for p in parts]))
     longest = max(p.shape[1] for p in parts)
     return torch.cat([F.pad(p, (0, longest - p.shape[1])) for p in parts])
 
@@ -127,7 +130,8 @@ def frozen_features(
     batch_size: int = 64, # Texts at once
 ) -> Tensor: # (n, d) float32, on the CPU
     "Features of texts without a gradient, as they are measured"
-    with _still(clip.model): return torch.cat([text_features(clip, part).float().cpu() for part in texts.split(batch_size)])
+    with _still(clip.model):
+        return torch.cat([text_features(clip, part).float().cpu() for part in texts.split(batch_size)])
 
 # %% ../../nbs/trainers/05_item_texts.ipynb #274fa901
 class ItemTexts:
@@ -165,11 +169,16 @@ class ItemTexts:
     ) -> DrawnItems:
         "What a batch sees"
         behind = [False] * len(rows) if mirrored is None else mirrored.tolist()
-        reports = [[swap_sides(text) for text in self.items[i]] if back else self.items[i] for i, back in zip(rows.tolist(), behind)]
+        reports = [
+            [swap_sides(text) for text in self.items[i]] if back else self.items[i]
+            for i, back in zip(rows.tolist(), behind)
+        ]
         drawn = item_batch(reports, rows.tolist(), self.k, self.sampling, self.seed, epoch, self.merge)
         real = drawn.text_mask.flatten().tolist()
         number = {text: i for i, text in enumerate(dict.fromkeys(text for text, one in zip(drawn.texts, real) if one))}
-        index = torch.tensor([number[text] if one else 0 for text, one in zip(drawn.texts, real)]).view_as(drawn.text_mask)
+        index = torch.tensor([number[text] if one else 0 for text, one in zip(drawn.texts, real)]).view_as(
+            drawn.text_mask
+        )
         return DrawnItems(self.read(list(number) or [PLACEHOLDER]), index, drawn.text_mask, drawn.text_ids)
 
 # %% ../../nbs/trainers/05_item_texts.ipynb #6cf6113b
@@ -200,4 +209,8 @@ def item_gallery(
             if at == len(texts): texts.append(text)
             pairs.append((row, at))
     tokens = tokenize(clip, texts, clip.long_text)
-    return ItemGallery(frozen_features(clip, tokens) if is_frozen(clip, "text") else tokens, torch.tensor(pairs).unique(dim=0), len(rows))
+    return ItemGallery(
+        frozen_features(clip, tokens) if is_frozen(clip, "text") else tokens,
+        torch.tensor(pairs).unique(dim=0),
+        len(rows),
+    )

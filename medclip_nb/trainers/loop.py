@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..core import InputError, atomic_path, is_batch, to_jsonable, progress, reuse_memory, write_json
+from ..core import InputError, atomic_path, is_batch, progress, reuse_memory, to_jsonable, write_json
 from ..datasets.manifest import Manifest
 from ..distributed import average_gradients
 from ..evaluators.labels import label_classes
@@ -38,17 +38,28 @@ from .item_texts import ItemGallery, item_gallery
 from .objectives import Contrastive, Itemized, Objective, Prompts, balanced
 from .optimization import Average, clamp_scale, moving, parameter_groups, set_checkpointing, snapshot
 from medclip_nb.trainers.pairs import (
-    Pairs, collate, epoch_batches, is_frozen, keep_features, label_ids, flip_images, varied,
+    Pairs,
+    collate,
+    epoch_batches,
+    flip_images,
+    is_frozen,
+    keep_features,
+    label_ids,
+    varied,
 )
-from .recipe import ITEM_METRICS, OBJECTIVES, PASSING, TRACKERS, TrainConfig, make_config
+from .recipe import ITEM_METRICS, TrainConfig, make_config
 from medclip_nb.trainers.state import (
-    Progress, Run, run_identity, is_managed, load_best, load_state, save_state, state_file, store_best, clear_state,
+    Run,
+    clear_state,
+    is_managed,
+    load_best,
+    load_state,
+    run_identity,
+    save_state,
+    store_best,
 )
 from .trackers import accelerator_of, track, tracking
-from medclip_nb.trainers.validation import (
-    COLLAPSE, collapse, encode_pairs, prompt_accuracy, retrieval_values, sentences_of, sweep, validate_model,
-    validate_retrieval, watched,
-)
+from .validation import collapse, sentences_of, sweep, validate_model, watched
 
 # %% ../../nbs/trainers/01_loop.ipynb #1b040052
 @dataclass
@@ -73,8 +84,14 @@ def batches(run: Run) -> Iterator[tuple[list[int], Tensor | StudyBatch]]: # Rows
     done, left = len(run.progress.losses), run.steps - run.progress.step
     order = epoch_batches(len(run.pairs), run.recipe.batch_size, run.recipe.seed, run.progress.epoch)[done:][:left]
     shares, workers = [rows[run.mine] for rows in order], run.recipe.num_workers
-    loader = DataLoader(run.pairs, batch_sampler=shares, num_workers=workers, generator=torch.Generator(), collate_fn=collate)
-    name = f"epoch {run.progress.epoch}/{run.recipe.epochs}" if not run.recipe.max_steps else f"step {run.progress.step} of {run.steps}"
+    loader = DataLoader(
+        run.pairs, batch_sampler=shares, num_workers=workers, generator=torch.Generator(), collate_fn=collate
+    )
+    name = (
+        f"epoch {run.progress.epoch}/{run.recipe.epochs}"
+        if not run.recipe.max_steps
+        else f"step {run.progress.step} of {run.steps}"
+    )
     for rows, (images, _) in zip(order, progress(loader, total=len(order), desc=name, unit="batch")): yield rows, images
 
 def draw_batch(run: Run, rows: list[int], images: Tensor | StudyBatch) -> Batch:
@@ -83,10 +100,21 @@ def draw_batch(run: Run, rows: list[int], images: Tensor | StudyBatch) -> Batch:
     images = images.to(run.clip.device)
     tokens, ids, mirrored = pairs.draw(positions, run.generator)
     if mirrored.any(): flip_images(images, mirrored[mine], pairs.axis)
-    if isinstance(images, Tensor) and run.recipe.augment and images.ndim > 2: images = varied(run.recipe.augment, images, len(rows), mine, run.generator)
+    if isinstance(images, Tensor) and run.recipe.augment and images.ndim > 2:
+        images = varied(run.recipe.augment, images, len(rows), mine, run.generator)
     here = lambda values: values[mine].to(run.clip.device)
-    batch = Batch(positions, positions[mine], images, None if tokens is None else tokens[mine], here(ids), here(pairs.labels[positions]),
-                  here(run.groups[positions]), mirrored[mine], run.progress.epoch, run.generator)
+    batch = Batch(
+        positions,
+        positions[mine],
+        images,
+        None if tokens is None else tokens[mine],
+        here(ids),
+        here(pairs.labels[positions]),
+        here(run.groups[positions]),
+        mirrored[mine],
+        run.progress.epoch,
+        run.generator,
+    )
     batch.drawn = run.objective.draw(batch)
     return batch
 
@@ -99,7 +127,11 @@ def backward(run: Run, batch: Batch) -> dict[str, Tensor]: # loss, and what else
     def encode_texts(x: Tensor | Parts) -> Tensor:
         with run.accelerator.autocast(): return run.objective.encode_texts(clip, x).float()
     chunk = run.recipe.chunk
-    encoded = in_chunks(encode_images, images, chunk) if isinstance(images, Tensor) else in_chunks(lambda i: encode_images(images[i]), torch.arange(len(images)), chunk)
+    encoded = (
+        in_chunks(encode_images, images, chunk)
+        if isinstance(images, Tensor)
+        else in_chunks(lambda i: encode_images(images[i]), torch.arange(len(images)), chunk)
+    )
     texts = None if texts is None else in_chunks(encode_texts, texts, chunk * run.objective.texts_per_image)
     found = run.objective.loss(batch, encoded, texts)
     run.accelerator.backward(found["loss"])
@@ -120,7 +152,8 @@ def take_step(run: Run, batch: Batch) -> None:
     if not math.isfinite(loss): stop(run, batch, f"The loss is {loss}")
     average_gradients(run.module.parameters())
     norm = run.accelerator.clip_grad_norm_(run.module.parameters(), run.recipe.clip_grad).item()
-    if not math.isfinite(norm) and run.recipe.mixed_precision != "fp16": stop(run, batch, f"The norm of the gradient is {norm}")
+    if not math.isfinite(norm) and run.recipe.mixed_precision != "fp16":
+        stop(run, batch, f"The norm of the gradient is {norm}")
     run.optimizer.step()
     run.optimizer.zero_grad()
     clamp_scale(run.clip.model)
@@ -135,12 +168,18 @@ def stop(run: Run, batch: Batch, what: str) -> None:
     "Say where a training went wrong, and write the rows of the batch to `stopped.json`"
     p, rows = run.progress, run.pairs.rows[batch.positions.numpy()].tolist()
     where = {"epoch": p.epoch, "batch": len(p.losses) + 1, "step": p.step + 1}
-    kept = f"The last good checkpoint is that of epoch {p.best_epoch}: {run.checkpoint}" if p.best_epoch else "There is no checkpoint yet"
+    kept = (
+        f"The last good checkpoint is that of epoch {p.best_epoch}: {run.checkpoint}"
+        if p.best_epoch
+        else "There is no checkpoint yet"
+    )
     if run.accelerator.is_main_process:
         write_json(run.out_dir/"stopped.json", {"what": what, **where, "rows": rows, "best_epoch": p.best_epoch})
     some = ", ".join(map(str, rows[:8])) + (" ..." if len(rows) > 8 else "")
-    raise FloatingPointError(f"{what} in epoch {where['epoch']}, batch {where['batch']} (step {where['step']}), on rows {some}. {kept}. "
-                             f"A smaller learning rate than {run.recipe.lr:g} helps most often.")
+    raise FloatingPointError(
+        f"{what} in epoch {where['epoch']}, batch {where['batch']} (step {where['step']}), on rows {some}. {kept}. "
+        f"A smaller learning rate than {run.recipe.lr:g} helps most often."
+    )
 
 # %% ../../nbs/trainers/01_loop.ipynb #d77c5ffe
 def averaged_weights(run: Run) -> AbstractContextManager: # The model has the weights to judge inside
@@ -159,7 +198,14 @@ def close_epoch(run: Run) -> None:
     with averaged_weights(run):
         terms = {f"train_{name}": float(np.mean(values)) for name, values in p.terms.items()}
         means = {"train_loss": float(np.mean(p.losses)), **terms, "grad_norm": float(np.mean(p.norms))}
-        row = {"epoch": p.epoch, "step": p.step, "lr": run.rate(p.step), **means, "logit_scale": run.clip.logit_scale, **validate_model(run)}
+        row = {
+            "epoch": p.epoch,
+            "step": p.step,
+            "lr": run.rate(p.step),
+            **means,
+            "logit_scale": run.clip.logit_scale,
+            **validate_model(run),
+        }
         value = row[run.recipe.metric]
         if value > p.best or not p.best_epoch:
             p.best, p.best_epoch = (value if value == value else -math.inf), p.epoch
@@ -171,7 +217,13 @@ def close_epoch(run: Run) -> None:
     save_state(run)
 
 # %% ../../nbs/trainers/01_loop.ipynb #f1232c6c
-SHORT = {"valid_item_mrr": "item MRR", "valid_mrr": "MRR", "valid_R@10": "R@10", "valid_balanced_accuracy": "balanced accuracy", "valid_zero_shot": "zero-shot"}
+SHORT = {
+    "valid_item_mrr": "item MRR",
+    "valid_mrr": "MRR",
+    "valid_R@10": "R@10",
+    "valid_balanced_accuracy": "balanced accuracy",
+    "valid_zero_shot": "zero-shot",
+}
 
 def write_history(run: Run) -> None:
     "One JSON line an epoch on disk"
@@ -192,7 +244,9 @@ def is_over(run: Run) -> bool:
     return p.step >= run.steps or bool(patience and p.history and p.history[-1]["epoch"] - p.best_epoch >= patience)
 
 # %% ../../nbs/trainers/01_loop.ipynb #e674125f
-def objective_of(clip: ClipModel, recipe: TrainConfig, labels: Tensor | None, classes: list[str], rows: Manifest) -> Objective:
+def objective_of(
+    clip: ClipModel, recipe: TrainConfig, labels: Tensor | None, classes: list[str], rows: Manifest
+) -> Objective:
     "The objective that a recipe names"
     if recipe.objective == "itemized": return Itemized(clip, recipe, rows)
     if recipe.objective != "prompts": return Contrastive(clip, recipe)
@@ -204,18 +258,40 @@ def _pairs(clip: ClipModel, train_rows: Manifest, valid_rows: Manifest, recipe: 
     "Training and validation pairs"
     texts = recipe.texts if objective.reads == "pairs" else "none"
     judged_by = "items" if recipe.texts == "items" else "caption"
-    has_texts = objective.reads == "pairs" or (objective.reads != "none" and judged_by in valid_rows and valid_rows[judged_by].notna().all())
-    if isinstance(clip, StudyModel) and recipe.augment not in (None, Augment()): raise InputError("augment varies pictures, and these are studies. Leave it out.")
-    if recipe.augment: recipe.augment.check([str(text) for column in ("caption", "items") if column in train_rows for text in train_rows[column]])
+    has_texts = objective.reads == "pairs" or (
+        objective.reads != "none" and judged_by in valid_rows and valid_rows[judged_by].notna().all()
+    )
+    if isinstance(clip, StudyModel) and recipe.augment not in (None, Augment()):
+        raise InputError("augment varies pictures, and these are studies. Leave it out.")
+    if recipe.augment:
+        recipe.augment.check(
+            [str(text) for column in ("caption", "items") if column in train_rows for text in train_rows[column]]
+        )
     if recipe.metric == "valid_mrr" and not has_texts:
-        raise InputError("Without texts to find, the metric valid_mrr cannot be measured; metric='valid_balanced_accuracy' can.")
-    return (Pairs(clip, train_rows, texts, recipe.memory_mb, recipe.flip, labels[0], num_series=recipe.num_series, seed=recipe.seed),
-            Pairs(clip, valid_rows, judged_by if has_texts else "none", recipe.memory_mb, labels=labels[1]))
+        raise InputError(
+            "Without texts to find, the metric valid_mrr cannot be measured; metric='valid_balanced_accuracy' can."
+        )
+    return (
+        Pairs(
+            clip,
+            train_rows,
+            texts,
+            recipe.memory_mb,
+            recipe.flip,
+            labels[0],
+            num_series=recipe.num_series,
+            seed=recipe.seed,
+        ),
+        Pairs(clip, valid_rows, judged_by if has_texts else "none", recipe.memory_mb, labels=labels[1]),
+    )
 
 def _gallery(clip: ClipModel, valid_rows: Manifest, recipe: TrainConfig, objective: Objective) -> ItemGallery | None:
     "The validation items to search among, where the model can"
     wanted = recipe.metric in ITEM_METRICS
-    if wanted and clip.pooling is None: raise InputError(f"The metric {recipe.metric} needs a model with a text-conditioned pooling, see `give_pooling`.")
+    if wanted and clip.pooling is None:
+        raise InputError(
+            f"The metric {recipe.metric} needs a model with a text-conditioned pooling, see `give_pooling`."
+        )
     return item_gallery(clip, valid_rows) if wanted or (objective.reads == "items" and "items" in valid_rows) else None
 
 # %% ../../nbs/trainers/01_loop.ipynb #70d9554e
@@ -228,11 +304,15 @@ def keep_frozen(clip: ClipModel, pairs: Pairs, valid: Pairs, recipe: TrainConfig
     if is_frozen(clip, "text"):
         for some in (pairs, valid): keep_features(clip, some, "text", recipe.batch_size)
 
-def _class_labels(train_rows: Manifest, valid_rows: Manifest, recipe: TrainConfig) -> tuple[list[str], list[Tensor | None]]:
+def _class_labels(
+    train_rows: Manifest, valid_rows: Manifest, recipe: TrainConfig
+) -> tuple[list[str], list[Tensor | None]]:
     "The classes of the label column, and the labels of both splits"
     classes = label_classes(train_rows, recipe.label) if recipe.label else []
     if recipe.flip and (sided := [c for c in classes if laterality(c)]):
-        raise InputError(f"flip={recipe.flip:g}, but {recipe.label!r} has a class {sided[0]!r}, and a mirrored image would have the other one. Set mirror to 0.")
+        raise InputError(
+            f"flip={recipe.flip:g}, but {recipe.label!r} has a class {sided[0]!r}, and a mirrored image would have the other one. Set mirror to 0."
+        )
     return classes, [label_ids(rows[recipe.label], classes) if classes else None for rows in (train_rows, valid_rows)]
 
 def optimizer_of(module: nn.Module, recipe: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
@@ -266,14 +346,35 @@ def begin_run(
     known = run_identity(clip, recipe, train_rows, valid_rows, objective)
     if not isinstance(clip, StudyModel): clip.model.to(memory_format=torch.channels_last) # Convolutions run about 1.4 times faster on a CPU, and faster on most GPUs
     module = nn.ModuleList([clip.model, objective])
-    if not any(p.requires_grad for p in module.parameters()): raise InputError("Every parameter is frozen; there is nothing to train.")
+    if not any(p.requires_grad for p in module.parameters()):
+        raise InputError("Every parameter is frozen; there is nothing to train.")
     if recipe.compile: clip.model.visual.compile()
     if recipe.checkpointing: set_checkpointing(clip.model)
     optimizer = accelerator.prepare(optimizer_of(module, recipe, clip.device))
-    groups = torch.tensor(pd.factorize(train_rows["group"])[0]) if "group" in train_rows else torch.full((len(train_rows),), -1)
-    return Run(clip, recipe, objective, Path(out_dir), pairs, valid, classes, groups, accelerator, module, optimizer,
-               torch.Generator().manual_seed(recipe.seed), Average(module, recipe.ema) if recipe.ema else None,
-               snapshot(moving(clip.model)) if recipe.wise_ft else {}, known, watched(train_rows, valid_rows, recipe.watch_label) if recipe.watch_label else None, gallery)
+    groups = (
+        torch.tensor(pd.factorize(train_rows["group"])[0])
+        if "group" in train_rows
+        else torch.full((len(train_rows),), -1)
+    )
+    return Run(
+        clip,
+        recipe,
+        objective,
+        Path(out_dir),
+        pairs,
+        valid,
+        classes,
+        groups,
+        accelerator,
+        module,
+        optimizer,
+        torch.Generator().manual_seed(recipe.seed),
+        Average(module, recipe.ema) if recipe.ema else None,
+        snapshot(moving(clip.model)) if recipe.wise_ft else {},
+        known,
+        watched(train_rows, valid_rows, recipe.watch_label) if recipe.watch_label else None,
+        gallery,
+    )
 
 # %% ../../nbs/trainers/01_loop.ipynb #74e14646
 @dataclass
@@ -307,7 +408,17 @@ def finalize(run: Run) -> Training:
     clear_state(run, everything=not is_managed(run))
     run.clip.model.eval()
     if recipe.checkpointing: set_checkpointing(run.clip.model, False)
-    return Training(pd.DataFrame(p.history), p.best_epoch, run.checkpoint, p.before, after, table, alpha, warning, run.objective.cut_share or run.pairs.cut_share)
+    return Training(
+        pd.DataFrame(p.history),
+        p.best_epoch,
+        run.checkpoint,
+        p.before,
+        after,
+        table,
+        alpha,
+        warning,
+        run.objective.cut_share or run.pairs.cut_share,
+    )
 
 # %% ../../nbs/trainers/01_loop.ipynb #42023737
 def train(
@@ -319,7 +430,14 @@ def train(
     **options, # Other fields of `TrainConfig`: epochs, batch_size, lr, ...
 ) -> Training: # History and the best epoch
     "Train with AdamW; raises `InputError` for what the user can mend and `FloatingPointError` if the loss is not a number"
-    run = begin_run(clip, train_rows, valid_rows, out_dir, make_config(objective, **options), None if isinstance(objective, str) else objective)
+    run = begin_run(
+        clip,
+        train_rows,
+        valid_rows,
+        out_dir,
+        make_config(objective, **options),
+        None if isinstance(objective, str) else objective,
+    )
     with tracking(run):
         _start(run)
         while not is_over(run): _epoch(run)

@@ -52,7 +52,9 @@ class Objective(nn.Module):
     def loss(self, batch: "Batch", images: Tensor, texts: Tensor | None) -> dict[str, Tensor]: # loss, and terms to tell of; means over the processes are those of one
         "The loss of the whole batch from what this process has encoded"
         texts = gather(texts) if self.reads == "pairs" else texts
-        return {"loss": self(gather(images), texts, *(gather_ids(ids) for ids in (batch.ids, batch.labels, batch.groups)))}
+        return {
+            "loss": self(gather(images), texts, *(gather_ids(ids) for ids in (batch.ids, batch.labels, batch.groups)))
+        }
 
     def forward(self, images: Tensor, texts: Tensor | None, ids: Tensor, labels: Tensor, groups: Tensor) -> Tensor: # Scalar
         "The loss of a whole batch: features (n, d), ids of texts, labels and groups (n,), -1 for unknown"
@@ -145,10 +147,24 @@ class Itemized(Objective):
         tokens, token_mask = _padded(images[:, 1:], batch.images)
         index = here(drawn.index)
         return global_itemized_losses(
-            images[:, 0], tokens, texts.index_select(0, index.flatten()).view(*index.shape, -1), here(drawn.text_mask), clip.pooling,
-            clip.model.logit_scale.exp(), clip.model.logit_bias, normal=here(None if self.normal is None else self.normal[batch.rows]),
-            text_ids=here(drawn.text_ids), token_mask=here(token_mask), weights=r.item_weights, worst_positive_factor=r.worst_positive_factor,
-            key_token_ratio=r.key_token_ratio, token_keep_prob=r.token_keep_prob, divisor=r.divisor, generator=batch.generator, chunk=r.chunk)
+            images[:, 0],
+            tokens,
+            texts.index_select(0, index.flatten()).view(*index.shape, -1),
+            here(drawn.text_mask),
+            clip.pooling,
+            clip.model.logit_scale.exp(),
+            clip.model.logit_bias,
+            normal=here(None if self.normal is None else self.normal[batch.rows]),
+            text_ids=here(drawn.text_ids),
+            token_mask=here(token_mask),
+            weights=r.item_weights,
+            worst_positive_factor=r.worst_positive_factor,
+            key_token_ratio=r.key_token_ratio,
+            token_keep_prob=r.token_keep_prob,
+            divisor=r.divisor,
+            generator=batch.generator,
+            chunk=r.chunk,
+        )
 
 def _padded(tokens: Tensor, images: Tensor | StudyBatch) -> tuple[Tensor, Tensor | None]:
     "Tokens (b, l, d) as long as those of any process, and which of them exist"

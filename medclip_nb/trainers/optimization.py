@@ -26,8 +26,15 @@ def parameter_groups(
     "Matrices decay; biases, norms and scales do not"
     apart = lambda name: bool(faster) and lr_scale != 1 and faster in name
     trained = [(apart(name), p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [{"params": [p for other, p in trained if other == own and (p.ndim >= 2) == wide], "weight_decay": weight_decay if wide else 0.0,
-               **({"lr_scale": lr_scale} if own else {})} for own in (False, True) for wide in (True, False)]
+    groups = [
+        {
+            "params": [p for other, p in trained if other == own and (p.ndim >= 2) == wide],
+            "weight_decay": weight_decay if wide else 0.0,
+            **({"lr_scale": lr_scale} if own else {}),
+        }
+        for own in (False, True)
+        for wide in (True, False)
+    ]
     return groups[:2] + [group for group in groups[2:] if group["params"]]
 
 # %% ../../nbs/trainers/06_optimization.ipynb #b38d7f8e
@@ -69,14 +76,18 @@ def set_checkpointing(
         if hasattr(trunk, "attnpool"): raise NotImplementedError # open_clip's residual networks have the method, without effect
         trunk.set_grad_checkpointing(enable)
     except (AttributeError, AssertionError, NotImplementedError):
-        raise InputError(f"checkpointing: the image tower ({type(trunk).__name__}) cannot recompute its activations; a chunk needs less memory too.") from None
+        raise InputError(
+            f"checkpointing: the image tower ({type(trunk).__name__}) cannot recompute its activations; a chunk needs less memory too."
+        ) from None
     if hasattr(text, "config"): _set_hf_checkpointing(text, enable)
     else: text.grad_checkpointing = enable
 
 def _set_hf_checkpointing(encoder: nn.Module, enable: bool) -> None:
     "The same for an encoder of transformers, whose version 5 has another name for it"
     way = "enable" if enable else "disable"
-    switch = getattr(encoder, f"activation_checkpointing_{way}", None) or getattr(encoder, f"gradient_checkpointing_{way}")
+    switch = getattr(encoder, f"activation_checkpointing_{way}", None) or getattr(
+        encoder, f"gradient_checkpointing_{way}"
+    )
     switch(*[{"use_reentrant": False}] * enable)
 
 # %% ../../nbs/trainers/06_optimization.ipynb #7d711e08
@@ -100,7 +111,10 @@ def put(
 ) -> None:
     "Write weights back; raises `InputError` where names differ"
     own = moving(module)
-    if own.keys() != weights.keys(): raise InputError(f"The stored weights do not belong to this model: {sorted(own.keys() ^ weights.keys())[:3]} differ.")
+    if own.keys() != weights.keys():
+        raise InputError(
+            f"The stored weights do not belong to this model: {sorted(own.keys() ^ weights.keys())[:3]} differ."
+        )
     for name, tensor in own.items(): tensor.copy_(weights[name])
 
 # %% ../../nbs/trainers/06_optimization.ipynb #fe9a3061
@@ -139,4 +153,7 @@ def interpolate(
     "Weights on the straight line from start to end"
     if alpha in (0, 1): return dict(end if alpha else start)
     fixed = lambda name, tensor: "lora_A" in name or not tensor.is_floating_point()
-    return {name: tensor if fixed(name, tensor) else (1 - alpha) * start[name] + alpha * tensor for name, tensor in end.items()}
+    return {
+        name: tensor if fixed(name, tensor) else (1 - alpha) * start[name] + alpha * tensor
+        for name, tensor in end.items()
+    }

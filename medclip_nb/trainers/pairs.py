@@ -50,7 +50,9 @@ def label_ids(
     unseen = [i for i, name in enumerate(names) if name not in number]
     if unseen:
         first = unseen[0]
-        raise InputError(f"{len(unseen)} rows have labels that training has not seen, first row {labels.index[first]} ({names[first]!r}).")
+        raise InputError(
+            f"{len(unseen)} rows have labels that training has not seen, first row {labels.index[first]} ({names[first]!r})."
+        )
     return torch.tensor([number[name] for name in names])
 
 # %% ../../nbs/trainers/04_pairs.ipynb #533791df
@@ -61,7 +63,10 @@ def _pair_texts(rows: Manifest, texts: str) -> list[list[str]]:
     if texts not in TEXTS: raise InputError(f"texts={texts!r}. {close_matches(texts, TEXTS)}")
     columns = {"both": ["caption", "items"], "none": []}.get(texts, [texts])
     for column in columns:
-        if column not in rows: raise InputError(f"{rows.dataset}: no column {column!r} to take texts from. {close_matches(column, rows.columns)}")
+        if column not in rows:
+            raise InputError(
+                f"{rows.dataset}: no column {column!r} to take texts from. {close_matches(column, rows.columns)}"
+            )
     return [[" ".join(t) if isinstance(t, (list, np.ndarray)) else str(t) for t in rows[column]] for column in columns]
 
 # %% ../../nbs/trainers/04_pairs.ipynb #b4f53fe3
@@ -70,7 +75,10 @@ def _images(clip: ClipModel, rows: Manifest, memory_mb: int) -> Dataset:
     if isinstance(clip, StudyModel):
         studies = ManifestStudies(rows, clip.preprocess)
         return StudyDataset(range(len(studies)), studies.__getitem__, memory_mb)
-    if "series" in rows and "image" not in rows: raise InputError(f"{rows.dataset}: its rows are studies, and {clip.spec!r} reads pictures. Take a study model, see `study_model`.")
+    if "series" in rows and "image" not in rows:
+        raise InputError(
+            f"{rows.dataset}: its rows are studies, and {clip.spec!r} reads pictures. Take a study model, see `study_model`."
+        )
     return ImageDataset(rows.paths(), clip.preprocess, memory_mb, **rows.read)
 
 class Pairs(Dataset):
@@ -88,7 +96,9 @@ class Pairs(Dataset):
     ) -> None:
         self.axis = clip.preprocess.left_right if isinstance(clip, StudyModel) else -1
         if flip and self.axis is None:
-            raise InputError(f"flip={flip:g}, but the preprocessing does not say which axis runs from left to right. Give it an orientation without thick_first, or set mirror to 0.")
+            raise InputError(
+                f"flip={flip:g}, but the preprocessing does not say which axis runs from left to right. Give it an orientation without thick_first, or set mirror to 0."
+            )
         words = [w + [swap_sides(t) for t in w] if flip else w for w in _pair_texts(rows, texts)]
         self.rows, self.flip, self.num_series, self.seed, self.epoch = rows.index, flip, num_series, seed, 1
         self.images = _images(clip, rows, memory_mb)
@@ -96,19 +106,31 @@ class Pairs(Dataset):
         self.cut_share = cut_share(clip, sorted({text for w in words for text in w}))
         self.ids = [torch.from_numpy(pd.factorize(np.array(w, dtype=object))[0]) for w in words]
         self.labels = torch.full((len(rows),), -1) if labels is None else labels
-        self.has_sides = torch.tensor((rows["plane"] != "sagittal").tolist()) if "plane" in rows else torch.ones(len(rows), dtype=torch.bool)
+        self.has_sides = (
+            torch.tensor((rows["plane"] != "sagittal").tolist())
+            if "plane" in rows
+            else torch.ones(len(rows), dtype=torch.bool)
+        )
 
     def __len__(self) -> int: return len(self.images)
     def __getitem__(self, i: int) -> tuple[Tensor | Study, int]:
         image = self.images[i]
-        return (_drawn(image, self.num_series, self.seed, self.epoch, i) if self.num_series and isinstance(image, Study) else image), i
+        return (
+            _drawn(image, self.num_series, self.seed, self.epoch, i)
+            if self.num_series and isinstance(image, Study)
+            else image
+        ), i
 
     def draw(self, positions: Tensor, generator: torch.Generator) -> tuple[Tensor | Parts | None, Tensor, Tensor]:
         "Tokens and ids of a batch's texts, of a kind drawn for the whole batch, and which images to mirror"
         kind = int(torch.randint(len(self.tokens), (1,), generator=generator)) if self.tokens else None
         mirrored = (torch.rand(len(positions), generator=generator) < self.flip) & self.has_sides[positions]
         chosen = positions + len(self) * mirrored
-        return (None, positions, mirrored) if kind is None else (self.tokens[kind][chosen], self.ids[kind][chosen], mirrored)
+        return (
+            (None, positions, mirrored)
+            if kind is None
+            else (self.tokens[kind][chosen], self.ids[kind][chosen], mirrored)
+        )
 
 # %% ../../nbs/trainers/04_pairs.ipynb #566af2fe
 def epoch_batches(
@@ -206,4 +228,8 @@ def keep_features(
             loader = DataLoader(pairs, batch_size, num_workers=num_workers, collate_fn=collate)
             batches = progress(loader, desc="features of the frozen image tower", unit="batch")
             pairs.images = torch.cat([image_features(clip, x).float().cpu() for x, _ in batches])
-        else: pairs.tokens = [torch.cat([text_features(clip, t).float().cpu() for t in kind.split(batch_size)]) for kind in pairs.tokens]
+        else:
+            pairs.tokens = [
+                torch.cat([text_features(clip, t).float().cpu() for t in kind.split(batch_size)])
+                for kind in pairs.tokens
+            ]

@@ -105,17 +105,33 @@ PASSING = ("memory_mb", "num_workers", "save_every", "resume", "state_dir", "rep
 class TrainConfig(CheckpointConfig, ItemConfig, DataConfig, OptimConfig):
     "How to train; raises `InputError` for what cannot be"
     def __post_init__(self) -> None:
-        if not self.metric: object.__setattr__(self, "metric", "valid_item_mrr" if self.objective == "itemized" else "valid_mrr")
-        known = {"objective": (*OBJECTIVES, "own"), "schedule": SCHEDULES, "metric": METRICS, "long_text": LONG_TEXT, "sampling": SAMPLINGS,
-                 "divisor": DIVISORS, "normal_rule": NORMAL_RULES, "class_weight": ("none", "balanced"), "mixed_precision": ("fp32", "bf16", "fp16"),
-                 "report_to": TRACKERS}
+        if not self.metric:
+            object.__setattr__(self, "metric", "valid_item_mrr" if self.objective == "itemized" else "valid_mrr")
+        known = {
+            "objective": (*OBJECTIVES, "own"),
+            "schedule": SCHEDULES,
+            "metric": METRICS,
+            "long_text": LONG_TEXT,
+            "sampling": SAMPLINGS,
+            "divisor": DIVISORS,
+            "normal_rule": NORMAL_RULES,
+            "class_weight": ("none", "balanced"),
+            "mixed_precision": ("fp32", "bf16", "fp16"),
+            "report_to": TRACKERS,
+        }
         for name, options in known.items():
             value = getattr(self, name)
-            if isinstance(value, str) and value not in options: raise InputError(f"{name}={value!r}. {close_matches(value, options)}")
+            if isinstance(value, str) and value not in options:
+                raise InputError(f"{name}={value!r}. {close_matches(value, options)}")
         needs = {"objective": ("labels", "prompts"), "metric": ("valid_balanced_accuracy",)}
         for name, values in needs.items():
-            if getattr(self, name) in values and not self.label: raise InputError(f"The {name} {getattr(self, name)!r} needs a label column: label=...")
-        if isinstance(self.report_to, str) and self.report_to != "none" and not importlib.util.find_spec(self.report_to):
+            if getattr(self, name) in values and not self.label:
+                raise InputError(f"The {name} {getattr(self, name)!r} needs a label column: label=...")
+        if (
+            isinstance(self.report_to, str)
+            and self.report_to != "none"
+            and not importlib.util.find_spec(self.report_to)
+        ):
             raise InputError(f"report_to={self.report_to!r}, but {self.report_to} is not installed.")
         self._check_numbers()
         self._check_reports()
@@ -125,18 +141,26 @@ class TrainConfig(CheckpointConfig, ItemConfig, DataConfig, OptimConfig):
         for name, low in least.items():
             if getattr(self, name) < low: raise InputError(f"{name} must be {low} or more, got {getattr(self, name)}.")
         for name in ("key_token_ratio", "token_keep_prob"):
-            if not 0 < getattr(self, name) <= 1: raise InputError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}.")
+            if not 0 < getattr(self, name) <= 1:
+                raise InputError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}.")
         if self.pooling_lr <= 0: raise InputError(f"pooling_lr must be above 0, got {self.pooling_lr}.")
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas): raise InputError(f"betas must be two numbers from 0 to below 1, got {self.betas}.")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise InputError(f"betas must be two numbers from 0 to below 1, got {self.betas}.")
 
     def _check_reports(self) -> None:
         for name, value in self.item_weights.items():
-            if name not in ITEM_WEIGHTS: raise InputError(f"item_weights: unknown loss {name!r}. {close_matches(name, ITEM_WEIGHTS)}")
+            if name not in ITEM_WEIGHTS:
+                raise InputError(f"item_weights: unknown loss {name!r}. {close_matches(name, ITEM_WEIGHTS)}")
             if value < 0: raise InputError(f"item_weights: {name} must be 0 or more, got {value}.")
         if not any(self.item_weights.values()): raise InputError("item_weights: every loss has a weight of 0.")
         if self.metric in ITEM_METRICS and self.objective not in ("itemized", "own"):
-            raise InputError(f"The metric {self.metric!r} is measured by the objective 'itemized', and this one is {self.objective!r}.")
-        if self.compile and self.objective == "itemized": raise InputError("compile=True has no effect on the objective 'itemized', which reads an image's tokens. Leave it out.")
+            raise InputError(
+                f"The metric {self.metric!r} is measured by the objective 'itemized', and this one is {self.objective!r}."
+            )
+        if self.compile and self.objective == "itemized":
+            raise InputError(
+                "compile=True has no effect on the objective 'itemized', which reads an image's tokens. Leave it out."
+            )
 
     @property
     def tracked(self) -> bool: return self.report_to != "none" # Whether anyone is told

@@ -74,7 +74,9 @@ class Run:
     def checkpoint(self) -> Path: return self.out_dir/"checkpoint"
 
     def rate(self, step: int) -> float: # The learning rate of a step
-        return self.recipe.lr * SCHEDULES[self.recipe.schedule](step, self.steps, round(self.recipe.warmup * (self.steps if self.recipe.warmup <= 1 else 1)))
+        return self.recipe.lr * SCHEDULES[self.recipe.schedule](
+            step, self.steps, round(self.recipe.warmup * (self.steps if self.recipe.warmup <= 1 else 1))
+        )
 
 # %% ../../nbs/trainers/08_state.ipynb #5ecef54b
 MANAGED = "MEDCLIP_NB_STATE" # Environment variable with the folder of an experiment's states, see `runs`
@@ -98,7 +100,12 @@ def run_identity(
     "What a state must agree in to be continued"
     options = {f.name: repr(getattr(recipe, f.name)) for f in fields(recipe) if f.name not in PASSING}
     start = content_hash(clip.weights_hash(), dict(objective.state_dict()))
-    return {**options, "starting weights": start, "training rows": train_rows.fingerprint(), "validation rows": valid_rows.fingerprint()}
+    return {
+        **options,
+        "starting weights": start,
+        "training rows": train_rows.fingerprint(),
+        "validation rows": valid_rows.fingerprint(),
+    }
 
 # %% ../../nbs/trainers/08_state.ipynb #48d70a0e
 def store(
@@ -145,7 +152,10 @@ def load_state(run: Run) -> bool: # Whether there was one
     if not path.is_file(): return False
     state = restore(path)
     other = [name for name, value in run.identity.items() if state["identity"].get(name) != value]
-    if other: raise InputError(f"{path} is the state of another training: {', '.join(other)} differ. Remove it, or train as before.")
+    if other:
+        raise InputError(
+            f"{path} is the state of another training: {', '.join(other)} differ. Remove it, or train as before."
+        )
     put(run.module, state["weights"])
     run.optimizer.load_state_dict(state["optimizer"])
     if run.accelerator.scaler: run.accelerator.scaler.load_state_dict(state["scaler"])

@@ -32,9 +32,16 @@ def tracker_options(
     run_name: str, # What the run is called
 ) -> dict: # Keyword arguments of Accelerate's tracker of that name
     "What keeps a tracker in the run's folder and quiet"
-    return {"wandb": {"name": run_name, "dir": str(folder), "mode": os.environ.get("WANDB_MODE", "offline"), "settings": {"silent": True, "disable_git": True}},
-            "mlflow": {"run_name": run_name, "logging_dir": (folder/"mlflow").as_uri()},
-            "trackio": {"name": run_name, "embed": False}}.get(name, {})
+    return {
+        "wandb": {
+            "name": run_name,
+            "dir": str(folder),
+            "mode": os.environ.get("WANDB_MODE", "offline"),
+            "settings": {"silent": True, "disable_git": True},
+        },
+        "mlflow": {"run_name": run_name, "logging_dir": (folder / "mlflow").as_uri()},
+        "trackio": {"name": run_name, "embed": False},
+    }.get(name, {})
 
 def keep_local(
     name: str, # Of a tracker
@@ -62,7 +69,11 @@ def accelerator_of(
 
 def settings(run: Run) -> dict[str, bool | int | float | str]:
     "What a tracker notes about a run, in types that all of them take"
-    values = {f.name: getattr(run.recipe, f.name) for f in fields(run.recipe) if f.name not in ("report_to", "state_dir", "resume")}
+    values = {
+        f.name: getattr(run.recipe, f.name)
+        for f in fields(run.recipe)
+        if f.name not in ("report_to", "state_dir", "resume")
+    }
     own = {"model": run.clip.spec, "training_rows": len(run.pairs), "processes": run.accelerator.num_processes}
     return own | {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()}
 
@@ -78,7 +89,9 @@ def tracking(
     folder = run.out_dir.resolve()
     name = run.recipe.report_to if isinstance(run.recipe.report_to, str) else run.recipe.report_to.name
     if run.accelerator.is_main_process: keep_local(name, folder)
-    run.accelerator.init_trackers(PROJECT, settings(run), {name: tracker_options(name, folder, os.environ.get(RUN, folder.name))})
+    run.accelerator.init_trackers(
+        PROJECT, settings(run), {name: tracker_options(name, folder, os.environ.get(RUN, folder.name))}
+    )
     try: yield
     finally:
         for tracker in run.accelerator.trackers: tracker.finish()
@@ -88,4 +101,7 @@ def track(
     row: dict, # An epoch of its history
 ) -> None:
     "Tell the trackers about an epoch"
-    if run.recipe.tracked: run.accelerator.log({k.replace("@", "_at_"): v for k, v in row.items() if k not in ("epoch", "step")}, step=row["step"])
+    if run.recipe.tracked:
+        run.accelerator.log(
+            {k.replace("@", "_at_"): v for k, v in row.items() if k not in ("epoch", "step")}, step=row["step"]
+        )

@@ -35,10 +35,14 @@ from .recipe import TrainConfig
 from .state import Run
 
 # %% ../../nbs/trainers/09_validation.ipynb #896fb20c
-def _encoded(clip: ClipModel, pairs: Pairs, batch_size: int, num_workers: int, rows: slice, look: Callable) -> tuple[Tensor | None, ...]:
+def _encoded(
+    clip: ClipModel, pairs: Pairs, batch_size: int, num_workers: int, rows: slice, look: Callable
+) -> tuple[Tensor | None, ...]:
     "What `look` finds in images, batch by batch, and features of the first kind of texts"
     at, texts = range(len(pairs))[rows], pairs.tokens[0] if pairs.tokens else None
-    loader = DataLoader(Subset(pairs, at), batch_size, num_workers=num_workers, generator=torch.Generator(), collate_fn=collate)
+    loader = DataLoader(
+        Subset(pairs, at), batch_size, num_workers=num_workers, generator=torch.Generator(), collate_fn=collate
+    )
     with clip.inference():
         read = lambda i: None if texts is None else text_features(clip, texts[i])
         parts = [[None if x is None else x.float().cpu() for x in (*look(images), read(i))] for images, i in loader]
@@ -76,7 +80,9 @@ def _against_items(clip: ClipModel, images: Tensor | StudyBatch, texts: Tensor) 
     features, tokens = forward_image_tokens(clip, images)
     mask = images.token_mask(tokens.shape[1]) if isinstance(images, StudyBatch) else None
     if mask is None: return features, item_similarity(tokens, texts, clip.pooling)
-    return features, torch.cat([item_similarity(own[real][None], texts, clip.pooling) for own, real in zip(tokens, mask)])
+    return features, torch.cat(
+        [item_similarity(own[real][None], texts, clip.pooling) for own, real in zip(tokens, mask)]
+    )
 
 def encode_with_items(
     clip: ClipModel, # The model as it is, with a pooling
@@ -87,7 +93,9 @@ def encode_with_items(
     rows: slice = slice(None), # Which of them
 ) -> tuple[Tensor, Tensor | None, Tensor]: # As `encode_pairs`, and the similarity (n, m) of images and items
     "Encode pairs and compare their images with items, batch by batch"
-    images, similarity, captions = _encoded(clip, pairs, batch_size, num_workers, rows, lambda images: _against_items(clip, images, texts))
+    images, similarity, captions = _encoded(
+        clip, pairs, batch_size, num_workers, rows, lambda images: _against_items(clip, images, texts)
+    )
     return images, captions, similarity
 
 def gallery_features(
@@ -97,7 +105,8 @@ def gallery_features(
     some: slice = slice(None), # Which of them
 ) -> Tensor: # (m, d) on the device of the model, not normalised
     "Features of the items to search among"
-    with clip.inference(): return torch.cat([text_features(clip, part).float() for part in gallery.texts[some].split(batch_size)])
+    with clip.inference():
+        return torch.cat([text_features(clip, part).float() for part in gallery.texts[some].split(batch_size)])
 
 # %% ../../nbs/trainers/09_validation.ipynb #47c65dd4
 def best_ranks(
@@ -116,11 +125,24 @@ def item_values(
     chunk: int = 1024, # Queries ranked at once
 ) -> dict[str, float]: # valid_item_mrr, valid_item_R@1, valid_item_R@10
     "Means of both directions; images without items are not asked for"
-    images = torch.cat([best_ranks(part, gallery.positives(slice(i * chunk, (i + 1) * chunk))) for i, part in enumerate(similarity.split(chunk))])
+    images = torch.cat(
+        [
+            best_ranks(part, gallery.positives(slice(i * chunk, (i + 1) * chunk)))
+            for i, part in enumerate(similarity.split(chunk))
+        ]
+    )
     right = gallery.positives()
-    texts = torch.cat([best_ranks(similarity[:, i:i + chunk].T, right[:, i:i + chunk].T) for i in range(0, similarity.shape[1], chunk)])
+    texts = torch.cat(
+        [
+            best_ranks(similarity[:, i : i + chunk].T, right[:, i : i + chunk].T)
+            for i in range(0, similarity.shape[1], chunk)
+        ]
+    )
     ways = [rank_metrics(ranks.numpy(), ks=(1, 10)) for ranks in (images, texts)]
-    return {f"valid_item_{name}": (ways[0][key] + ways[1][key]) / 2 for name, key in (("mrr", "MRR"), ("R@1", "R@1"), ("R@10", "R@10"))}
+    return {
+        f"valid_item_{name}": (ways[0][key] + ways[1][key]) / 2
+        for name, key in (("mrr", "MRR"), ("R@1", "R@1"), ("R@10", "R@10"))
+    }
 
 # %% ../../nbs/trainers/09_validation.ipynb #d082b374
 def sentences_of(recipe: TrainConfig, classes: list[str]) -> list[list[str]]:
@@ -167,7 +189,8 @@ def validate_model(run: Run) -> dict[str, float]:
     if similarity is not None: found |= item_values(similarity, run.gallery)
     if run.classes:
         labels, classes = run.valid.labels, run.classes
-        if type(run.objective).scores is Objective.scores: value = prompt_accuracy(run.clip, images, labels, classes, run.recipe)
+        if type(run.objective).scores is Objective.scores:
+            value = prompt_accuracy(run.clip, images, labels, classes, run.recipe)
         else:
             with torch.no_grad(): value = _accuracy(labels, run.objective.scores(images.to(run.clip.device)), classes)
         found["valid_balanced_accuracy"] = value
@@ -181,8 +204,10 @@ def collapse(before: dict, after: dict, column: str) -> str:
     "A warning where zero-shot accuracy has collapsed"
     was, now = before.get("valid_zero_shot", 0), after.get("valid_zero_shot", 0)
     if was - now <= COLLAPSE: return ""
-    return (f"Zero-shot accuracy on {column!r} fell from {was:.3f} to {now:.3f} (balanced, validation): the towers have drifted apart. "
-            "A smaller learning rate, fewer epochs or a point nearer to the starting weights (wise) keep more of it.")
+    return (
+        f"Zero-shot accuracy on {column!r} fell from {was:.3f} to {now:.3f} (balanced, validation): the towers have drifted apart. "
+        "A smaller learning rate, fewer epochs or a point nearer to the starting weights (wise) keep more of it."
+    )
 
 def sweep(run: Run) -> tuple[pd.DataFrame, float]: # One row a point, and the best of them
     "Measure the line between starting and final weights, and stay at its best point; of equal ones the nearest to the end"

@@ -29,7 +29,10 @@ def _find_table(root: Path, table: str | None) -> Path:
     found = sorted(p for p in path.iterdir() if p.suffix.lower() in (".csv", ".tsv", ".tab"))
     if len(found) == 1: return found[0]
     names = ", ".join(p.name for p in found[:8])
-    raise InputError(f"{path}: " + (f"several tables ({names}); name one with the option 'table'." if found else "no .csv or .tsv file in it."))
+    raise InputError(
+        f"{path}: "
+        + (f"several tables ({names}); name one with the option 'table'." if found else "no .csv or .tsv file in it.")
+    )
 
 # %% ../../../nbs/datasets/readers/02_basic.ipynb #02a5a542
 def _items(cells: Iterable, where: str) -> list[list[str]]:
@@ -40,7 +43,9 @@ def _items(cells: Iterable, where: str) -> list[list[str]]:
         elif re.match(r'\s*\[\s*["\]]', cell):
             try: found.append([str(item) for item in json.loads(cell)])
             except (ValueError, RecursionError):
-                raise InputError(f"{where}, row {row}: the items are not a JSON list of texts ({cell[:60]!r}).") from None
+                raise InputError(
+                    f"{where}, row {row}: the items are not a JSON list of texts ({cell[:60]!r})."
+                ) from None
         else: found.append([item.strip() for item in cell.split("|") if item.strip()])
     return found
 
@@ -49,7 +54,8 @@ def _image_paths(root: Path, paths: pd.Series, where: str) -> list[str]:
     for base in {os.path.join(os.path.abspath(root), ""), os.path.join(os.path.realpath(root), "")}:
         paths = paths.mask(paths.str.startswith(base), paths.str.slice(len(base)))
     try: return safe_paths(root, paths.tolist(), where)
-    except InputError as error: raise InputError(f"{error} Or name the folder that holds all images with the option image_root.") from None
+    except InputError as error:
+        raise InputError(f"{error} Or name the folder that holds all images with the option image_root.") from None
 
 # %% ../../../nbs/datasets/readers/02_basic.ipynb #52bcbd9b
 @register("csv")
@@ -69,11 +75,14 @@ def read_csv(
     if columns: data = pd.DataFrame({n: data[c] for n, c in columns.items()} | {c: data[c] for c in rest})
     if "image" not in data:
         there = ", ".join(map(repr, data.columns))
-        raise InputError(f"{path}: no column 'image'. It has {there}; map one with the option columns={{'image': ...}}.")
+        raise InputError(
+            f"{path}: no column 'image'. It has {there}; map one with the option columns={{'image': ...}}."
+        )
     empty = data.index[data["image"].isna()]
     if len(empty): raise InputError(f"{path}, row {empty[0] + 2}: the image path is empty ({len(empty)} such rows).")
     for column in labels:
-        if column not in data: raise InputError(f"{path}: no label column {column!r}. {close_matches(column, data.columns)}")
+        if column not in data:
+            raise InputError(f"{path}: no label column {column!r}. {close_matches(column, data.columns)}")
     where = Path(image_root) if image_root else path.parent
     data["image"] = _image_paths(where, data["image"], str(path))
     if "items" in data: data["items"] = _items(data["items"], str(path))
@@ -86,7 +95,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 def _list_images(root: Path) -> tuple[list[str], list[dict]]:
     "Image files below a folder, sorted, and the links that were not followed"
     images, links = [], []
-    def passed_over(path: str, kind: str): links.append(dict(row=path, kind=kind, message=f"{path}: a {kind} is not followed"))
+    def passed_over(path: str, kind: str):
+        links.append(dict(row=path, kind=kind, message=f"{path}: a {kind} is not followed"))
     for folder, folders, files in os.walk(root):
         below = "" if Path(folder) == root else Path(folder).relative_to(root).as_posix() + "/"
         linked = lambda file: os.path.islink(os.path.join(folder, file))
@@ -114,7 +124,8 @@ def read_imagefolder(
     tops = {p[0].lower() for p in parts}
     split = len(tops & {"train", "test", *SPLIT_NAMES}) > 0 and tops <= {"train", "valid", "test", *SPLIT_NAMES}
     shallow = next((image for image, p in zip(images, parts) if len(p) < 2 + split), None)
-    if shallow: raise InputError(f"{root/shallow}: lies in no class folder; expected {'split/' if split else ''}class/image.")
+    if shallow:
+        raise InputError(f"{root/shallow}: lies in no class folder; expected {'split/' if split else ''}class/image.")
     names = class_names or {}
     data = pd.DataFrame({"image": images, "label": [names.get(p[split], p[split]) for p in parts]})
     if split: data["split"] = [p[0] for p in parts]

@@ -14,26 +14,58 @@ import pandas as pd
 
 from ...core import InputError
 from ..paths import safe_paths
+from .common import finding, listed_items, read_json
 from ..registry import register
 from ..reports import report_items
 from ..tables import read_table
-from .common import finding, listed_items, read_json
 
 # %% ../../../nbs/datasets/readers/09_chest_ct.ipynb #e4d8fa1f
 CT_RATE_FINDINGS = (
-    "Medical material", "Arterial wall calcification", "Cardiomegaly", "Pericardial effusion", "Coronary artery wall calcification",
-    "Hiatal hernia", "Lymphadenopathy", "Emphysema", "Atelectasis", "Lung nodule", "Lung opacity", "Pulmonary fibrotic sequela",
-    "Pleural effusion", "Mosaic attenuation pattern", "Peribronchial thickening", "Consolidation", "Bronchiectasis",
-    "Interlobular septal thickening")
+    "Medical material",
+    "Arterial wall calcification",
+    "Cardiomegaly",
+    "Pericardial effusion",
+    "Coronary artery wall calcification",
+    "Hiatal hernia",
+    "Lymphadenopathy",
+    "Emphysema",
+    "Atelectasis",
+    "Lung nodule",
+    "Lung opacity",
+    "Pulmonary fibrotic sequela",
+    "Pleural effusion",
+    "Mosaic attenuation pattern",
+    "Peribronchial thickening",
+    "Consolidation",
+    "Bronchiectasis",
+    "Interlobular septal thickening",
+)
 PROTOCOL_CLASSES = (
-    "Emphysema", "Atelectasis", "Lung nodule", "Lung opacity", "Pulmonary fibrotic sequela", "Pleural effusion",
-    "Mosaic attenuation pattern", "Peribronchial thickening", "Consolidation", "Bronchiectasis", "Interlobular septal thickening",
-    "Cardiomegaly", "Pericardial effusion", "Coronary artery wall calcification", "Hiatal hernia", "Arterial wall calcification")
+    "Emphysema",
+    "Atelectasis",
+    "Lung nodule",
+    "Lung opacity",
+    "Pulmonary fibrotic sequela",
+    "Pleural effusion",
+    "Mosaic attenuation pattern",
+    "Peribronchial thickening",
+    "Consolidation",
+    "Bronchiectasis",
+    "Interlobular septal thickening",
+    "Cardiomegaly",
+    "Pericardial effusion",
+    "Coronary artery wall calcification",
+    "Hiatal hernia",
+    "Arterial wall calcification",
+)
 
 # %% ../../../nbs/datasets/readers/09_chest_ct.ipynb #c4068ff0
 VOLUME = re.compile(r"(?P<patient>(?P<split>train|valid)_\d+)_(?P<scan>[a-z]+)_(?P<recon>\d+)")
-CT_TABLES = {"reports": "radiology_text_reports/{long}_reports.csv", "labels": "multi_abnormality_labels/{short}_predicted_labels.csv",
-             "metadata": "metadata/{long}_metadata.csv"}
+CT_TABLES = {
+    "reports": "radiology_text_reports/{long}_reports.csv",
+    "labels": "multi_abnormality_labels/{short}_predicted_labels.csv",
+    "metadata": "metadata/{long}_metadata.csv",
+}
 CT_COLUMNS = {"reports": ("Findings_EN", "Impressions_EN"), "labels": CT_RATE_FINDINGS, "metadata": ()}
 
 def _ct_tables(base: Path, split: str) -> dict[str, tuple[Path, pd.DataFrame]]:
@@ -49,7 +81,9 @@ def _ct_tables(base: Path, split: str) -> dict[str, tuple[Path, pd.DataFrame]]:
         wrong = volume.index[~volume.str.fullmatch(VOLUME)]
         if len(wrong):
             name = table["VolumeName"][wrong[0]]
-            raise InputError(f"{path}, row {wrong[0] + 2}: VolumeName is {name!r}. It should be like {split}_1_a_1.nii.gz.")
+            raise InputError(
+                f"{path}, row {wrong[0] + 2}: VolumeName is {name!r}. It should be like {split}_1_a_1.nii.gz."
+            )
         tables[kind] = path, table.assign(volume=volume).drop_duplicates("volume").set_index("volume")
     return tables
 
@@ -62,7 +96,11 @@ def _ct_left_out(base: Path, split: str, volumes: pd.Index, non_chest: bool) -> 
     path = next((p for p in (base / "metadata" / name, base / name) if p.is_file()), None)
     lines = path.read_text(encoding="utf-8").split() if path and not non_chest else []
     listed = {line.split("/")[-1].removesuffix(".nii.gz"): f"not a chest scan, says {name}" for line in lines}
-    return {v: why for v, why in (listed | {v: "unusable, left out by upstream too" for v in UNUSABLE_VOLUMES}).items() if v in volumes}
+    return {
+        v: why
+        for v, why in (listed | {v: "unusable, left out by upstream too" for v in UNUSABLE_VOLUMES}).items()
+        if v in volumes
+    }
 
 # %% ../../../nbs/datasets/readers/09_chest_ct.ipynb #4ec688c2
 PLANE = re.compile(r"\[([\d.]{1,20}), ?([\d.]{1,20})\]")
@@ -78,7 +116,9 @@ def _ct_metadata(table: pd.DataFrame, fixed: bool) -> pd.DataFrame:
     if "RescaleIntercept" in table: out["intercept"] = number(table["RescaleIntercept"])
     if {"XYSpacing", "ZSpacing"} <= set(table):
         plane = [PLANE.fullmatch(cell) if isinstance(cell, str) else None for cell in table["XYSpacing"]]
-        out["spacing"] = [[z, float(p[2]), float(p[1])] if p and z > 0 else None for p, z in zip(plane, number(table["ZSpacing"]))]
+        out["spacing"] = [
+            [z, float(p[2]), float(p[1])] if p and z > 0 else None for p, z in zip(plane, number(table["ZSpacing"]))
+        ]
     return pd.DataFrame(out, index=table.index)
 
 def _fixed_or_not(root: Path, base: Path, split: str) -> str:
@@ -90,7 +130,11 @@ NORMAL_ITEMS = ("no significant abnormalities", "no abnormalities detected")
 
 def _ct_texts(reports: pd.DataFrame, text: str) -> pd.DataFrame:
     "Caption and items of every report; texts without words are empty"
-    clean = reports[list(CT_COLUMNS["reports"])].fillna("").apply(lambda column: column.str.replace(r"\s+", " ", regex=True).str.strip())
+    clean = (
+        reports[list(CT_COLUMNS["reports"])]
+        .fillna("")
+        .apply(lambda column: column.str.replace(r"\s+", " ", regex=True).str.strip())
+    )
     clean = clean.mask(clean.apply(lambda column: column.str.fullmatch(r"(?i)not given\.?")), "")
     findings, impression = clean["Findings_EN"], clean["Impressions_EN"]
     caption = {"findings": findings, "impression": impression, "both": (findings + " " + impression).str.strip()}[text]
@@ -100,7 +144,8 @@ def _ct_texts(reports: pd.DataFrame, text: str) -> pd.DataFrame:
 def _ct_items(path: Path) -> dict[str, list[str]]:
     "Scan -> items of a JSON made for ItemizedCLIP or HLIP"
     found = read_json(path)
-    if not isinstance(found, dict): raise InputError(f"{path}: should be an object of scans, but is a {type(found).__name__}.")
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: should be an object of scans, but is a {type(found).__name__}.")
     for scan, entry in found.items():
         if not isinstance(entry, dict) or not isinstance(entry.get("report"), list):
             raise InputError(f'{path}, scan {scan!r}: expected {{"recons": [volumes], "report": [items]}}.')
@@ -119,14 +164,22 @@ def _ct_split(root: Path, base: Path, split: str, text: str, non_chest: bool) ->
     out = volumes.to_series().str.extract(VOLUME)[["patient", "scan"]].rename(columns={"patient": "group"})
     out["scan"] = out["group"] + "_" + out["scan"]
     folder = _fixed_or_not(root, base, split)
-    out.insert(0, "image", safe_paths(root, folder + "/" + out["group"] + "/" + out["scan"] + "/" + volumes + ".nii.gz", path.name))
+    out.insert(
+        0,
+        "image",
+        safe_paths(root, folder + "/" + out["group"] + "/" + out["scan"] + "/" + volumes + ".nii.gz", path.name),
+    )
     out["split"] = split
     if "reports" in tables: out = out.join(_ct_texts(tables["reports"][1].loc[volumes], text))
     if "labels" in tables:
         path, labels = tables["labels"]
         numbered = labels.reset_index(drop=True)
-        out = out.join(pd.DataFrame({c: finding(numbered[c], str(path)) for c in CT_RATE_FINDINGS}).set_axis(labels.index))
-    return out.join(_ct_metadata(tables["metadata"][1], folder.endswith("_fixed"))) if "metadata" in tables else out, skipped
+        out = out.join(
+            pd.DataFrame({c: finding(numbered[c], str(path)) for c in CT_RATE_FINDINGS}).set_axis(labels.index)
+        )
+    return out.join(
+        _ct_metadata(tables["metadata"][1], folder.endswith("_fixed"))
+    ) if "metadata" in tables else out, skipped
 
 # %% ../../../nbs/datasets/readers/09_chest_ct.ipynb #073599d1
 def _with_items(table: pd.DataFrame, items: dict[str, list[str]]) -> list[dict]:
@@ -161,30 +214,50 @@ def read_ct_rate(
 ) -> pd.DataFrame: # image or series, caption, items, 18 findings, group (patient), scan, split, age, sex, slope, intercept, spacing
     "Read CT-RATE; raises `InputError` for missing tables or columns, and for names that are no volume"
     if rows not in ("volume", "scan"): raise InputError(f"rows={rows!r}: use 'volume' or 'scan'.")
-    if text not in ("findings", "impression", "both"): raise InputError(f"text={text!r}: use 'findings', 'impression' or 'both'.")
+    if text not in ("findings", "impression", "both"):
+        raise InputError(f"text={text!r}: use 'findings', 'impression' or 'both'.")
     if classes not in ("all", "protocol"): raise InputError(f"classes={classes!r}: use 'all' or 'protocol'.")
     root = Path(root)
     base = root / "dataset" if (root / "dataset").is_dir() else root
     parts = [_ct_split(root, base, split, text, non_chest) for split in ("train", "valid")]
     if not any(len(t) for t, _ in parts):
         tables = "radiology_text_reports/train_reports.csv nor multi_abnormality_labels/train_predicted_labels.csv"
-        raise InputError(f"{base}: neither {tables}, nor those of the validation split. Download the tables beside the volumes.")
+        raise InputError(
+            f"{base}: neither {tables}, nor those of the validation split. Download the tables beside the volumes."
+        )
     table, skipped = pd.concat([t for t, _ in parts if len(t)]), [s for _, more in parts for s in more]
     if items_json: skipped += _with_items(table, _ct_items(Path(items_json)))
     if "caption" in table:
         empty = table.index[table["caption"] == ""]
         skipped += [{"row": v, "kind": "empty report", "message": f"{v}: no text; the volume is kept"} for v in empty]
     if rows == "scan": table = _by_scan(table)
-    table.attrs.update(labels=[c for c in (PROTOCOL_CLASSES if classes == "protocol" else CT_RATE_FINDINGS) if c in table], skipped=skipped)
+    table.attrs.update(
+        labels=[c for c in (PROTOCOL_CLASSES if classes == "protocol" else CT_RATE_FINDINGS) if c in table],
+        skipped=skipped,
+    )
     return table
 
 # %% ../../../nbs/datasets/readers/09_chest_ct.ipynb #66918ec6
-LUNG = ("left_upper", "left_mid", "left_lower", "right_upper", "right_mid", "right_lower", "right_lung", "left_lung", "lung")
+LUNG = (
+    "left_upper",
+    "left_mid",
+    "left_lower",
+    "right_upper",
+    "right_mid",
+    "right_lower",
+    "right_lung",
+    "left_lung",
+    "lung",
+)
 RAD_CLASSES = {
     "Emphysema": ("emphysema", (), ""),
     "Atelectasis": ("atelectasis", (), ""),
     "Lung nodule": ("nodule", LUNG, "anywhere in the body unless restricted"),
-    "Lung opacity": ("opacity", LUNG, "anywhere unless restricted; ground glass and consolidation are labels of their own"),
+    "Lung opacity": (
+        "opacity",
+        LUNG,
+        "anywhere unless restricted; ground glass and consolidation are labels of their own",
+    ),
     "Pulmonary fibrotic sequela": ("fibrosis", (), "scarring, reticulation and bands are labels of their own"),
     "Pleural effusion": ("pleural_effusion", (), ""),
     "Peribronchial thickening": ("bronchial_wall_thickening", (), "the wall, not the tissue around it"),
@@ -193,9 +266,17 @@ RAD_CLASSES = {
     "Interlobular septal thickening": ("septal_thickening", (), "any septal thickening"),
     "Cardiomegaly": ("cardiomegaly", (), ""),
     "Pericardial effusion": ("pericardial_effusion", (), ""),
-    "Coronary artery wall calcification": ("calcification", ("heart",), "anywhere unless restricted; the heart includes its valves"),
+    "Coronary artery wall calcification": (
+        "calcification",
+        ("heart",),
+        "anywhere unless restricted; the heart includes its valves",
+    ),
     "Hiatal hernia": ("hernia", ("diaphragm", "esophagus", "stomach"), "any hernia unless restricted"),
-    "Arterial wall calcification": ("calcification", ("aorta", "pulmonary_artery"), "anywhere unless restricted; small arteries have no place"),
+    "Arterial wall calcification": (
+        "calcification",
+        ("aorta", "pulmonary_artery"),
+        "anywhere unless restricted; small arteries have no place",
+    ),
 }
 
 # %% ../../../nbs/datasets/readers/09_chest_ct.ipynb #53d78e6f
@@ -208,7 +289,9 @@ def _merged(table: pd.DataFrame, columns: list[str], where: str) -> pd.Series:
         row, column = wrong.stack().idxmax()
         raise InputError(f"{where}, row {row + 2}: {column} is {cells.loc[row, column]!r}. It should be 0 or 1.")
     yes, known = ones.any(axis=1), cells.notna().any(axis=1)
-    return pd.Series(["present" if y else "absent" if k else None for y, k in zip(yes, known)], index=table.index, dtype=object)
+    return pd.Series(
+        ["present" if y else "absent" if k else None for y, k in zip(yes, known)], index=table.index, dtype=object
+    )
 
 def _rad_labels(table: pd.DataFrame, classes: str, scope: str, where: str) -> pd.DataFrame:
     "One column a class, merged over places"
@@ -218,9 +301,12 @@ def _rad_labels(table: pd.DataFrame, classes: str, scope: str, where: str) -> pd
     labels = {}
     for label, (abnormality, places, _) in wanted.items():
         if abnormality not in columns:
-            raise InputError(f"{where}: no column '{abnormality}*...'. It should have 84 abnormalities times 52 places.")
+            raise InputError(
+                f"{where}: no column '{abnormality}*...'. It should have 84 abnormalities times 52 places."
+            )
         chosen = [c for c in columns[abnormality] if scope == "any" or not places or c.split("*")[-1] in places]
-        if not chosen: raise InputError(f"{where}: no column for {abnormality} in {', '.join(places)}. Use scope='any'.")
+        if not chosen:
+            raise InputError(f"{where}: no column for {abnormality} in {', '.join(places)}. Use scope='any'.")
         labels[label] = _merged(table, chosen, where)
     return pd.DataFrame(labels, index=table.index)
 
@@ -254,11 +340,15 @@ def read_rad_chestct(
         part = pd.DataFrame({"image": image, "volume": table["NoteAcc_DEID"], "split": split})
         parts.append(part.join(_rad_labels(table, classes, scope, str(path))))
     if not parts:
-        raise InputError(f"{root}: no img{{train,valid,test}}_Abnormality_and_Location_Labels.csv in it. Download them beside the volumes.")
+        raise InputError(
+            f"{root}: no img{{train,valid,test}}_Abnormality_and_Location_Labels.csv in it. Download them beside the volumes."
+        )
     out, skipped = pd.concat(parts, ignore_index=True), []
     labels = list(out.columns[3:])
     out["group"], out["spacing"] = _rad_patients(root, out["volume"]), [[0.8, 0.8, 0.8] for _ in range(len(out))]
     if not (root / "Summary_3630.csv").is_file():
-        skipped.append({"row": -1, "kind": "unknown patient", "message": "no Summary_3630.csv: every volume is its own group"})
+        skipped.append(
+            {"row": -1, "kind": "unknown patient", "message": "no Summary_3630.csv: every volume is its own group"}
+        )
     out.attrs.update(labels=labels, skipped=skipped)
     return out

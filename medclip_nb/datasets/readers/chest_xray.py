@@ -17,14 +17,27 @@ import pandas as pd
 
 from ...core import InputError, progress
 from ..paths import safe_paths
+from .common import first_of, keep_texts, passed_over, table_with
 from ..registry import register
 from ..reports import report_sections, report_text
-from .common import first_of, keep_texts, passed_over, table_with
 
 # %% ../../../nbs/datasets/readers/06_chest_xray.ipynb #4974da5c
 CHEXPERT_FINDINGS = (
-    "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation", "Pneumonia",
-    "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices")
+    "No Finding",
+    "Enlarged Cardiomediastinum",
+    "Cardiomegaly",
+    "Lung Opacity",
+    "Lung Lesion",
+    "Edema",
+    "Consolidation",
+    "Pneumonia",
+    "Atelectasis",
+    "Pneumothorax",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Fracture",
+    "Support Devices",
+)
 
 def finding_columns(
     data: pd.DataFrame, # Cells 1, 0, -1 or empty, as text; index n is row n + 2 of the file
@@ -33,7 +46,8 @@ def finding_columns(
     blank: str = "unknown", # What an empty cell becomes: unknown or absent
 ) -> pd.DataFrame: # present, absent or None; the columns are the findings of CheXpert that `data` has, in their order
     "Findings as the CheXpert and NegBio labellers write them; raises `InputError` for any other value"
-    if uncertain not in ("unknown", "ones", "zeros"): raise InputError(f"uncertain={uncertain!r}: use 'unknown', 'ones' or 'zeros'.")
+    if uncertain not in ("unknown", "ones", "zeros"):
+        raise InputError(f"uncertain={uncertain!r}: use 'unknown', 'ones' or 'zeros'.")
     if blank not in ("unknown", "absent"): raise InputError(f"blank={blank!r}: use 'unknown' or 'absent'.")
     found = [c for c in CHEXPERT_FINDINGS if c in data]
     if not found: raise InputError(f"{where}: no column of findings, such as 'Cardiomegaly' or 'Pleural Effusion'.")
@@ -41,10 +55,14 @@ def finding_columns(
     wrong = data[found].notna() & ~number.isin([1, 0, -1])
     for column in wrong.columns[wrong.any()]:
         row = wrong.index[wrong[column]][0]
-        raise InputError(f"{where}, row {row + 2}: {column!r} is {data.at[row, column]!r}; expected 1, 0, -1 or nothing.")
+        raise InputError(
+            f"{where}, row {row + 2}: {column!r} is {data.at[row, column]!r}; expected 1, 0, -1 or nothing."
+        )
     value = {1: "present", 0: "absent", -1: {"unknown": None, "ones": "present", "zeros": "absent"}[uncertain]}
     empty = {"unknown": None, "absent": "absent"}[blank]
-    return pd.DataFrame({c: [value[v] if v == v else empty for v in number[c]] for c in found}, index=data.index, dtype=object)
+    return pd.DataFrame(
+        {c: [value[v] if v == v else empty for v in number[c]] for c in found}, index=data.index, dtype=object
+    )
 
 # %% ../../../nbs/datasets/readers/06_chest_xray.ipynb #76c9eed6
 def _covid_table(path: Path) -> pd.DataFrame:
@@ -82,7 +100,9 @@ def read_covid_chestxray(
     finding = data["finding"].str.strip().where(lambda f: ~f.str.lower().isin(["todo", "unknown"]))
     parts = [[p.strip() for p in f.split("/") if p.strip()] if isinstance(f, str) else [] for f in finding]
     image = safe_paths(root, data["folder"].fillna("images") + "/" + name, path.name)
-    data = data.assign(image=image, label=[_part(p, level) for p in parts], findings=parts, group=data["patientid"].fillna(name))
+    data = data.assign(
+        image=image, label=[_part(p, level) for p in parts], findings=parts, group=data["patientid"].fillna(name)
+    )
     data = data[(name != "") & ~packed & ~other]
     data, notes = keep_texts(data, texts)
     if data["caption"].isna().all(): data = data.drop(columns="caption")
@@ -114,13 +134,21 @@ def _chexpert_part(path: Path, root: Path, places: dict[str, str], prefix: str) 
     inner = data["Path"].fillna("").str.extract(r"(?:^|/)((?:train|valid|val|test)/(patient\d+)/(study\d+)/.+)$")
     if (bad := inner[0].isna()).any():
         row = data.index[bad][0]
-        raise InputError(f"{path}, row {row + 2}: {data['Path'][row]!r} is not a path such as train/patient00001/study1/view1_frontal.jpg.")
+        raise InputError(
+            f"{path}, row {row + 2}: {data['Path'][row]!r} is not a path such as train/patient00001/study1/view1_frontal.jpg."
+        )
     split = inner[0].str.split("/").str[0]
     unit = split + "/" + inner[1]
     folder = unit.map(places).fillna(prefix + split) if places else prefix + split
     rest = inner[0].str.split("/", n=1).str[1]
-    data = data.assign(image=safe_paths(root, folder + "/" + rest, path.name), split=split, group=inner[1], study=inner[2])
-    view = data["Frontal/Lateral"] if "Frontal/Lateral" in data else inner[0].str.extract("_(frontal|lateral)", expand=False)
+    data = data.assign(
+        image=safe_paths(root, folder + "/" + rest, path.name), split=split, group=inner[1], study=inner[2]
+    )
+    view = (
+        data["Frontal/Lateral"]
+        if "Frontal/Lateral" in data
+        else inner[0].str.extract("_(frontal|lateral)", expand=False)
+    )
     data = data.assign(view=view.str.lower()).drop(columns=["Path", "Frontal/Lateral"], errors="ignore")
     return data.rename(columns={"AP/PA": "projection", "Sex": "sex", "Age": "age"})
 
@@ -136,7 +164,11 @@ def read_chexpert(
     places = _chexpert_places(home)
     top = home.parent if places else home
     prefix = f"{home.name}/" if places else ""
-    tables = [p for p in (home/"train.csv", home/"valid.csv", first_of(home, ["test.csv", "test_labels.csv"])) if p and p.is_file()]
+    tables = [
+        p
+        for p in (home / "train.csv", home / "valid.csv", first_of(home, ["test.csv", "test_labels.csv"]))
+        if p and p.is_file()
+    ]
     parts = []
     for path in tables:
         part = _chexpert_part(path, top, places, prefix)
@@ -160,13 +192,20 @@ def _mimic_table(root: Path, name: str, columns: Iterable[str]) -> tuple[pd.Data
 def _mimic_images(root: Path) -> pd.DataFrame:
     "Every image with its place, its split and, if that is known, its view"
     data, path = _mimic_table(root, "split", ["dicom_id", "study_id", "subject_id", "split"])
-    wrong = ~(data["subject_id"].fillna("").str.fullmatch(r"\d{8}") & data["study_id"].fillna("").str.fullmatch(r"\d{8}"))
-    if wrong.any(): raise InputError(f"{path}, row {data.index[wrong][0] + 2}: subject_id and study_id have 8 digits each.")
+    wrong = ~(
+        data["subject_id"].fillna("").str.fullmatch(r"\d{8}") & data["study_id"].fillna("").str.fullmatch(r"\d{8}")
+    )
+    if wrong.any():
+        raise InputError(f"{path}, row {data.index[wrong][0] + 2}: subject_id and study_id have 8 digits each.")
     data["split"] = data["split"].replace("validate", "valid")
     data["place"] = "files/p" + data["subject_id"].str[:2] + "/p" + data["subject_id"] + "/s" + data["study_id"]
     data["image"] = safe_paths(root, data["place"] + "/" + data["dicom_id"].fillna("") + ".jpg", path.name)
     if first_of(root, [f"{MIMIC}metadata.csv", f"{MIMIC}metadata.csv.gz"]):
-        known = _mimic_table(root, "metadata", ["dicom_id", "ViewPosition"])[0].drop_duplicates("dicom_id").set_index("dicom_id")
+        known = (
+            _mimic_table(root, "metadata", ["dicom_id", "ViewPosition"])[0]
+            .drop_duplicates("dicom_id")
+            .set_index("dicom_id")
+        )
         data["projection"] = data["dicom_id"].map(known["ViewPosition"])
         data["view"] = data["projection"].map(MIMIC_VIEWS)
     return data
@@ -174,7 +213,8 @@ def _mimic_images(root: Path) -> pd.DataFrame:
 # %% ../../../nbs/datasets/readers/06_chest_xray.ipynb #d339676f
 def _mimic_labels(root: Path, labeler: str, uncertain: str, blank: str) -> pd.DataFrame:
     "Findings by study"
-    if labeler not in ("chexpert", "negbio"): raise InputError(f"labeler={labeler!r}: use 'chexpert', 'negbio' or 'none'.")
+    if labeler not in ("chexpert", "negbio"):
+        raise InputError(f"labeler={labeler!r}: use 'chexpert', 'negbio' or 'none'.")
     table, path = _mimic_table(root, labeler, ["subject_id", "study_id"])
     if (twice := table["study_id"].duplicated()).any():
         row = table.index[twice][0]
@@ -184,7 +224,9 @@ def _mimic_labels(root: Path, labeler: str, uncertain: str, blank: str) -> pd.Da
 def _mimic_reports(root: Path, folder: Path, studies: pd.DataFrame, masks: str) -> pd.DataFrame:
     "Caption and items by study; studies without a report or a text are left out"
     found: dict[str, tuple] = {}
-    for place, study in progress(zip(studies["place"], studies["study_id"]), total=len(studies), desc="reading reports"):
+    for place, study in progress(
+        zip(studies["place"], studies["study_id"]), total=len(studies), desc="reading reports"
+    ):
         path = folder/f"{place}.txt"
         if not path.is_file(): continue
         caption, items = report_text(report_sections(path.read_text(encoding="utf-8", errors="replace")), masks=masks)
@@ -208,7 +250,8 @@ def read_mimic_cxr_jpg(
     labels = [] if labeler == "none" else _mimic_labels(root, labeler, uncertain, blank)
     if len(labels): data = data.join(labels, on="study_id")
     folder = None if reports == "none" else root/reports if reports else first_of(root, ["mimic-cxr-reports"])
-    if reports and folder and not folder.is_dir(): raise InputError(f"{folder}: no such folder; it should hold files/p10/...")
+    if reports and folder and not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; it should hold files/p10/...")
     if folder: data = data.join(_mimic_reports(root, folder, data.drop_duplicates("study_id"), masks), on="study_id")
     elif texts != "keep": raise InputError(f"{root}: no folder mimic-cxr-reports, so texts={texts!r} leaves nothing.")
     if folder: data["items"] = [i if isinstance(i, list) else [] for i in data["items"]]
@@ -219,8 +262,21 @@ def read_mimic_cxr_jpg(
 
 # %% ../../../nbs/datasets/readers/06_chest_xray.ipynb #33b449eb
 NIH_FINDINGS = (
-    "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax", "Consolidation", "Edema",
-    "Emphysema", "Fibrosis", "Pleural Thickening", "Hernia")
+    "Atelectasis",
+    "Cardiomegaly",
+    "Effusion",
+    "Infiltration",
+    "Mass",
+    "Nodule",
+    "Pneumonia",
+    "Pneumothorax",
+    "Consolidation",
+    "Edema",
+    "Emphysema",
+    "Fibrosis",
+    "Pleural Thickening",
+    "Hernia",
+)
 OLDEST = 120
 
 def years(
@@ -228,7 +284,9 @@ def years(
 ) -> list[float]: # Years; NaN for what is no age, or more than `OLDEST`
     "Ages of either edition in years"
     found = [re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([YMWD]?)\s*", str(a), re.I) for a in ages]
-    value = [float(f[1]) / {"": 1, "Y": 1, "M": 12, "W": 52.18, "D": 365.25}[f[2].upper()] if f else np.nan for f in found]
+    value = [
+        float(f[1]) / {"": 1, "Y": 1, "M": 12, "W": 52.18, "D": 365.25}[f[2].upper()] if f else np.nan for f in found
+    ]
     return [v if v <= OLDEST else np.nan for v in value]
 
 def _nih_findings(cells: pd.Series, where: str) -> pd.DataFrame:
@@ -236,7 +294,10 @@ def _nih_findings(cells: pd.Series, where: str) -> pd.DataFrame:
     lists = [[f.strip().replace("_", " ") for f in c.split("|")] if isinstance(c, str) else None for c in cells]
     for n, found in zip(cells.index, lists):
         odd = [f for f in found or [] if f not in NIH_FINDINGS and f != "No Finding"]
-        if odd: raise InputError(f"{where}, row {n + 2}: unknown finding {odd[0]!r}; expected {', '.join(NIH_FINDINGS)} or No Finding.")
+        if odd:
+            raise InputError(
+                f"{where}, row {n + 2}: unknown finding {odd[0]!r}; expected {', '.join(NIH_FINDINGS)} or No Finding."
+            )
     told = lambda name: [None if found is None else "present" if name in found else "absent" for found in lists]
     return pd.DataFrame({name: told(name) for name in NIH_FINDINGS}, index=cells.index)
 
@@ -253,8 +314,13 @@ def _nih_splits(root: Path) -> dict[str, str]:
     "Image -> train or test, by the published lists; empty where they are not there"
     paths = {"train": root/"train_val_list.txt", "test": root/"test_list.txt"}
     there = [p for p in paths.values() if p.is_file()]
-    if len(there) == 1: raise InputError(f"{root}: has {there[0].name} but not the other of train_val_list.txt and test_list.txt.")
-    return {name.strip(): split for split, path in paths.items() for name in path.read_text(encoding="utf-8-sig").split()} if there else {}
+    if len(there) == 1:
+        raise InputError(f"{root}: has {there[0].name} but not the other of train_val_list.txt and test_list.txt.")
+    return (
+        {name.strip(): split for split, path in paths.items() for name in path.read_text(encoding="utf-8-sig").split()}
+        if there
+        else {}
+    )
 
 # %% ../../../nbs/datasets/readers/06_chest_xray.ipynb #e4d4f640
 @register("nih-cxr14", modality="chest X-ray", tasks=("classification",))
@@ -277,8 +343,15 @@ def read_nih_cxr14(
     findings = _nih_findings(data["Finding Labels"], str(path))
     folder = name.map(places).fillna("images") if places is not None else "images"
     group = data["Patient ID"].str.lstrip("0").fillna(name)
-    out = pd.DataFrame({"image": safe_paths(root, folder + "/" + name, path.name), "group": group, **findings, "age": age})
-    for column, source in {"sex": "Patient Sex", "sex ": "Patient Gender", "projection": "View Position", "visit": "Follow-up #"}.items():
+    out = pd.DataFrame(
+        {"image": safe_paths(root, folder + "/" + name, path.name), "group": group, **findings, "age": age}
+    )
+    for column, source in {
+        "sex": "Patient Sex",
+        "sex ": "Patient Gender",
+        "projection": "View Position",
+        "visit": "Follow-up #",
+    }.items():
         if source in data: out[column.strip()] = data[source]
     if splits: out["split"] = name.map(splits)
     out = out[here & listed]

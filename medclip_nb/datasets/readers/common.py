@@ -35,7 +35,9 @@ def read_json(
     except UnicodeDecodeError: raise InputError(f"{path}: is not UTF-8 text. Save it as UTF-8.") from None
     except RecursionError: raise InputError(f"{path}: is nested too deeply for data. Check the file.") from None
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: is not JSON ({error.msg}). Download or write the file again.") from None
+        raise InputError(
+            f"{path}, line {error.lineno}: is not JSON ({error.msg}). Download or write the file again."
+        ) from None
 
 # %% ../../../nbs/datasets/readers/01_common.ipynb #7983c6be
 def join_items(
@@ -50,7 +52,11 @@ def listed_items(
 ) -> list[str]: # Items without white space around them; empty ones left out
     "The items of a report, as a list"
     if isinstance(report, str): report = [report]
-    return [str(item).strip() for item in report if item is not None and str(item).strip()] if isinstance(report, (list, tuple)) else []
+    return (
+        [str(item).strip() for item in report if item is not None and str(item).strip()]
+        if isinstance(report, (list, tuple))
+        else []
+    )
 
 # %% ../../../nbs/datasets/readers/01_common.ipynb #0206502b
 SPLIT_WORDS = {"train": "train", "valid": "valid", "test": "test", **SPLIT_NAMES}
@@ -70,7 +76,14 @@ def image_store(
     if not inside(root, folder): raise InputError(f"{folder}: is a link out of {root}. Remove it.")
     return folder
 
-SIGNATURES = ((b"\x89PNG", ".png"), (b"\xff\xd8\xff", ".jpg"), (b"GIF8", ".gif"), (b"BM", ".bmp"), (b"II*\0", ".tif"), (b"MM\0*", ".tif"))
+SIGNATURES = (
+    (b"\x89PNG", ".png"),
+    (b"\xff\xd8\xff", ".jpg"),
+    (b"GIF8", ".gif"),
+    (b"BM", ".bmp"),
+    (b"II*\0", ".tif"),
+    (b"MM\0*", ".tif"),
+)
 
 def image_suffix(
     raw: bytes, # An encoded image
@@ -98,7 +111,8 @@ def json_file(
 ) -> Any: # Its content
     "Read a JSON file; raises `InputError` with the line of what is not JSON, or where it holds something else than `kind`"
     data = read_json(path)
-    if not isinstance(data, kind): raise InputError(f"{path}: holds {type(data).__name__} where {kind.__name__} is expected.")
+    if not isinstance(data, kind):
+        raise InputError(f"{path}: holds {type(data).__name__} where {kind.__name__} is expected.")
     return data
 
 # %% ../../../nbs/datasets/readers/01_common.ipynb #6552e8f3
@@ -109,7 +123,8 @@ def json_field(
     where: str = "", # File and entry, for the message
 ) -> Any: # The value
     "One value of a JSON object; raises `InputError` that names the key and what is there instead"
-    if not isinstance(entry, dict): raise InputError(f"{where}: {type(entry).__name__} where an object with the key {key!r} is expected.")
+    if not isinstance(entry, dict):
+        raise InputError(f"{where}: {type(entry).__name__} where an object with the key {key!r} is expected.")
     if key not in entry: raise InputError(f"{where}: no key {key!r}. {close_matches(key, entry)}")
     if isinstance(entry[key], kind) and not isinstance(entry[key], bool): return entry[key]
     names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
@@ -122,7 +137,8 @@ def literal_strings(
     limit: int = 100_000, # Characters; a longer cell is refused
 ) -> list[str]: # The strings
     "The strings of a printed Python list or array; raises `InputError` for anything else in it"
-    if len(cell) > limit: raise InputError(f"{where}: a list of {len(cell)} characters; {limit} are the most that is read.")
+    if len(cell) > limit:
+        raise InputError(f"{where}: a list of {len(cell)} characters; {limit} are the most that is read.")
     texts, quiet = [], (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     try:
         for token in tokenize.generate_tokens(io.StringIO(cell.strip()).readline):
@@ -169,7 +185,8 @@ def keep_texts(
     texts: str, # keep: rows without a text stay, require: they are passed over
 ) -> tuple[pd.DataFrame, list[dict]]: # The rows that stay, and notes on the others
     "Pass over rows without a caption, if the option `texts` says so"
-    if texts not in ("keep", "require"): raise InputError(f"texts={texts!r}: use 'keep', or 'require' to pass over rows without a text.")
+    if texts not in ("keep", "require"):
+        raise InputError(f"texts={texts!r}: use 'keep', or 'require' to pass over rows without a text.")
     empty = data["caption"].isna() if texts == "require" else pd.Series(False, index=data.index)
     return data[~empty], passed_over(data.index[empty], "empty caption", "no text")
 
@@ -182,5 +199,7 @@ def finding(
     words = values.map({"1": "present", "1.0": "present", "0": "absent", "0.0": "absent"})
     wrong = values.index[values.notna() & words.isna()]
     if len(wrong):
-        raise InputError(f"{where}, row {wrong[0] + 2}: {values.name} is {values[wrong[0]]!r}. It should be 0, 1 or empty.")
+        raise InputError(
+            f"{where}, row {wrong[0] + 2}: {values.name} is {values[wrong[0]]!r}. It should be 0, 1 or empty."
+        )
     return words.astype(object).where(words.notna(), None)

@@ -18,8 +18,8 @@ import pandas as pd
 
 from ...core import InputError, atomic_path, close_matches, content_hash, progress
 from ..paths import safe_path, safe_paths
-from ..registry import register
 from .common import image_store, join_items, listed_items, read_json, split_of, store_image
+from ..registry import register
 
 # %% ../../../nbs/datasets/readers/03_generic.ipynb #f64f024a
 LINES = (".jsonl", ".ndjson")
@@ -55,7 +55,9 @@ def read_records(
     path = Path(path)
     try:
         with open(path, encoding="utf-8-sig") as f:
-            first, more = (f.readline(1 << 16), f.readline(1 << 16)) if path.suffix.lower() not in LINES else ("{}", "{}")
+            first, more = (
+                (f.readline(1 << 16), f.readline(1 << 16)) if path.suffix.lower() not in LINES else ("{}", "{}")
+            )
             f.seek(0)
             if first.startswith("{") and more and _is_json(first): return _read_lines(path, f)
     except OSError as error: raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from None
@@ -65,7 +67,8 @@ def read_records(
         if found and all(isinstance(v, str) for v in found.values()) and "caption" not in found:
             found = [{"image": k, "caption": v} for k, v in found.items()]
         else: found = next((v for v in found.values() if isinstance(v, list)), [found])
-    if not isinstance(found, list): raise InputError(f"{path}: expected a list of objects, found {type(found).__name__}.")
+    if not isinstance(found, list):
+        raise InputError(f"{path}: expected a list of objects, found {type(found).__name__}.")
     return found, None
 
 def _is_json(text: str) -> bool:
@@ -87,23 +90,32 @@ def read_studies(
     "Read studies of several series; raises `InputError` where no JSON file is found or one has another shape"
     root, rows, skipped = Path(root), [], []
     found = {split: root / name for split, name in splits.items() if (root / name).is_file()}
-    if not found: raise InputError(f"{root}: none of {', '.join(splits.values())} is there. Unpack the study lists into this folder.")
+    if not found:
+        raise InputError(
+            f"{root}: none of {', '.join(splits.values())} is there. Unpack the study lists into this folder."
+        )
     for split, path in found.items():
         studies = read_json(path)
         if not isinstance(studies, dict):
-            raise InputError(f"{path}: expected an object of study -> series and report, found {type(studies).__name__}.")
+            raise InputError(
+                f"{path}: expected an object of study -> series and report, found {type(studies).__name__}."
+            )
         folder = next((name for name in (split, path.stem) if (root / name).is_dir()), split)
         for study, facts in progress(studies.items(), desc=f"{split} studies"):
             where = f"{path}, study {study!r}"
             row, problems = _study(root, folder, study, facts, file, where)
-            skipped += [{"row": f"{path.name}: {study}", "kind": kind, "message": f"{where}: {text}"} for kind, text in problems]
+            skipped += [
+                {"row": f"{path.name}: {study}", "kind": kind, "message": f"{where}: {text}"} for kind, text in problems
+            ]
             if row: rows.append(row | {"split": split})
     data = pd.DataFrame(rows, columns=None if rows else ["series", "items", "caption", "group", "split"])
     data.attrs["skipped"] = skipped
     return data
 
 # %% ../../../nbs/datasets/readers/03_generic.ipynb #62eeb7c3
-def _study(root: Path, folder: str, study: str, facts: Any, file: str, where: str) -> tuple[dict, list[tuple[str, str]]]:
+def _study(
+    root: Path, folder: str, study: str, facts: Any, file: str, where: str
+) -> tuple[dict, list[tuple[str, str]]]:
     "One study's row, or an empty one, and what was passed over in it"
     if not isinstance(facts, dict) or not isinstance(facts.get("series"), (dict, list)):
         raise InputError(f"{where}: expected {{'series': {{name: {{}}}}, 'report': [items]}}.")
@@ -138,14 +150,22 @@ def _found_key(given: str | None, keys: Iterable[str], found: Iterable[str], wha
     if given: key = given if given in found else None
     else: key = next((k for k in keys if k in found), None)
     if key: return key
-    hint = close_matches(given, found) if given else f"It has {', '.join(map(repr, found[:12]))}; name one with the option {what!r}."
+    hint = (
+        close_matches(given, found)
+        if given
+        else f"It has {', '.join(map(repr, found[:12]))}; name one with the option {what!r}."
+    )
     raise InputError(f"{where}: no {what} under {repr(given) if given else 'any usual name'}. {hint}")
 
 # %% ../../../nbs/datasets/readers/03_generic.ipynb #9c82b480
 def _json_files(root: Path, table: str | Mapping[str, str] | None) -> list[tuple[str | None, Path]]:
     "The JSON files to read, with the split that each stands for"
     if isinstance(table, str): table = {name.strip(): name.strip() for name in table.split(",")}
-    if table: files = [(split_of(Path(split).stem) or (None if split == name else split), root / name) for split, name in table.items()]
+    if table:
+        files = [
+            (split_of(Path(split).stem) or (None if split == name else split), root / name)
+            for split, name in table.items()
+        ]
     elif root.is_file(): files = [(None, root)]
     else:
         if not root.is_dir(): raise InputError(f"{root}: no such file or folder.")
@@ -156,7 +176,9 @@ def _json_files(root: Path, table: str | Mapping[str, str] | None) -> list[tuple
     if not files: raise InputError(f"{root}: no .json or .jsonl file in it, nor in folders named after splits.")
     if len(files) == 1: return [(None, files[0][1])]
     if unknown := [p.name for split, p in files if split is None]:
-        raise InputError(f"{root}: several JSON files, and {', '.join(unknown[:8])} tells no split; name those to read with the option 'table'.")
+        raise InputError(
+            f"{root}: several JSON files, and {', '.join(unknown[:8])} tells no split; name those to read with the option 'table'."
+        )
     return files
 
 # %% ../../../nbs/datasets/readers/03_generic.ipynb #428d7c02
@@ -173,10 +195,16 @@ def _pairs(path: Path, base: Path, image: str | None, caption: str | None) -> tu
     "Rows of one file, and the entries without an image or a caption; other fields are kept where a table can hold them"
     entries, lines = read_records(path)
     wrong = next((n for n, entry in enumerate(entries) if not isinstance(entry, dict)), None)
-    if wrong is not None: raise InputError(f"{_place(path, wrong, lines)}: is not an object such as {{'img': 'a.png', 'caption': 'text'}}.")
+    if wrong is not None:
+        raise InputError(
+            f"{_place(path, wrong, lines)}: is not an object such as {{'img': 'a.png', 'caption': 'text'}}."
+        )
     if not entries: return pd.DataFrame(), []
     data = pd.DataFrame(entries, dtype=object)
-    names = {_found_key(image, IMAGE_KEYS, data, "image", path): "image", _found_key(caption, CAPTION_KEYS, data, "caption", path): "caption"}
+    names = {
+        _found_key(image, IMAGE_KEYS, data, "image", path): "image",
+        _found_key(caption, CAPTION_KEYS, data, "caption", path): "caption",
+    }
     data = data.drop(columns=[c for c in ("image", "caption") if c in data and c not in names]).rename(columns=names)
     texts = data["caption"].map(lambda v: v if isinstance(v, str) else None)
     if (listed := data["caption"].map(lambda v: isinstance(v, list))).any():
@@ -184,11 +212,17 @@ def _pairs(path: Path, base: Path, image: str | None, caption: str | None) -> tu
         texts = texts.where(~listed, data["items"].map(join_items))
     elif "items" in data: data["items"] = data["items"].map(listed_items)
     if "label" in data: data["label"] = data["label"].map(str, na_action="ignore")
-    nested = [c for c in data if c not in ("image", "caption", "items") and data[c].map(lambda v: isinstance(v, (list, dict))).any()]
+    nested = [
+        c
+        for c in data
+        if c not in ("image", "caption", "items") and data[c].map(lambda v: isinstance(v, (list, dict))).any()
+    ]
     data = data.drop(columns=nested).assign(caption=texts.fillna("").str.strip())
     return _without_gaps(data, path, base, lines)
 
-def _without_gaps(data: pd.DataFrame, path: Path, base: Path, lines: list[int] | None) -> tuple[pd.DataFrame, list[dict]]:
+def _without_gaps(
+    data: pd.DataFrame, path: Path, base: Path, lines: list[int] | None
+) -> tuple[pd.DataFrame, list[dict]]:
     "Rows with an image and a caption, their paths made safe, and a record of the others"
     has_image = data["image"].map(lambda v: isinstance(v, str) and bool(v.strip()))
     lost = data.index[~has_image | (data["caption"] == "")]
@@ -217,7 +251,10 @@ def read_json_pairs(
             if folder not in ("", "."): data["image"] = f"{folder.removeprefix('./')}/" + data["image"]
         if len(data): tables.append(data.assign(split=split) if split else data)
     data = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-    data.attrs = {"root": str(image_root if image_root and Path(image_root).is_absolute() else base), "skipped": skipped}
+    data.attrs = {
+        "root": str(image_root if image_root and Path(image_root).is_absolute() else base),
+        "skipped": skipped,
+    }
     return data
 
 # %% ../../../nbs/datasets/readers/03_generic.ipynb #644cd138
@@ -227,8 +264,15 @@ def arrow_class_names(
     "Names of classes as Hugging Face's libraries record them"
     try: features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
     except (ValueError, KeyError, TypeError): return {}
-    inner = {c: f.get("feature", f) if isinstance(f, dict) else f[0] if isinstance(f, list) and f else {} for c, f in features.items()}
-    return {c: list(map(str, f["names"])) for c, f in inner.items() if isinstance(f, dict) and isinstance(f.get("names"), list)}
+    inner = {
+        c: f.get("feature", f) if isinstance(f, dict) else f[0] if isinstance(f, list) and f else {}
+        for c, f in features.items()
+    }
+    return {
+        c: list(map(str, f["names"]))
+        for c, f in inner.items()
+        if isinstance(f, dict) and isinstance(f.get("names"), list)
+    }
 
 def _named(value: Any, names: list[str]) -> Any:
     "A class number as its name; a list of them as names; a negative number is an unknown class"
@@ -271,7 +315,9 @@ def _safe_cells(root: Path, cells: list) -> list[str | None]:
 def _series(cells: list, root: Path) -> list[dict[str, str]]:
     "Series as JSON text, as `medclip-nb data convert` writes them, with paths below the root"
     series = [json.loads(cell) for cell in cells]
-    return [{name: safe_path(root, path, f"{root}, row {n}") for name, path in s.items()} for n, s in enumerate(series, 1)]
+    return [
+        {name: safe_path(root, path, f"{root}, row {n}") for name, path in s.items()} for n, s in enumerate(series, 1)
+    ]
 
 # %% ../../../nbs/datasets/readers/03_generic.ipynb #315587ec
 def arrow_rows(
@@ -290,7 +336,9 @@ def arrow_rows(
         column = image or next((c for c in IMAGE_KEYS if c in batch.column_names), None) or next(iter(held), None)
         if column is None and "series" in batch.column_names: held, column = [], "series"
         if column is None or column not in batch.column_names:
-            raise InputError(f"{root}: no column {image or 'image'!r}. {close_matches(image or 'image', batch.column_names)}")
+            raise InputError(
+                f"{root}: no column {image or 'image'!r}. {close_matches(image or 'image', batch.column_names)}"
+            )
         data = _plain_columns(batch, [c for c in batch.column_names if c not in held and c != column])
         if column == "series": data["series"] = _series(batch[column].to_pylist(), root)
         elif column not in held: data["image"] = _safe_cells(root, batch[column].to_pylist())
@@ -311,15 +359,20 @@ def _rename(data: pd.DataFrame, columns: Mapping[str, str] | None, where: Path) 
     usual = next((c for c in CAPTION_KEYS if c in data and c not in (columns or {})), None)
     if "caption" not in data and usual: data = data.rename(columns={usual: "caption"})
     if "caption" in data and data["caption"].map(lambda v: isinstance(v, list)).any():
-        data = data.assign(items=data["caption"].map(listed_items), caption=data["caption"].map(lambda v: join_items(listed_items(v))))
-    if "label" in data: data["label"] = data["label"].map(lambda v: v if v is None or isinstance(v, (list, str)) or v != v else str(v))
+        data = data.assign(
+            items=data["caption"].map(listed_items), caption=data["caption"].map(lambda v: join_items(listed_items(v)))
+        )
+    if "label" in data:
+        data["label"] = data["label"].map(lambda v: v if v is None or isinstance(v, (list, str)) or v != v else str(v))
     return data
 
 def _without_image(data: pd.DataFrame, where: Path) -> pd.DataFrame:
     "Rows that have an image; the others are listed in attrs['skipped']"
     lost = data.index[data["image"].isna()] if "image" in data else []
     kept = data.drop(index=lost)
-    kept.attrs["skipped"] = [{"row": int(n), "kind": "no image", "message": f"{where}, row {n + 1}: no image"} for n in lost]
+    kept.attrs["skipped"] = [
+        {"row": int(n), "kind": "no image", "message": f"{where}, row {n + 1}: no image"} for n in lost
+    ]
     return kept
 
 # %% ../../../nbs/datasets/readers/03_generic.ipynb #aa930672
@@ -336,16 +389,28 @@ def read_parquet(
     base = path.parent if path.is_file() else path
     hidden = lambda p: any(part.startswith(".") for part in p.relative_to(base).parts)
     parts = [path] if path.is_file() else sorted(p for p in path.rglob("*.parquet") if not hidden(p))
-    if not parts: raise InputError(f"{path}: " + ("no .parquet file in it." if path.is_dir() else "no such file or folder."))
-    tables, splits = [], [] if path.is_file() else [split_of(p.stem) or split_of(p.parent.relative_to(base).as_posix()) for p in parts]
+    if not parts:
+        raise InputError(f"{path}: " + ("no .parquet file in it." if path.is_dir() else "no such file or folder."))
+    tables, splits = (
+        [],
+        [] if path.is_file() else [split_of(p.stem) or split_of(p.parent.relative_to(base).as_posix()) for p in parts],
+    )
     if any(splits) and not all(splits):
-        raise InputError(f"{path}: {parts[splits.index(None)].name} tells no split in its name, though others do. Rename it or move it away.")
+        raise InputError(
+            f"{path}: {parts[splits.index(None)].name} tells no split in its name, though others do. Rename it or move it away."
+        )
     for n, part in enumerate(progress(parts, desc="parquet")):
         facts = part.stat()
         key = content_hash(part.relative_to(base).as_posix(), facts.st_size, facts.st_mtime_ns, str(image))
         try:
             with pq.ParquetFile(part) as file:
-                data = arrow_rows((pa.Table.from_batches([b]) for b in file.iter_batches(batch_size=512)), base, image_store(base), key, image)
+                data = arrow_rows(
+                    (pa.Table.from_batches([b]) for b in file.iter_batches(batch_size=512)),
+                    base,
+                    image_store(base),
+                    key,
+                    image,
+                )
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{part}: cannot be read as parquet ({error}). Download it again.") from None
         tables.append(data.assign(split=splits[n]) if any(splits) and "split" not in data else data)
@@ -357,12 +422,19 @@ def read_parquet(
 def _load_from_disk(root: Path) -> Mapping[str, Any]:
     "Datasets saved in a folder, by split; a single one has the split ''"
     try: import datasets
-    except ImportError: raise InputError("Reading a saved Hugging Face dataset needs the package datasets: pip install datasets") from None
+    except ImportError:
+        raise InputError(
+            "Reading a saved Hugging Face dataset needs the package datasets: pip install datasets"
+        ) from None
     if not any((root / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        raise InputError(f"{root}: was not written by save_to_disk (there is neither dataset_dict.json nor state.json).")
+        raise InputError(
+            f"{root}: was not written by save_to_disk (there is neither dataset_dict.json nor state.json)."
+        )
     try: found = datasets.load_from_disk(str(root))
     except Exception as error:
-        raise InputError(f"{root}: cannot be read as a saved dataset ({type(error).__name__}: {error}). Save or copy it again.") from None
+        raise InputError(
+            f"{root}: cannot be read as a saved dataset ({type(error).__name__}: {error}). Save or copy it again."
+        ) from None
     return found if isinstance(found, dict) else {"": found}
 
 @register("huggingface")

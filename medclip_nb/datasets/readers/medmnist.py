@@ -26,15 +26,21 @@ PARTS = ("train", "val", "test")
 def _open_array(archive: zipfile.ZipFile, name: str, where: str) -> tuple[Any, tuple[int, ...], np.dtype]:
     "An array of an .npz, still packed: the open file, the shape and the type"
     if f"{name}.npy" not in archive.namelist():
-        raise InputError(f"{where}: no array {name!r}. It has {', '.join(n.removesuffix('.npy') for n in archive.namelist()) or 'none'}.")
+        raise InputError(
+            f"{where}: no array {name!r}. It has {', '.join(n.removesuffix('.npy') for n in archive.namelist()) or 'none'}."
+        )
     file = archive.open(f"{name}.npy")
     try:
         version = np.lib.format.read_magic(file)
-        shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
+        shape, fortran, dtype = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )(file)
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise InputError(f"{where}: {name!r} is not an array ({error}). Download the file again.") from None
-    if dtype.hasobject: raise InputError(f"{where}: refused, {name!r} holds Python objects. Get the file from its source.")
-    if fortran and len(shape) > 1: raise InputError(f"{where}: {name!r} is stored column by column; MedMNIST stores rows.")
+    if dtype.hasobject:
+        raise InputError(f"{where}: refused, {name!r} holds Python objects. Get the file from its source.")
+    if fortran and len(shape) > 1:
+        raise InputError(f"{where}: {name!r} is stored column by column; MedMNIST stores rows.")
     return file, shape, dtype
 
 def _rows(archive: zipfile.ZipFile, name: str, where: str) -> Iterator[np.ndarray]:
@@ -45,7 +51,8 @@ def _rows(archive: zipfile.ZipFile, name: str, where: str) -> Iterator[np.ndarra
         for n in range(shape[0]):
             try: data = file.read(size)
             except (zipfile.BadZipFile, OSError, EOFError): data = b""
-            if len(data) != size: raise InputError(f"{where}: {name!r} ends in row {n} of {shape[0]}. Download the file again.")
+            if len(data) != size:
+                raise InputError(f"{where}: {name!r} ends in row {n} of {shape[0]}. Download the file again.")
             yield np.frombuffer(data, dtype).reshape(shape[1:])
 
 # %% ../../../nbs/datasets/readers/11_medmnist.ipynb #5c5ae538
@@ -68,7 +75,10 @@ def _find_file(root: Path, flag: str | None, size: int | None) -> tuple[Path, st
         files = sorted(p for p in root.glob("*.npz")) if root.is_dir() else []
         if len(files) == 1: return _find_file(files[0], None, size)
         names = ", ".join(p.name for p in files[:8])
-        raise InputError(f"{root}: " + (f"several sets ({names}); name one with the option 'flag'." if files else "no .npz file in it."))
+        raise InputError(
+            f"{root}: "
+            + (f"several sets ({names}); name one with the option 'flag'." if files else "no .npz file in it.")
+        )
     size, sizes = size or 28, SIZES_3D if flag.endswith("3d") else SIZES
     if size not in sizes: raise InputError(f"size={size}: {flag} comes in {', '.join(map(str, sizes))}.")
     return root / (f"{flag}.npz" if size == 28 else f"{flag}_{size}.npz"), flag, size
@@ -78,24 +88,37 @@ def _download(path: Path, flag: str, size: int) -> None:
     "Let the package medmnist fetch an archive"
     try: import medmnist
     except ImportError:
-        raise InputError(f"download=True needs the package medmnist: pip install medmnist. Or get {path.name} from {SOURCE}.") from None
+        raise InputError(
+            f"download=True needs the package medmnist: pip install medmnist. Or get {path.name} from {SOURCE}."
+        ) from None
     if flag not in medmnist.INFO: raise InputError(f"flag={flag!r}: no such set. {close_matches(flag, medmnist.INFO)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try: getattr(medmnist, medmnist.INFO[flag]["python_class"])(split="test", download=True, size=size, root=str(path.parent))
+    try:
+        getattr(medmnist, medmnist.INFO[flag]["python_class"])(
+            split="test", download=True, size=size, root=str(path.parent)
+        )
     except (RuntimeError, OSError) as error:
-        raise InputError(f"{path.name}: could not be downloaded ({' '.join(str(error).split())[:200]}). Get it from {SOURCE}.") from None
+        raise InputError(
+            f"{path.name}: could not be downloaded ({' '.join(str(error).split())[:200]}). Get it from {SOURCE}."
+        ) from None
 
 # %% ../../../nbs/datasets/readers/11_medmnist.ipynb #65e68b10
 def _check_shapes(archive: zipfile.ZipFile, where: str) -> dict[str, int]:
     "Images of each split; raises `InputError` unless all arrays are there and fit together"
     counts = {}
     for part in PARTS:
-        (file, shape, dtype), (other, labels, kind) = (_open_array(archive, f"{part}_{what}", where) for what in ("images", "labels"))
+        (file, shape, dtype), (other, labels, kind) = (
+            _open_array(archive, f"{part}_{what}", where) for what in ("images", "labels")
+        )
         file.close(), other.close()
         if dtype != np.uint8 or len(shape) not in (3, 4):
-            raise InputError(f"{where}: {part}_images is {dtype} of shape {shape}; expected uint8, as rows of pictures or volumes.")
+            raise InputError(
+                f"{where}: {part}_images is {dtype} of shape {shape}; expected uint8, as rows of pictures or volumes."
+            )
         if len(labels) != 2 or labels[0] != shape[0] or kind.kind not in "iub":
-            raise InputError(f"{where}: {part}_labels is {kind} of shape {labels}; expected whole numbers in {shape[0]} rows.")
+            raise InputError(
+                f"{where}: {part}_labels is {kind} of shape {labels}; expected whole numbers in {shape[0]} rows."
+            )
         counts[part] = shape[0]
     return counts
 
@@ -123,7 +146,10 @@ def _write_images(archive: zipfile.ZipFile, path: Path, folder: Path, counts: di
 def _label_columns(labels: np.ndarray, names: dict[str, str]) -> dict[str, list]:
     "The column label, or one column a finding"
     if labels.shape[1] == 1: return {"label": [names.get(str(v), str(v)) for v in labels[:, 0].astype(int)]}
-    return {names.get(str(n), str(n)): np.where(labels[:, n] > 0, "present", "absent").tolist() for n in range(labels.shape[1])}
+    return {
+        names.get(str(n), str(n)): np.where(labels[:, n] > 0, "present", "absent").tolist()
+        for n in range(labels.shape[1])
+    }
 
 # %% ../../../nbs/datasets/readers/11_medmnist.ipynb #f9571ae1
 @register("medmnist", modality="any", tasks=("classification",))
@@ -146,12 +172,20 @@ def read_medmnist(
             counts = _check_shapes(archive, str(path))
             suffix = _write_images(archive, path, top/".images"/f"{flag}_{size}", counts)
             labels = np.concatenate([arrays[f"{part}_labels"] for part in PARTS])
-    except zipfile.BadZipFile as error: raise InputError(f"{path}: not an .npz file ({error}). Download it again.") from None
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{path}: not an .npz file ({error}). Download it again.") from None
     except PermissionError as error:
-        raise InputError(f"{error.filename}: cannot be written. Name another folder with the option 'images'.") from None
+        raise InputError(
+            f"{error.filename}: cannot be written. Name another folder with the option 'images'."
+        ) from None
     columns = _label_columns(labels, facts.get("label", {}))
-    data = pd.DataFrame({"image": [f".images/{flag}_{size}/{part}/{n:06d}{suffix}" for part in PARTS for n in range(counts[part])],
-                         "split": [part for part in PARTS for _ in range(counts[part])], **columns})
+    data = pd.DataFrame(
+        {
+            "image": [f".images/{flag}_{size}/{part}/{n:06d}{suffix}" for part in PARTS for n in range(counts[part])],
+            "split": [part for part in PARTS for _ in range(counts[part])],
+            **columns,
+        }
+    )
     data.attrs |= {"root": str(top), "labels": list(columns), "skipped": _notes(facts, counts, flag)}
     return data
 
@@ -159,7 +193,10 @@ def read_medmnist(
 def _notes(facts: dict[str, Any], counts: dict[str, int], flag: str) -> list[dict]:
     "What a report should know about a set"
     note = lambda kind, message: [{"row": -1, "kind": kind, "message": f"{flag}: {message}"}]
-    if not facts: return note("no class names", "classes are called by their numbers; install the package medmnist for their names")
+    if not facts:
+        return note(
+            "no class names", "classes are called by their numbers; install the package medmnist for their names"
+        )
     if (official := facts["n_samples"]) == counts: return []
     told = lambda n: ", ".join(f"{n[p]} {p}" for p in PARTS)
     return note("unofficial size", f"has {told(counts)} images where the official set has {told(official)}")

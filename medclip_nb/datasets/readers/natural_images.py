@@ -14,16 +14,15 @@ import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import pandas as pd
 
 from ...core import InputError, atomic_folder, close_matches, progress
 from ..paths import safe_member, safe_path, safe_paths
-from ..registry import register
-from ..tables import read_table
 from .basic import IMAGE_SUFFIXES
 from .common import json_field, json_file, literal_strings
+from ..registry import register
+from ..tables import read_table
 
 # %% ../../../nbs/datasets/readers/10_natural_images.ipynb #17ce1e1d
 def caption_table(
@@ -39,7 +38,9 @@ def caption_table(
         else: skipped.append({"row": number, "kind": "no caption", "message": f"{record['image']}: no caption"})
     data = pd.DataFrame(kept)
     if rows == "captions" and len(data):
-        data = data.assign(caption=data["captions"], group=data.get("image_id", data["image"]).astype(str)).drop(columns="captions")
+        data = data.assign(caption=data["captions"], group=data.get("image_id", data["image"]).astype(str)).drop(
+            columns="captions"
+        )
         data = data.explode("caption", ignore_index=True)
     data.attrs["skipped"] = skipped
     return data
@@ -56,11 +57,18 @@ def read_karpathy(
         where = f"{path}, image {number}"
         name, sentences = json_field(entry, "filename", str, where), json_field(entry, "sentences", list, where)
         image = safe_path(Path(path).parent, "/".join(p for p in (locate(entry), name) if p), where)
-        if image in seen: raise InputError(f"{where}: {name} is listed before, as image {seen[image]}. Keep one of them.")
+        if image in seen:
+            raise InputError(f"{where}: {name} is listed before, as image {seen[image]}. Keep one of them.")
         seen[image] = number
         split, key = json_field(entry, "split", str, where), entry.get("cocoid", entry.get("imgid", name))
-        records.append({"image": image, "image_id": str(key), "split": restval if split == "restval" else split,
-                        "captions": [json_field(s, "raw", str, f"{where}, sentence {k}") for k, s in enumerate(sentences, 1)]})
+        records.append(
+            {
+                "image": image,
+                "image_id": str(key),
+                "split": restval if split == "restval" else split,
+                "captions": [json_field(s, "raw", str, f"{where}, sentence {k}") for k, s in enumerate(sentences, 1)],
+            }
+        )
     return records
 
 def _folder(root: Path, *names: str) -> str:
@@ -74,21 +82,38 @@ def _coco(path: Path, folder: str, split: str) -> tuple[list[dict], list[dict]]:
     for number, image in enumerate(json_field(data, "images", list, str(path)), 1):
         where = f"{path}, image {number}"
         key, name = json_field(image, "id", int, where), json_field(image, "file_name", str, where)
-        if key in records: raise InputError(f"{where}: the id {key} is listed before, for {records[key]['image']}. Keep one of them.")
-        records[key] = {"image": f"{folder}/{safe_path(path.parent, name, where)}", "image_id": str(key), "split": split, "captions": []}
+        if key in records:
+            raise InputError(f"{where}: the id {key} is listed before, for {records[key]['image']}. Keep one of them.")
+        records[key] = {
+            "image": f"{folder}/{safe_path(path.parent, name, where)}",
+            "image_id": str(key),
+            "split": split,
+            "captions": [],
+        }
     lost = []
     for number, note in enumerate(json_field(data, "annotations", list, str(path)), 1):
         where = f"{path}, annotation {number}"
         key, caption = json_field(note, "image_id", int, where), json_field(note, "caption", str, where)
         if key in records: records[key]["captions"].append(caption)
-        else: lost.append({"row": number, "kind": "no image", "message": f"{path.name}, annotation {number}: no image has the id {key}"})
+        else:
+            lost.append(
+                {
+                    "row": number,
+                    "kind": "no image",
+                    "message": f"{path.name}, annotation {number}: no image has the id {key}",
+                }
+            )
     return list(records.values()), lost
 
 def _versions(root: Path) -> dict[str, dict[str, Path]]:
     "The annotation files that are there, by version and split"
     found = {}
     for version in ("karpathy", "2017", "2014"):
-        names = {"": ["dataset_coco.json"]} if version == "karpathy" else {s: [f"captions_{s}{version}.json"] for s in ("train", "val")}
+        names = (
+            {"": ["dataset_coco.json"]}
+            if version == "karpathy"
+            else {s: [f"captions_{s}{version}.json"] for s in ("train", "val")}
+        )
         files = {s: p for s, (name,) in names.items() for p in (root/"annotations"/name, root/name) if p.is_file()}
         if files: found[version] = files
     return found
@@ -106,12 +131,20 @@ def read_coco(
     if not root.is_dir(): raise InputError(f"{root}: no such folder.")
     found = _versions(root)
     if not found:
-        raise InputError(f"{root}: none of dataset_coco.json, captions_train2017.json, captions_val2017.json (or 2014) in it or in annotations.")
+        raise InputError(
+            f"{root}: none of dataset_coco.json, captions_train2017.json, captions_val2017.json (or 2014) in it or in annotations."
+        )
     version = str(version or next(iter(found)))
-    if version not in found: raise InputError(f"{root}: no captions of version {version!r}. {close_matches(version, found)}")
+    if version not in found:
+        raise InputError(f"{root}: no captions of version {version!r}. {close_matches(version, found)}")
     if version == "karpathy":
         folders = {name: _folder(root, name) for name in ("train2014", "val2014")}
-        records, lost = read_karpathy(found[version][""], lambda e: folders.get(e.get("filepath"), str(e.get("filepath", ""))), restval), []
+        records, lost = (
+            read_karpathy(
+                found[version][""], lambda e: folders.get(e.get("filepath"), str(e.get("filepath", ""))), restval
+            ),
+            [],
+        )
     else:
         parts = [_coco(path, _folder(root, f"{split}{version}"), split) for split, path in found[version].items()]
         records, lost = [r for part, _ in parts for r in part], [s for _, part in parts for s in part]
@@ -132,7 +165,9 @@ def _caption_lines(path: Path, pattern: re.Pattern, header: bool) -> dict[str, l
         if not line.strip() or (header and number == 1): continue
         found = pattern.fullmatch(line)
         if not found: raise InputError(f"{path}, line {number}: not a file name and a caption: {line[:60]!r}")
-        captions.setdefault(safe_path(path.parent, found["image"], f"{path}, line {number}"), []).append(found["caption"])
+        captions.setdefault(safe_path(path.parent, found["image"], f"{path}, line {number}"), []).append(
+            found["caption"]
+        )
     return captions
 
 # %% ../../../nbs/datasets/readers/10_natural_images.ipynb #edf52518
@@ -143,10 +178,16 @@ def _flickr_files(root: Path, folder: str) -> list[dict]:
         path = root/f"flickr30k_{split}.json"
         for number, entry in enumerate(json_file(path) if path.is_file() else [], 1):
             where = f"{path}, entry {number}"
-            name, caption = PurePosixPath(json_field(entry, "image", str, where)).name, json_field(entry, "caption", (str, list), where)
+            name, caption = (
+                PurePosixPath(json_field(entry, "image", str, where)).name,
+                json_field(entry, "caption", (str, list), where),
+            )
             image = safe_path(root, f"{folder}/{name}", where)
-            record = records.setdefault(image, {"image": image, "image_id": PurePosixPath(name).stem, "split": split, "captions": []})
-            if record["split"] != split: raise InputError(f"{where}: {name} is in split {record['split']!r} too. Keep one of them.")
+            record = records.setdefault(
+                image, {"image": image, "image_id": PurePosixPath(name).stem, "split": split, "captions": []}
+            )
+            if record["split"] != split:
+                raise InputError(f"{where}: {name} is in split {record['split']!r} too. Keep one of them.")
             record["captions"] += [caption] if isinstance(caption, str) else caption
     return list(records.values())
 
@@ -156,9 +197,16 @@ def _flickr_annotations(path: Path, folder: str) -> list[dict]:
     for row, (raw, split, name) in enumerate(data[["raw", "split", "filename"]].itertuples(index=False), 2):
         try: captions = json.loads(raw)
         except (TypeError, ValueError, RecursionError): captions = None
-        if not isinstance(captions, list): raise InputError(f"{path}, row {row}: 'raw' is not a JSON list of captions: {str(raw)[:60]!r}")
-        records.append({"image": safe_path(path.parent, f"{folder}/{name}", f"{path}, row {row}"), "image_id": PurePosixPath(name).stem,
-                        "split": split, "captions": captions})
+        if not isinstance(captions, list):
+            raise InputError(f"{path}, row {row}: 'raw' is not a JSON list of captions: {str(raw)[:60]!r}")
+        records.append(
+            {
+                "image": safe_path(path.parent, f"{folder}/{name}", f"{path}, row {row}"),
+                "image_id": PurePosixPath(name).stem,
+                "split": split,
+                "captions": captions,
+            }
+        )
     return records
 
 # %% ../../../nbs/datasets/readers/10_natural_images.ipynb #bfdda3b7
@@ -170,18 +218,30 @@ def read_flickr30k(
     "Read Flickr30k in any of its layouts; raises `InputError` where no caption file is found or a line cannot be read"
     root = Path(root)
     if not root.is_dir(): raise InputError(f"{root}: no such folder.")
-    base = root if any(p.is_file() for p in root.iterdir()) else root/"flickr30k_images" if (root/"flickr30k_images").is_dir() else root
+    base = (
+        root
+        if any(p.is_file() for p in root.iterdir())
+        else root / "flickr30k_images"
+        if (root / "flickr30k_images").is_dir()
+        else root
+    )
     at = f"{base.name}/" if base != root else ""
     folder = at + _folder(base, "flickr30k-images", "flickr30k_images", "images")
     karpathy = base/"dataset_flickr30k.json"
     lines = (base/"results_20130124.token", TOKEN_LINE, False), (base/"results.csv", KAGGLE_LINE, True)
     if karpathy.is_file(): records = read_karpathy(karpathy, lambda entry: folder)
-    elif (base/"flickr_annotations_30k.csv").is_file(): records = _flickr_annotations(base/"flickr_annotations_30k.csv", folder)
+    elif (base/"flickr_annotations_30k.csv").is_file():
+        records = _flickr_annotations(base/"flickr_annotations_30k.csv", folder)
     elif not (records := _flickr_files(base, folder)):
         found = next((line for line in lines if line[0].is_file()), None)
         if not found:
-            raise InputError(f"{root}: no dataset_flickr30k.json, flickr30k_test.json, results_20130124.token or results.csv in it.")
-        records = [{"image": f"{folder}/{i}", "image_id": PurePosixPath(i).stem, "captions": c} for i, c in _caption_lines(*found).items()]
+            raise InputError(
+                f"{root}: no dataset_flickr30k.json, flickr30k_test.json, results_20130124.token or results.csv in it."
+            )
+        records = [
+            {"image": f"{folder}/{i}", "image_id": PurePosixPath(i).stem, "captions": c}
+            for i, c in _caption_lines(*found).items()
+        ]
     return caption_table(records, rows)
 
 # %% ../../../nbs/datasets/readers/10_natural_images.ipynb #fcab2060
@@ -197,7 +257,10 @@ def _lesion_table(path: Path) -> pd.DataFrame:
     if set(LESIONS) <= set(data):
         one = data[list(LESIONS)].astype(float)
         bad = data.index[one.sum(axis=1) != 1]
-        if len(bad): raise InputError(f"{path}, row {bad[0] + 2}: {one.loc[bad[0]].sum():g} diagnoses marked; there should be one.")
+        if len(bad):
+            raise InputError(
+                f"{path}, row {bad[0] + 2}: {one.loc[bad[0]].sum():g} diagnoses marked; there should be one."
+            )
         data = data.rename(columns={"image": "image_id"}).assign(dx=one.idxmax(axis=1)).drop(columns=list(LESIONS))
         data["lesion_id"] = data["image_id"]
     for column in ("lesion_id", "image_id", "dx"):
@@ -207,13 +270,22 @@ def _lesion_table(path: Path) -> pd.DataFrame:
         code = data["dx"][unknown[0]]
         raise InputError(f"{path}, row {unknown[0] + 2}: unknown diagnosis {code!r}. {close_matches(code, LESIONS)}")
     twice = data.index[data["image_id"].duplicated()]
-    if len(twice): raise InputError(f"{path}, row {twice[0] + 2}: {data['image_id'][twice[0]]} is listed twice. Keep one row.")
+    if len(twice):
+        raise InputError(f"{path}, row {twice[0] + 2}: {data['image_id'][twice[0]]} is listed twice. Keep one row.")
     return data
 
 # %% ../../../nbs/datasets/readers/10_natural_images.ipynb #7c09dc72
 def _named(root: Path, stem: str) -> Path | None:
     "The table of this name, in the root or in a folder of its own name, whatever it ends in"
-    return next((p for folder in (root, root/stem) for end in (".csv", ".tab", "", ".tsv") if (p := folder/f"{stem}{end}").is_file()), None)
+    return next(
+        (
+            p
+            for folder in (root, root / stem)
+            for end in (".csv", ".tab", "", ".tsv")
+            if (p := folder / f"{stem}{end}").is_file()
+        ),
+        None,
+    )
 
 @register("ham10000")
 def read_ham10000(
@@ -225,13 +297,17 @@ def read_ham10000(
              "test": _named(root, "ISIC2018_Task3_Test_GroundTruth")}
     if not root.is_dir() or not any(found.values()):
         raise InputError(f"{root}: no HAM10000_metadata(.csv, .tab) in it. Unpack the download there.")
-    data = pd.concat([_lesion_table(path).assign(split=split) for split, path in found.items() if path], ignore_index=True)
+    data = pd.concat(
+        [_lesion_table(path).assign(split=split) for split, path in found.items() if path], ignore_index=True
+    )
     if not (found["valid"] or found["test"]): data = data.drop(columns="split")
     data["lesion_id"] = data["lesion_id"].fillna(data["image_id"])
     names = safe_paths(root, data["image_id"], "HAM10000")
     places = {p.stem: p.relative_to(root).as_posix() for p in sorted(root.rglob("*.jpg"), reverse=True)}
     data["image"] = [places.get(n, f"HAM10000_images_part_1/{n}.jpg") for n in names]
-    data = data.assign(label=data["dx"].map(LESIONS)).rename(columns={"dx": "code", "lesion_id": "group", "dataset": "source"})
+    data = data.assign(label=data["dx"].map(LESIONS)).rename(
+        columns={"dx": "code", "lesion_id": "group", "dataset": "source"}
+    )
     for column in ("sex", "localization"):
         if column in data: data[column] = data[column].mask(data[column] == "unknown")
     if "age" in data: data["age"] = pd.to_numeric(data["age"], errors="coerce")
@@ -246,7 +322,10 @@ def extract_once(
 ) -> dict: # What `write` returned, now or on an earlier call
     "Unpack a file one time; raises `InputError` where the folder cannot be written"
     folder, source = Path(folder), Path(source)
-    stamp, index = {"name": source.name, "size": source.stat().st_size, "changed": source.stat().st_mtime_ns}, folder/"index.json"
+    stamp, index = (
+        {"name": source.name, "size": source.stat().st_size, "changed": source.stat().st_mtime_ns},
+        folder / "index.json",
+    )
     if index.is_file():
         try: known = json_file(index, dict)
         except InputError: known = {}
@@ -263,14 +342,38 @@ def extract_once(
 # %% ../../../nbs/datasets/readers/10_natural_images.ipynb #37bb907f
 LITERAL = r"""(b(?:'[^'\\]*(?:\\.[^'\\]*)*'|"[^"\\]*(?:\\.[^"\\]*)*"))"""
 BYTES_CELL = re.compile(rf"""\s*(?:\{{\s*['"]bytes['"]\s*:\s*)?{LITERAL}\s*(?:\}}|,\s*['"]path['"]\s*:[^{{}}()]*\}})?\s*""", re.DOTALL)
-SCENES = {"airport": "airport", "bareland": "bareland", "baseballfield": "baseball field", "beach": "beach", "bridge": "bridge",
-          "center": "center", "church": "church", "commercial": "commercial", "denseresidential": "dense residential area",
-          "desert": "desert", "farmland": "farmland", "forest": "forest", "industrial": "industrial area",
-          "meadow": "meadow", "mediumresidential": "medium residential area", "mountain": "mountain", "park": "park",
-          "parking": "parking", "playground": "playground", "pond": "pond", "port": "port",
-          "railwaystation": "railway station", "resort": "resort", "river": "river", "stadium": "stadium",
-          "school": "school", "sparseresidential": "sparse residential area", "square": "square",
-          "storagetanks": "storage tanks", "viaduct": "viaduct"}
+SCENES = {
+    "airport": "airport",
+    "bareland": "bareland",
+    "baseballfield": "baseball field",
+    "beach": "beach",
+    "bridge": "bridge",
+    "center": "center",
+    "church": "church",
+    "commercial": "commercial",
+    "denseresidential": "dense residential area",
+    "desert": "desert",
+    "farmland": "farmland",
+    "forest": "forest",
+    "industrial": "industrial area",
+    "meadow": "meadow",
+    "mediumresidential": "medium residential area",
+    "mountain": "mountain",
+    "park": "park",
+    "parking": "parking",
+    "playground": "playground",
+    "pond": "pond",
+    "port": "port",
+    "railwaystation": "railway station",
+    "resort": "resort",
+    "river": "river",
+    "stadium": "stadium",
+    "school": "school",
+    "sparseresidential": "sparse residential area",
+    "square": "square",
+    "storagetanks": "storage tanks",
+    "viaduct": "viaduct",
+}
 
 def literal_bytes(
     cell: str, # Such as "{'bytes': b'...', 'path': None}" or "b'...'"
@@ -278,10 +381,12 @@ def literal_bytes(
     limit: int = 50_000_000, # Characters; a longer cell is refused
 ) -> bytes: # The bytes
     "The bytes of a printed bytes literal; raises `InputError` for anything else"
-    if len(cell) > limit: raise InputError(f"{where}: an image of {len(cell)} characters; {limit} are the most that is read.")
+    if len(cell) > limit:
+        raise InputError(f"{where}: an image of {len(cell)} characters; {limit} are the most that is read.")
     found = BYTES_CELL.fullmatch(cell)
     try: return ast.literal_eval(found[1])
-    except (TypeError, ValueError, SyntaxError): raise InputError(f"{where}: not the bytes of an image: {cell[:60]!r}") from None
+    except (TypeError, ValueError, SyntaxError):
+        raise InputError(f"{where}: not the bytes of an image: {cell[:60]!r}") from None
 
 # %% ../../../nbs/datasets/readers/10_natural_images.ipynb #ad93d2ab
 def _scene(name: str) -> str | None:
@@ -295,14 +400,17 @@ def _listed_scenes(root: Path) -> dict[str, str]:
     for path in sorted((root/"txtclasses_rsicd").glob("*.txt")):
         scene = path.stem.lower().replace("_", "").replace(" ", "")
         if scene not in SCENES: raise InputError(f"{path}: no scene of that name. {close_matches(scene, SCENES)}")
-        listed |= {line.strip(): SCENES[scene] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()}
+        listed |= {
+            line.strip(): SCENES[scene] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()
+        }
     return listed
 
 def _numbered_scenes(path: Path, n: int) -> list[str | None]:
     "The scenes of the test rows, from a list of class numbers that may end early"
     if not path.is_file(): return [None] * n
     numbers = json_file(path)
-    if len(numbers) > n: raise InputError(f"{path}: {len(numbers)} labels for {n} rows of the test table. It belongs to another table.")
+    if len(numbers) > n:
+        raise InputError(f"{path}: {len(numbers)} labels for {n} rows of the test table. It belongs to another table.")
     names = list(SCENES.values())
     for k, number in enumerate(numbers):
         if not isinstance(number, int) or not 0 <= number < len(names):
@@ -316,15 +424,21 @@ def _row_batches(path: Path) -> Iterator[pd.DataFrame]:
         from pyarrow.parquet import ParquetFile
         yield from (batch.to_pandas() for batch in ParquetFile(path).iter_batches(500))
         return
-    try: yield from (batch.fillna("") for batch in pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", chunksize=500))
-    except (ValueError, pd.errors.ParserError) as error: raise InputError(f"{path}: cannot be read as a table ({error}).") from None
+    try:
+        yield from (
+            batch.fillna("")
+            for batch in pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", chunksize=500)
+        )
+    except (ValueError, pd.errors.ParserError) as error:
+        raise InputError(f"{path}: cannot be read as a table ({error}).") from None
 
 def _write_rsicd(path: Path, folder: Path) -> dict:
     "Write the images of one table; file names and captions in order"
     rows, names = [], set()
     for batch in progress(_row_batches(path), desc=f"unpacking {path.name}", unit="batch"):
         for column in ("filename", "captions", "image"):
-            if column not in batch: raise InputError(f"{path}: no column {column!r}. {close_matches(column, batch.columns)}")
+            if column not in batch:
+                raise InputError(f"{path}: no column {column!r}. {close_matches(column, batch.columns)}")
         for name, captions, image in batch[["filename", "captions", "image"]].itertuples(index=False):
             where = f"{path}, row {len(rows) + 2}"
             name = PurePosixPath(safe_path(path.parent, name, where)).name
@@ -342,14 +456,18 @@ def without_repeats(
     texts: Iterable[str], # Sentences
 ) -> list[str]: # The first of each that differ by more than case, white space and the final stop
     "Drop sentences that repeat another"
-    return list({" ".join(t.lower().rstrip(" .").split()): t.strip() for t in reversed(list(texts)) if t.strip()}.values())[::-1]
+    return list(
+        {" ".join(t.lower().rstrip(" .").split()): t.strip() for t in reversed(list(texts)) if t.strip()}.values()
+    )[::-1]
 
 def _row_items(path: Path, captions: list[list[str]]) -> list[list[str]]:
     "The items of each row, from a dictionary by row number where there is one"
     given = json_file(path, dict) if path.is_file() else {}
     for key, texts in given.items():
         if not key.isdecimal() or int(key) >= len(captions):
-            raise InputError(f"{path}: {key!r} is no row of a table with {len(captions)} rows. It belongs to another table.")
+            raise InputError(
+                f"{path}: {key!r} is no row of a table with {len(captions)} rows. It belongs to another table."
+            )
         json_field(given, key, list, str(path))
     return [without_repeats(map(str, given.get(str(n)) or texts)) for n, texts in enumerate(captions)]
 
@@ -365,21 +483,35 @@ def read_rsicd(
 ) -> pd.DataFrame: # image, caption, captions, items, label, split
     "Read RSICD, unpacking its images the first time; raises `InputError` for missing tables and for cells that are not what they should be"
     root = Path(root)
-    found = {split: next((p for pattern in patterns for p in sorted(root.glob(pattern))), None) for split, patterns in RSICD_FILES.items()}
+    found = {
+        split: next((p for pattern in patterns for p in sorted(root.glob(pattern))), None)
+        for split, patterns in RSICD_FILES.items()
+    }
     found = {split: path for split, path in found.items() if path}
     if not found: raise InputError(f"{root}: none of train.csv, valid.csv and test.csv in it.")
     listed, records, skipped = _listed_scenes(root), [], []
     for split, path in found.items():
         rows = extract_once(root/"extracted"/split, path, lambda folder: _write_rsicd(path, folder))["rows"]
-        items = _row_items(root/{"train": train_items, "test": test_items}.get(split, ""), [captions for _, captions in rows])
+        items = _row_items(
+            root / {"train": train_items, "test": test_items}.get(split, ""), [captions for _, captions in rows]
+        )
         numbered = _numbered_scenes(root/"large_label.json" if split == "test" else root/"none", len(rows))
         for n, (name, captions) in enumerate(rows):
             scenes = [s for s in (_scene(name), listed.get(name), numbered[n]) if s]
             if len(set(scenes)) > 1:
-                message = f"{path.name}, row {n + 2}: {name} is {' and '.join(dict.fromkeys(scenes))}; the first is kept"
+                message = (
+                    f"{path.name}, row {n + 2}: {name} is {' and '.join(dict.fromkeys(scenes))}; the first is kept"
+                )
                 skipped.append({"row": n, "kind": "labels disagree", "message": message})
-            records.append({"image": safe_path(root, f"extracted/{split}/{name}", str(path)), "captions": captions, "items": items[n],
-                            "label": scenes[0] if scenes else None, "split": split})
+            records.append(
+                {
+                    "image": safe_path(root, f"extracted/{split}/{name}", str(path)),
+                    "captions": captions,
+                    "items": items[n],
+                    "label": scenes[0] if scenes else None,
+                    "split": split,
+                }
+            )
     data = caption_table(records)
     data.attrs["skipped"] += skipped
     return data
@@ -392,7 +524,8 @@ def rewrite_number(
     "The number under which a sample's items are filed; raises `InputError` for a key that is no number or lies in a gap"
     if not str(key).isdecimal(): raise InputError(f"{where}: the key {key!r} is not a number.")
     shard, place = divmod(int(key), 10_000)
-    if place >= 5_000: raise InputError(f"{where}: the key {key!r} would be sample {place} of its shard; shards hold 5,000.")
+    if place >= 5_000:
+        raise InputError(f"{where}: the key {key!r} would be sample {place} of its shard; shards hold 5,000.")
     return shard*5_000 + place
 
 # %% ../../../nbs/datasets/readers/10_natural_images.ipynb #b1c61f81
@@ -406,7 +539,9 @@ def _write_shard(path: Path, folder: Path, max_bytes: int = 100_000_000) -> dict
                 key, _, suffix = name.partition(".")
                 if not re.fullmatch(r"[\w-]+", key) or f".{suffix.lower()}" not in (*IMAGE_SUFFIXES, ".json"): continue
                 if member.size > max_bytes:
-                    raise InputError(f"{path}: {name} has {member.size:,} bytes; {max_bytes:,} are the most that is unpacked.")
+                    raise InputError(
+                        f"{path}: {name} has {member.size:,} bytes; {max_bytes:,} are the most that is unpacked."
+                    )
                 seen = notes if suffix.lower() == "json" else images
                 if key in seen: raise InputError(f"{path}: sample {key} is in it twice. Download it again.")
                 content = shard.extractfile(member).read()
@@ -418,18 +553,29 @@ def _write_shard(path: Path, folder: Path, max_bytes: int = 100_000_000) -> dict
     skipped = [{"row": key, "kind": "incomplete sample",
                 "message": f"{path.name}, sample {key}: no {'image' if key in notes else 'JSON'}"}
                 for key in sorted(set(images) ^ set(notes))]
-    return {"rows": [_note(path, key, images[key], notes[key]) for key in sorted(set(images) & set(notes))], "skipped": skipped}
+    return {
+        "rows": [_note(path, key, images[key], notes[key]) for key in sorted(set(images) & set(notes))],
+        "skipped": skipped,
+    }
 
 def _note(path: Path, key: str, name: str, content: bytes) -> dict:
     "What the JSON of one sample tells: number, caption, short captions"
     where = f"{path}, sample {key}"
     try: note = json.loads(content)
-    except (ValueError, RecursionError) as error: raise InputError(f"{where}: not valid JSON ({str(error)[:80]}).") from None
-    if not isinstance(note, dict): raise InputError(f"{where}: holds {type(note).__name__} where an object is expected.")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON ({str(error)[:80]}).") from None
+    if not isinstance(note, dict):
+        raise InputError(f"{where}: holds {type(note).__name__} where an object is expected.")
     texts = lambda value: [value] if isinstance(value, str) else [str(v) for v in value or []]
     raw = texts(note.get("raw_caption") or note.get("caption"))
     number = json_field(note, "index", int, where) if "index" in note else rewrite_number(note.get("key", key), where)
-    return {"name": name, "key": key, "number": number, "caption": raw[0] if raw else "", "short": texts(note.get("shortIB_captions"))}
+    return {
+        "name": name,
+        "key": key,
+        "number": number,
+        "caption": raw[0] if raw else "",
+        "short": texts(note.get("shortIB_captions")),
+    }
 
 # %% ../../../nbs/datasets/readers/10_natural_images.ipynb #ce2b3198
 @register("cc03m-itemized")
@@ -452,13 +598,25 @@ def read_cc03m(
             items = json_field(given, number, list, str(path)) if number in given else row["short"]
             items = [str(i).strip() for i in items if str(i).strip()]
             if not items:
-                skipped.append({"row": row["key"], "kind": "no items",
-                                "message": f"{shard.name}, sample {row['key']}: no items under {number} and no short caption"})
+                skipped.append(
+                    {
+                        "row": row["key"],
+                        "kind": "no items",
+                        "message": f"{shard.name}, sample {row['key']}: no items under {number} and no short caption",
+                    }
+                )
                 continue
-            records.append({"image": safe_path(root, f"extracted/{shard.stem}/{row['name']}", str(shard)),
-                            "caption": row["caption"] or items[0], "items": items,
-                            "items_from": "rewrites" if number in given else "shortIB_captions",
-                            "key": row["key"], "shard": shard.stem, "split": "valid" if shard.stem in valid else "train"})
+            records.append(
+                {
+                    "image": safe_path(root, f"extracted/{shard.stem}/{row['name']}", str(shard)),
+                    "caption": row["caption"] or items[0],
+                    "items": items,
+                    "items_from": "rewrites" if number in given else "shortIB_captions",
+                    "key": row["key"],
+                    "shard": shard.stem,
+                    "split": "valid" if shard.stem in valid else "train",
+                }
+            )
     data = pd.DataFrame(records)
     data.attrs["skipped"] = skipped
     return data

@@ -18,9 +18,9 @@ import pandas as pd
 
 from ...core import InputError, progress
 from ..paths import safe_path, safe_paths
+from .common import finding, join_items, listed_items, read_json
 from ..registry import register
 from ..tables import read_table
-from .common import finding, join_items, listed_items, read_json
 
 # %% ../../../nbs/datasets/readers/08_neuro.ipynb #1d7425f3
 JSON_NAMES = {"train": ("train.json",), "valid": ("valid.json", "val.json"), "test": ("test.json",)}
@@ -28,9 +28,14 @@ JSON_NAMES = {"train": ("train.json",), "valid": ("valid.json", "val.json"), "te
 def _read_studies(path: Path) -> dict[str, dict]:
     "A study JSON, checked for its form"
     studies = read_json(path)
-    if not isinstance(studies, dict): raise InputError(f"{path}: should be an object of studies, but is a {type(studies).__name__}.")
+    if not isinstance(studies, dict):
+        raise InputError(f"{path}: should be an object of studies, but is a {type(studies).__name__}.")
     for name, study in studies.items():
-        if not isinstance(study, dict) or not isinstance(study.get("series"), dict) or not isinstance(study.get("report"), list):
+        if (
+            not isinstance(study, dict)
+            or not isinstance(study.get("series"), dict)
+            or not isinstance(study.get("report"), list)
+        ):
             raise InputError(f'{path}, study {name!r}: expected {{"series": {{name: {{}}}}, "report": [items]}}.')
     return studies
 
@@ -41,7 +46,11 @@ def is_normal(
     "Whether the first item says that nothing was found"
     if not items: return None
     first = items[0].strip().lower()
-    return "present" if first.rstrip(".") == "no significant abnormalities" or "study is unremarkable" in first else "absent"
+    return (
+        "present"
+        if first.rstrip(".") == "no significant abnormalities" or "study is unremarkable" in first
+        else "absent"
+    )
 
 # %% ../../../nbs/datasets/readers/08_neuro.ipynb #687cf554
 def _note(row: int | str, kind: str, message: str) -> dict:
@@ -51,9 +60,13 @@ def _note(row: int | str, kind: str, message: str) -> dict:
 def _study_table(root: Path, jsons: str | None, prefix: str, patient: str | None) -> pd.DataFrame:
     "One row a study of every JSON file found"
     root, folder = Path(root), Path(jsons) if jsons else Path(root)
-    found = [(split, folder / name) for split, names in JSON_NAMES.items() for name in names if (folder / name).is_file()]
+    found = [
+        (split, folder / name) for split, names in JSON_NAMES.items() for name in names if (folder / name).is_file()
+    ]
     if not found:
-        raise InputError(f"{folder}: no train.json, valid.json, val.json or test.json in it. Name their folder with the option 'jsons'.")
+        raise InputError(
+            f"{folder}: no train.json, valid.json, val.json or test.json in it. Name their folder with the option 'jsons'."
+        )
     rows, skipped = [], []
     for split, path in found:
         base = f"{path.stem}/" if (root / path.stem).is_dir() else ""
@@ -63,10 +76,20 @@ def _study_table(root: Path, jsons: str | None, prefix: str, patient: str | None
             if not series:
                 skipped.append(_note(name, "no series", f"{where}: no series, left out"))
                 continue
-            if not items: skipped.append(_note(name, "empty report", f"{where}: the report has no items; the study is kept"))
+            if not items:
+                skipped.append(_note(name, "empty report", f"{where}: the report has no items; the study is kept"))
             group = re.search(patient, name) if patient else None
-            rows.append({"study": name, "series": series, "items": items, "caption": prefix * bool(items) + join_items(items),
-                         "normal": is_normal(items), "split": split, "group": group.group() if group else name})
+            rows.append(
+                {
+                    "study": name,
+                    "series": series,
+                    "items": items,
+                    "caption": prefix * bool(items) + join_items(items),
+                    "normal": is_normal(items),
+                    "split": split,
+                    "group": group.group() if group else name,
+                }
+            )
     table = pd.DataFrame(rows)
     table.attrs.update(labels=["normal"], skipped=skipped)
     return table
@@ -85,7 +108,9 @@ def read_mri_study(
 # %% ../../../nbs/datasets/readers/08_neuro.ipynb #7d9947a0
 def _window(name: str) -> str:
     "The CT window that the name of a series speaks of"
-    found = re.search(r"(blood|brain|bone)_?(?:view|window)", name, re.IGNORECASE) or re.search(r"(blood|brain|bone)", name, re.IGNORECASE)
+    found = re.search(r"(blood|brain|bone)_?(?:view|window)", name, re.IGNORECASE) or re.search(
+        r"(blood|brain|bone)", name, re.IGNORECASE
+    )
     return found.group(1).lower() if found else "unknown"
 
 @register("headct-study")
@@ -118,9 +143,18 @@ def _unique(name: str, taken: Iterable[str]) -> str:
 def _pub_brain_base(root: Path, study: str) -> Path:
     "Where the collections lie below the root"
     places = [root, root / "pub_brain_5", root / "data" / "pub_brain_5"]
-    base = next((p for p in places if any((p / c).is_dir() for c in ("open_bhb", "stroke", "brats23", "nyu_mets", "ucsf_mets"))), None)
+    base = next(
+        (
+            p
+            for p in places
+            if any((p / c).is_dir() for c in ("open_bhb", "stroke", "brats23", "nyu_mets", "ucsf_mets"))
+        ),
+        None,
+    )
     if base: return base
-    raise InputError(f"{root}: none of the folders open_bhb, stroke, brats23, nyu_mets and ucsf_mets in it. It should hold {study}/*.pt.")
+    raise InputError(
+        f"{root}: none of the folders open_bhb, stroke, brats23, nyu_mets and ucsf_mets in it. It should hold {study}/*.pt."
+    )
 
 def _pt_series(folder: Path, root: Path) -> dict[str, str]:
     "The tensors of a folder by series name"
@@ -141,14 +175,25 @@ def read_pub_brain_5(
     data = read_table(path, columns=["study", *BRAIN_CLASSES])
     ones = data[list(BRAIN_CLASSES)].isin(["1", "1.0"])
     wrong = data.index[ones.sum(axis=1) != 1]
-    if len(wrong): raise InputError(f"{path}, row {wrong[0] + 2}: {int(ones.loc[wrong[0]].sum())} classes for one study, not one.")
+    if len(wrong):
+        raise InputError(f"{path}, row {wrong[0] + 2}: {int(ones.loc[wrong[0]].sum())} classes for one study, not one.")
     data["study"] = safe_paths(root, data["study"].str.split("pub_brain_5/").str[-1], path.name)
     base = _pub_brain_base(root, data["study"].iloc[0])
     series = [_pt_series(base / study, root) for study in progress(data["study"], desc="listing studies")]
-    out = pd.DataFrame({"study": data["study"], "series": series, "label": ones.idxmax(axis=1).str.lower(), "split": "test",
-                        "group": data["study"].map(_subject), "collection": data["study"].str.split("/").str[0]})
+    out = pd.DataFrame(
+        {
+            "study": data["study"],
+            "series": series,
+            "label": ones.idxmax(axis=1).str.lower(),
+            "split": "test",
+            "group": data["study"].map(_subject),
+            "collection": data["study"].str.split("/").str[0],
+        }
+    )
     lost = out["series"].map(len) == 0
-    out.attrs["skipped"] = [_note(row + 2, "missing study", f"{path.name}: no .pt file in {s}") for row, s in out["study"][lost].items()]
+    out.attrs["skipped"] = [
+        _note(row + 2, "missing study", f"{path.name}: no .pt file in {s}") for row, s in out["study"][lost].items()
+    ]
     return out[~lost]
 
 # %% ../../../nbs/datasets/readers/08_neuro.ipynb #c8d9604b
@@ -171,7 +216,10 @@ def _wide(path: Path) -> tuple[pd.DataFrame, list[dict]]:
         wanted = f"a slice and one of {', '.join(SUBTYPES)}, such as ID_12cadc6af_any"
         raise InputError(f"{path}, row {row + 2}: {data['ID'][row]!r} should be {wanted}.")
     wide = pd.DataFrame(columns).rename_axis("slice").reset_index()
-    skipped = [_note(row, "duplicate rows", f"{path.name}: {name} occurs twice; the first labels count") for name, row in again.items()]
+    skipped = [
+        _note(row, "duplicate rows", f"{path.name}: {name} occurs twice; the first labels count")
+        for name, row in again.items()
+    ]
     broken = wide["slice"].isin(list(BROKEN_SLICES))
     skipped += [_note(name, "broken image", f"{name}: {BROKEN_SLICES[name]}") for name in wide["slice"][broken]]
     return wide[~broken].reset_index(drop=True), skipped
@@ -190,11 +238,19 @@ def _header(path: Path) -> tuple[str | None, str | None, float | None]:
 def _places(names: pd.Series, images: Path, metadata: str | None, headers: bool) -> pd.DataFrame | None:
     "Patient, study and position of every slice, or None where nobody was asked"
     if metadata:
-        table = read_table(Path(metadata), columns=["SOPInstanceUID", "PatientID", "StudyInstanceUID"]).drop_duplicates("SOPInstanceUID")
-        return table.set_index("SOPInstanceUID").reindex(names)[["PatientID", "StudyInstanceUID"]].reset_index(drop=True)
+        table = read_table(Path(metadata), columns=["SOPInstanceUID", "PatientID", "StudyInstanceUID"]).drop_duplicates(
+            "SOPInstanceUID"
+        )
+        return (
+            table.set_index("SOPInstanceUID").reindex(names)[["PatientID", "StudyInstanceUID"]].reset_index(drop=True)
+        )
     if not headers: return None
     with ThreadPoolExecutor(8) as pool:
-        read = list(progress(pool.map(_header, [images / f"{name}.dcm" for name in names]), total=len(names), desc="reading headers"))
+        read = list(
+            progress(
+                pool.map(_header, [images / f"{name}.dcm" for name in names]), total=len(names), desc="reading headers"
+            )
+        )
     return pd.DataFrame(read, columns=["PatientID", "StudyInstanceUID", "position"])
 
 # %% ../../../nbs/datasets/readers/08_neuro.ipynb #c7e46151
@@ -213,12 +269,20 @@ def _rsna_studies(root: Path, path: Path) -> pd.DataFrame:
     data["study"] = safe_paths(root, data["study"].str.removeprefix("RSNA_"), path.name)
     for name in SUBTYPES: data[name] = finding(data[name], str(path))
     lists = {split: root / f"RSNA_studies_{split}_2.txt" for split in ("train", "val", "test")}
-    split = {line.strip().removeprefix("RSNA_"): s for s, file in lists.items() if file.is_file() for line in file.read_text().splitlines()}
+    split = {
+        line.strip().removeprefix("RSNA_"): s
+        for s, file in lists.items()
+        if file.is_file()
+        for line in file.read_text().splitlines()
+    }
     data["split"] = data["study"].map(split) if split else "test"
     rows, skipped = [], []
     for row in data[data["split"].notna()].to_dict("records"):
-        scans = [_windows(scan, root, "MPR-AX_HEAD-protocol_") for scan in sorted((root / f"RSNA_{row['study']}").glob("*"))]
-        if not any(scans): skipped.append(_note(row["study"], "missing study", f"{path.name}: no tensors in RSNA_{row['study']}"))
+        scans = [
+            _windows(scan, root, "MPR-AX_HEAD-protocol_") for scan in sorted((root / f"RSNA_{row['study']}").glob("*"))
+        ]
+        if not any(scans):
+            skipped.append(_note(row["study"], "missing study", f"{path.name}: no tensors in RSNA_{row['study']}"))
         rows += [{**row, "series": series, "group": row["study"]} for series in scans if series]
     table = pd.DataFrame(rows)
     table.attrs["skipped"] = skipped
@@ -244,7 +308,9 @@ def read_rsna_ich(
     places = _places(table["slice"], root / folder, metadata, headers)
     unknown = len(table) if places is None else int(places["PatientID"].isna().sum())
     if places is not None and unknown:
-        skipped.append(_note(-1, "unknown patient", f"{unknown} slices without a readable header, or not in the table of headers"))
+        skipped.append(
+            _note(-1, "unknown patient", f"{unknown} slices without a readable header, or not in the table of headers")
+        )
     if unknown == len(table): table["split"] = "train"
     else:
         table["group"], table["study"] = places["PatientID"].fillna(table["slice"]), places["StudyInstanceUID"]
@@ -254,18 +320,35 @@ def read_rsna_ich(
     return table
 
 # %% ../../../nbs/datasets/readers/08_neuro.ipynb #2150c6ef
-CQ500_FINDINGS = ("ICH", "IPH", "IVH", "SDH", "EDH", "SAH", "BleedLocation-Left", "BleedLocation-Right", "ChronicBleed", "Fracture",
-                  "CalvarialFracture", "OtherFracture", "MassEffect", "MidlineShift")
+CQ500_FINDINGS = (
+    "ICH",
+    "IPH",
+    "IVH",
+    "SDH",
+    "EDH",
+    "SAH",
+    "BleedLocation-Left",
+    "BleedLocation-Right",
+    "ChronicBleed",
+    "Fracture",
+    "CalvarialFracture",
+    "OtherFracture",
+    "MassEffect",
+    "MidlineShift",
+)
 EXCLUDED_STUDIES = {"163": "upstream leaves CQ500CT163 out; others could not convert it"}
 
 def _majority(data: pd.DataFrame, name: str, where: str) -> pd.Series:
     "What most readers say of one finding; None without a majority"
     reads = [c for c in (f"R{r}{sep}{name}" for sep in ":_" for r in (1, 2, 3)) if c in data]
     if not reads and name in data: return finding(data[name], where)
-    if not reads: raise InputError(f"{where}: no column 'R1:{name}', nor {name!r}. It has {', '.join(data.columns[:8])} ...")
+    if not reads:
+        raise InputError(f"{where}: no column 'R1:{name}', nor {name!r}. It has {', '.join(data.columns[:8])} ...")
     votes = pd.concat([finding(data[c], where) for c in reads], axis=1)
     yes, no = (votes == "present").sum(axis=1), (votes == "absent").sum(axis=1)
-    return pd.Series(["present" if y > n else "absent" if n > y else None for y, n in zip(yes, no)], index=data.index, dtype=object)
+    return pd.Series(
+        ["present" if y > n else "absent" if n > y else None for y, n in zip(yes, no)], index=data.index, dtype=object
+    )
 
 # %% ../../../nbs/datasets/readers/08_neuro.ipynb #4757ca23
 def _number(name: str) -> str | None:
@@ -280,7 +363,8 @@ def _cq500_series(folder: Path, root: Path) -> dict[str, str]:
         folders.sort()
         here = Path(place).relative_to(root).as_posix()
         if any(f.lower().endswith(".dcm") for f in files): series[_unique(Path(place).name, series)] = here
-        for name, path in _windows(Path(place), root, f"{Path(place).name}_AX_").items(): series[_unique(name, series)] = path
+        for name, path in _windows(Path(place), root, f"{Path(place).name}_AX_").items():
+            series[_unique(name, series)] = path
     return series
 
 def _cq500_folders(root: Path) -> tuple[dict[str, Path], list[dict]]:
@@ -291,7 +375,13 @@ def _cq500_folders(root: Path) -> tuple[dict[str, Path], list[dict]]:
         number = _number(folder.name)
         if number is None or folder.parent in found.values(): continue
         if number in found:
-            skipped.append(_note(folder.relative_to(root).as_posix(), "duplicate study", f"another copy of {found[number].name}, left out"))
+            skipped.append(
+                _note(
+                    folder.relative_to(root).as_posix(),
+                    "duplicate study",
+                    f"another copy of {found[number].name}, left out",
+                )
+            )
         found.setdefault(number, folder)
     return found, skipped
 
@@ -308,12 +398,17 @@ def read_cq500(
     if not key: raise InputError(f"{root / table}: no column 'name'. It has {', '.join(data.columns[:8])} ...")
     data = data[~data.duplicated(key)]
     folders, skipped = _cq500_folders(root)
-    if not folders: raise InputError(f"{root}: no study folder such as 'CQ500CT0 CQ500CT0' in it. Unpack the archives there.")
+    if not folders:
+        raise InputError(f"{root}: no study folder such as 'CQ500CT0 CQ500CT0' in it. Unpack the archives there.")
     number = data[key].map(_number)
-    out = pd.DataFrame({"study": "CQ500CT" + number.fillna("?"), **{f: _majority(data, f, str(root / table)) for f in CQ500_FINDINGS}})
+    out = pd.DataFrame(
+        {"study": "CQ500CT" + number.fillna("?"), **{f: _majority(data, f, str(root / table)) for f in CQ500_FINDINGS}}
+    )
     for row, n in number.items():
-        if n in EXCLUDED_STUDIES: skipped.append(_note(row + 2, "excluded study", f"{data[key][row]}: {EXCLUDED_STUDIES[n]}"))
-        elif n not in folders: skipped.append(_note(row + 2, "missing study", f"{data[key][row]}: no folder for this study"))
+        if n in EXCLUDED_STUDIES:
+            skipped.append(_note(row + 2, "excluded study", f"{data[key][row]}: {EXCLUDED_STUDIES[n]}"))
+        elif n not in folders:
+            skipped.append(_note(row + 2, "missing study", f"{data[key][row]}: no folder for this study"))
     kept = number.isin(list(folders)) & ~number.isin(list(EXCLUDED_STUDIES))
     out = out[kept]
     out.insert(1, "series", [_cq500_series(folders[n], root) for n in progress(number[kept], desc="listing studies")])

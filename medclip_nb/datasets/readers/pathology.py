@@ -17,9 +17,9 @@ import pandas as pd
 
 from ...core import InputError, close_matches
 from ..paths import safe_path, safe_paths
+from .common import json_field, json_file, literal_strings
 from ..registry import register
 from ..tables import read_table
-from .common import json_field, json_file, literal_strings
 
 # %% ../../../nbs/datasets/readers/07_pathology.ipynb #123d3249
 def gather(
@@ -53,19 +53,25 @@ def _pairs(table: Path, image_root: str) -> tuple[pd.DataFrame, list[dict]]:
     "One IP-CLIP table, one row an image, and what was passed over"
     data = read_table(table, columns=["image"])
     if not {"caption", "label"} & set(data):
-        raise InputError(f"{table}: no column 'caption' and no column 'label'. {close_matches('caption', data.columns)}")
+        raise InputError(
+            f"{table}: no column 'caption' and no column 'label'. {close_matches('caption', data.columns)}"
+        )
     empty = data.index[data["image"].isna()]
     if len(empty): raise InputError(f"{table}, row {empty[0] + 2}: the image path is empty ({len(empty)} such rows).")
     data["image"] = _relative(data["image"], image_root, table)
     if "label" in data:
         several = data.groupby("image")["label"].transform("nunique") > 1
         if several.any():
-            raise InputError(f"{table}, row {several.idxmax() + 2}: {data['image'][several.idxmax()]} has several labels. Keep one.")
+            raise InputError(
+                f"{table}, row {several.idxmax() + 2}: {data['image'][several.idxmax()]} has several labels. Keep one."
+            )
     where = lambda row: f"{table.name}, row {row + 2}"
     if "caption" in data: return gather(data, where)
     again = data.index[data.duplicated("image")]
-    return data.drop(again), [{"row": r, "kind": "repeated row", "message": f"{where(r)}: repeated row for {data.at[r, 'image']}"}
-                              for r in again]
+    return data.drop(again), [
+        {"row": r, "kind": "repeated row", "message": f"{where(r)}: repeated row for {data.at[r, 'image']}"}
+        for r in again
+    ]
 
 # %% ../../../nbs/datasets/readers/07_pathology.ipynb #54c7ede9
 @register("ipath")
@@ -96,8 +102,17 @@ def read_ipath(
     return data
 
 # %% ../../../nbs/datasets/readers/07_pathology.ipynb #1862ea13
-TISSUES = {"ADI": "adipose tissue", "BACK": "background", "DEB": "debris", "LYM": "lymphocytes", "MUC": "mucus", "MUS": "smooth muscle",
-           "NORM": "normal colon mucosa", "STR": "cancer-associated stroma", "TUM": "colorectal adenocarcinoma epithelium"}
+TISSUES = {
+    "ADI": "adipose tissue",
+    "BACK": "background",
+    "DEB": "debris",
+    "LYM": "lymphocytes",
+    "MUC": "mucus",
+    "MUS": "smooth muscle",
+    "NORM": "normal colon mucosa",
+    "STR": "cancer-associated stroma",
+    "TUM": "colorectal adenocarcinoma epithelium",
+}
 KATHER = {"NCT-CRC-HE-100K": "train", "NCT-CRC-HE-100K-NONORM": "train", "CRC-VAL-HE-7K": "test"}
 
 def _patches(root: Path, folder: str) -> tuple[list[tuple], list[dict]]:
@@ -107,8 +122,12 @@ def _patches(root: Path, folder: str) -> tuple[list[tuple], list[dict]]:
     rows = [(f"{at}{code}/{name}", TISSUES[code], code) for code in TISSUES if code in there
             for name in sorted(p.name for p in (base/code).iterdir() if p.suffix.lower() in (".tif", ".tiff", ".png"))]
     odd = [("not a tissue class", c, "no patch of it is read") for c in sorted(there - set(TISSUES))]
-    odd += [("missing class", c, "no such folder; the archive may not be unpacked fully") for c in TISSUES if c not in there]
-    return rows, [{"row": f"{at}{code}", "kind": kind, "message": f"{at}{code}: {kind}; {what}"} for kind, code, what in odd]
+    odd += [
+        ("missing class", c, "no such folder; the archive may not be unpacked fully") for c in TISSUES if c not in there
+    ]
+    return rows, [
+        {"row": f"{at}{code}", "kind": kind, "message": f"{at}{code}: {kind}; {what}"} for kind, code, what in odd
+    ]
 
 # %% ../../../nbs/datasets/readers/07_pathology.ipynb #783abe31
 @register("kather")
@@ -124,21 +143,25 @@ def read_kather(
     if any((root/code).is_dir() for code in TISSUES):
         name = root.resolve().name
         if name not in KATHER:
-            raise InputError(f"{root}: class folders, but no archive of that name; rename the folder to one of {', '.join(KATHER)}.")
+            raise InputError(
+                f"{root}: class folders, but no archive of that name; rename the folder to one of {', '.join(KATHER)}."
+            )
         archives = {name: ""}
     else:
         there = [name for name in KATHER if (root/name).is_dir()]
         if train and train not in there: raise InputError(f"{root}: no folder {train!r}. {close_matches(train, there)}")
         first = train or next((name for name in there if KATHER[name] == "train"), None)
         archives = {name: name for name in there if KATHER[name] == "test" or name == first}
-    if not archives: raise InputError(f"{root}: none of the folders {', '.join(KATHER)} in it. Unpack the archives there.")
+    if not archives:
+        raise InputError(f"{root}: none of the folders {', '.join(KATHER)} in it. Unpack the archives there.")
     parts, skipped = [], []
     for name, folder in archives.items():
         rows, odd = _patches(root, folder)
         parts.append(pd.DataFrame(rows, columns=["image", "label", "code"]).assign(source=name, split=KATHER[name]))
         skipped += odd
     data = pd.concat(parts, ignore_index=True)
-    if not len(data): raise InputError(f"{root}: no .tif file in a class folder ({', '.join(TISSUES)}) of {' or '.join(archives)}.")
+    if not len(data):
+        raise InputError(f"{root}: no .tif file in a class folder ({', '.join(TISSUES)}) of {' or '.join(archives)}.")
     data.attrs["skipped"] = skipped
     return data
 
@@ -151,9 +174,16 @@ def _pair_list(folder: Path) -> tuple[pd.DataFrame, list[dict]]:
     rows = []
     for number, pair in enumerate(json_file(path), 1):
         where = f"{path}, entry {number}"
-        caption = None if isinstance(pair, dict) and pair.get("caption", "") is None else json_field(pair, "caption", str, where)
+        caption = (
+            None
+            if isinstance(pair, dict) and pair.get("caption", "") is None
+            else json_field(pair, "caption", str, where)
+        )
         rows.append((safe_path(folder/"imgs", json_field(pair, "img", str, where), where), caption))
-    return gather(pd.DataFrame(rows, columns=["image", "caption"], dtype=object), lambda n: f"{folder.name}/{path.name}, entry {n + 1}")
+    return gather(
+        pd.DataFrame(rows, columns=["image", "caption"], dtype=object),
+        lambda n: f"{folder.name}/{path.name}, entry {n + 1}",
+    )
 
 def _figure(image: str, figures: set[str]) -> str:
     "The figure that a cut-out comes from, by its name; its own stem where the name does not tell"
@@ -178,13 +208,17 @@ def read_cytopath(
     parts = train + [p for p in ("val", "test") if p in there]
     missing = [p for p in parts if p not in there]
     if missing or not parts:
-        raise InputError(f"{root}: no folder {(missing or ['train_raw'])[0]!r}. {close_matches((missing or ['train_raw'])[0], there)}")
+        raise InputError(
+            f"{root}: no folder {(missing or ['train_raw'])[0]!r}. {close_matches((missing or ['train_raw'])[0], there)}"
+        )
     figures_in = ["train_raw"] if "train_sub" in parts and "train_raw" in there else []
     pairs = {part: _pair_list(root/part) for part in dict.fromkeys(parts + figures_in)}
     figures = {PurePosixPath(i).stem for part in figures_in for i in pairs[part][0]["image"]}
     data = pd.concat([pairs[part][0].assign(part=part) for part in parts], ignore_index=True)
     data["split"] = ["train" if part in TRAIN_PARTS else part for part in data["part"]]
-    data["group"] = [_figure(image, figures if part == "train_sub" else set()) for image, part in zip(data["image"], data["part"])]
+    data["group"] = [
+        _figure(image, figures if part == "train_sub" else set()) for image, part in zip(data["image"], data["part"])
+    ]
     data["image"] = data["part"] + "/imgs/" + data["image"]
     data.attrs["skipped"] = [s for part in parts for s in pairs[part][1]]
     return data
@@ -222,13 +256,23 @@ def read_quilt1m(
     empty, blank = data["image_path"].isna(), data["caption"].isna()
     skipped = [{"row": r, "kind": kind, "message": f"{path.name}, row {r + 2}: {kind}"} for kind, which in
                (("no image path", empty), ("empty caption", blank & ~empty)) for r in data.index[which]]
-    data = data[~empty & ~blank & (data["subset"].isin(subsets) if subsets else True)].rename(columns={"image_path": "image"})
+    data = data[~empty & ~blank & (data["subset"].isin(subsets) if subsets else True)].rename(
+        columns={"image_path": "image"}
+    )
     names = safe_paths(root, data["image"].tolist(), str(path))
     folders = _image_folders(root)
-    places = {name: f"{folder}/{name}".removeprefix("./") for folder in reversed(folders) for name in os.listdir(root/folder)}
+    places = {
+        name: f"{folder}/{name}".removeprefix("./")
+        for folder in reversed(folders)
+        for name in os.listdir(root / folder)
+    }
     default = f"{folders[0]}/".removeprefix("./") if folders else ""
     data["image"] = [places.get(n, default + n) for n in names]
-    data["group"] = [n[:11] if subset == "quilt" and n[11:18] == "_image_" else n for n, subset in zip(names, data["subset"].tolist())]
-    if "pathology" in data: data["pathology"] = data["pathology"].map({c: _joined(c) for c in data["pathology"].unique()})
+    data["group"] = [
+        n[:11] if subset == "quilt" and n[11:18] == "_image_" else n
+        for n, subset in zip(names, data["subset"].tolist())
+    ]
+    if "pathology" in data:
+        data["pathology"] = data["pathology"].map({c: _joined(c) for c in data["pathology"].unique()})
     data.attrs["skipped"] = skipped
     return data

@@ -17,9 +17,9 @@ import pandas as pd
 
 from ...core import InputError, progress
 from ..paths import safe_paths
+from .common import first_of, keep_texts, passed_over, table_with
 from ..registry import register
 from ..reports import report_text
-from .common import first_of, keep_texts, passed_over, table_with
 
 # %% ../../../nbs/datasets/readers/05_radiology.ipynb #bf93354d
 ROCO_SPLITS = ("train", "valid", "test")
@@ -30,7 +30,12 @@ def _concepts(root: Path, path: Path, names: bool) -> pd.Series | None:
     table = table_with(path, ["ID", "CUIs"]).drop_duplicates("ID").set_index("ID")["CUIs"]
     codes = table.fillna("").map(lambda cell: [c.strip() for c in cell.split(";") if c.strip()])
     if not names: return codes
-    known = table_with(root/"cui_mapping.csv", ["CUI", "Canonical name"]).dropna().drop_duplicates("CUI").set_index("CUI")["Canonical name"]
+    known = (
+        table_with(root / "cui_mapping.csv", ["CUI", "Canonical name"])
+        .dropna()
+        .drop_duplicates("CUI")
+        .set_index("CUI")["Canonical name"]
+    )
     return codes.map(lambda cell: [known.get(c, c) for c in cell])
 
 def _roco_split(root: Path, split: str, names: bool) -> tuple[pd.DataFrame, list[dict]]:
@@ -38,12 +43,17 @@ def _roco_split(root: Path, split: str, names: bool) -> tuple[pd.DataFrame, list
     path = root/f"{split}_captions.csv"
     data = table_with(path, ["ID", "Caption"])
     folder = first_of(root, [f"{split}_images/{split}", split, f"{split}_images"])
-    if not folder: raise InputError(f"{root}: no folder {split}_images/{split}, {split} or {split}_images. Unpack {split}_images.zip here.")
+    if not folder:
+        raise InputError(
+            f"{root}: no folder {split}_images/{split}, {split} or {split}_images. Unpack {split}_images.zip here."
+        )
     nameless, empty = data["ID"].isna(), data["Caption"].fillna("").str.strip() == ""
     skipped = passed_over(data.index[nameless], "no image", "the ID is empty", path.name)
     skipped += passed_over(data.index[empty & ~nameless], "empty caption", "the caption is empty", path.name)
     where = folder.relative_to(root).as_posix()
-    data = data.assign(image=safe_paths(root, [f"{where}/{i}.jpg" for i in data["ID"]], path.name), split=split)[~nameless & ~empty]
+    data = data.assign(image=safe_paths(root, [f"{where}/{i}.jpg" for i in data["ID"]], path.name), split=split)[
+        ~nameless & ~empty
+    ]
     for column in ("concepts", "concepts_manual"):
         found = _concepts(root, root/f"{split}_{column}.csv", names)
         if found is not None: data[column] = [found.get(i, []) for i in data["ID"]]
@@ -73,15 +83,40 @@ def read_rocov2(
 
 # %% ../../../nbs/datasets/readers/05_radiology.ipynb #7801c083
 MEDPIX_MODALITIES = {
-    "AN": "angiogram", "BAS": "barium swallow", "BE": "barium enema", "CP": "clinical photograph", "CT": "computed tomography",
-    "CTA": "computed tomography angiography", "ECG": "electrocardiogram", "EM": "electron microscopy", "EP": "endoscopy",
-    "GR": "gross photograph", "HE": "histology, haematoxylin and eosin", "HSG": "hysterosalpingogram", "IVU": "intravenous urogram",
-    "MR": "magnetic resonance imaging", "MRA": "magnetic resonance angiography", "MRS": "magnetic resonance spectroscopy",
-    "NM": "nuclear medicine", "OPHTH": "fundoscopy", "OR": "operative photograph", "PET": "positron emission tomography",
-    "RU": "retrograde urogram", "SBFT": "small bowel follow-through", "SPECT": "single photon emission computed tomography",
-    "UGI": "upper gastrointestinal series", "US": "ultrasound", "US-D": "Doppler ultrasound", "VCUG": "voiding cystourethrogram",
-    "XR": "X-ray"}
-MEDPIX_GUESSED = {"MM": "mammogram", "NOS": "not otherwise specified", "PET-CT": "positron emission and computed tomography fusion"}
+    "AN": "angiogram",
+    "BAS": "barium swallow",
+    "BE": "barium enema",
+    "CP": "clinical photograph",
+    "CT": "computed tomography",
+    "CTA": "computed tomography angiography",
+    "ECG": "electrocardiogram",
+    "EM": "electron microscopy",
+    "EP": "endoscopy",
+    "GR": "gross photograph",
+    "HE": "histology, haematoxylin and eosin",
+    "HSG": "hysterosalpingogram",
+    "IVU": "intravenous urogram",
+    "MR": "magnetic resonance imaging",
+    "MRA": "magnetic resonance angiography",
+    "MRS": "magnetic resonance spectroscopy",
+    "NM": "nuclear medicine",
+    "OPHTH": "fundoscopy",
+    "OR": "operative photograph",
+    "PET": "positron emission tomography",
+    "RU": "retrograde urogram",
+    "SBFT": "small bowel follow-through",
+    "SPECT": "single photon emission computed tomography",
+    "UGI": "upper gastrointestinal series",
+    "US": "ultrasound",
+    "US-D": "Doppler ultrasound",
+    "VCUG": "voiding cystourethrogram",
+    "XR": "X-ray",
+}
+MEDPIX_GUESSED = {
+    "MM": "mammogram",
+    "NOS": "not otherwise specified",
+    "PET-CT": "positron emission and computed tomography fusion",
+}
 MEDPIX_NAMES = MEDPIX_MODALITIES | MEDPIX_GUESSED
 
 def _codes(cells: pd.Series, names: Mapping[str, str]) -> tuple[pd.Series, list[dict]]:
@@ -113,12 +148,19 @@ def read_medpix(
     data = table_with(path, ["Image_URL", label])
     pictures = data["Image_URL"].map(_picture)
     skipped = passed_over(data.index[pictures == ""], "no image", "Image_URL names no file")
-    data["image"], data["label"] = safe_paths(path.parent, "medpix_dataset/" + pictures, path.name), data[label].str.strip()
-    if "Core_Modality" in data: data["modality"], notes = _codes(data["Core_Modality"], MEDPIX_NAMES | dict(names or {}))
+    data["image"], data["label"] = (
+        safe_paths(path.parent, "medpix_dataset/" + pictures, path.name),
+        data[label].str.strip(),
+    )
+    if "Core_Modality" in data:
+        data["modality"], notes = _codes(data["Core_Modality"], MEDPIX_NAMES | dict(names or {}))
     if label == "Core_Modality": data["label"], skipped = data["modality"], skipped + notes
-    data = data[pictures != ""].rename(columns={"Caption": "caption", "Case_URL": "group", "Plane": "plane", "ID": "id"})
+    data = data[pictures != ""].rename(
+        columns={"Caption": "caption", "Case_URL": "group", "Plane": "plane", "ID": "id"}
+    )
     if "group" in data: data["group"] = data["group"].fillna(data["image"])
-    if "caption" in data: data, notes = keep_texts(data.assign(caption=data["caption"].str.strip().replace("", None)), texts)
+    if "caption" in data:
+        data, notes = keep_texts(data.assign(caption=data["caption"].str.strip().replace("", None)), texts)
     elif texts != "keep": raise InputError(f"{path}: no column 'Caption', so texts={texts!r} leaves nothing.")
     data.attrs |= {"root": str(path.parent), "skipped": skipped + (notes if "caption" in data else [])}
     return data
@@ -131,14 +173,25 @@ def _openi_report(path: Path) -> dict[str, Any]:
     from defusedxml import ElementTree
     from defusedxml.common import DefusedXmlException
     try: tree = ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as error: raise InputError(f"{path}: not XML ({error}). Unpack NLMCXR_reports.tgz again.") from None
+    except ElementTree.ParseError as error:
+        raise InputError(f"{path}: not XML ({error}). Unpack NLMCXR_reports.tgz again.") from None
     except DefusedXmlException:
-        raise InputError(f"{path}: refused, the file defines XML entities, which these reports never do. Get it again.") from None
+        raise InputError(
+            f"{path}: refused, the file defines XML entities, which these reports never do. Get it again."
+        ) from None
     texts = {(e.get("Label") or "").strip().lower(): "".join(e.itertext()).strip() for e in tree.iter("AbstractText")}
-    terms = {kind: [e.text.strip() for e in tree.iterfind(f".//MeSH/{kind}") if (e.text or "").strip()] for kind in ("major", "automatic")}
+    terms = {
+        kind: [e.text.strip() for e in tree.iterfind(f".//MeSH/{kind}") if (e.text or "").strip()]
+        for kind in ("major", "automatic")
+    }
     number = next((e.get("id") or "" for e in tree.iter("uId")), "") or path.stem
-    return {"uid": number.removeprefix("CXR"), "images": [{"image": f"{e.get('id')}.png"} for e in tree.iter("parentImage") if e.get("id")],
-            "mesh": terms["major"], "mesh_automatic": terms["automatic"], **texts}
+    return {
+        "uid": number.removeprefix("CXR"),
+        "images": [{"image": f"{e.get('id')}.png"} for e in tree.iter("parentImage") if e.get("id")],
+        "mesh": terms["major"],
+        "mesh_automatic": terms["automatic"],
+        **texts,
+    }
 
 def _openi_xml(root: Path, folder: Path) -> tuple[list[dict], Path]:
     "All reports of Open-i, and the folder of the images"
@@ -151,8 +204,12 @@ def _openi_xml(root: Path, folder: Path) -> tuple[list[dict], Path]:
 def _openi_tables(root: Path, path: Path) -> tuple[list[dict], Path]:
     "The same out of indiana_reports.csv and indiana_projections.csv"
     reports = table_with(path, ["uid", "MeSH", "findings", "impression"])
-    views = table_with(path.with_name("indiana_projections.csv"), ["uid", "filename", "projection"]).dropna(subset=["filename"])
-    views = pd.DataFrame({"uid": views["uid"], "image": views["filename"], "view": views["projection"].str.strip().str.lower()})
+    views = table_with(path.with_name("indiana_projections.csv"), ["uid", "filename", "projection"]).dropna(
+        subset=["filename"]
+    )
+    views = pd.DataFrame(
+        {"uid": views["uid"], "image": views["filename"], "view": views["projection"].str.strip().str.lower()}
+    )
     pictures = {uid: rows[["image", "view"]].to_dict("records") for uid, rows in views.groupby("uid")}
     terms = lambda cell: [t.strip() for t in cell.split(";") if t.strip()] if isinstance(cell, str) else []
     texts = [c for c in ("findings", "impression", "indication", "comparison") if c in reports]
@@ -171,7 +228,9 @@ def _openi_rows(report: dict, where: str, sections: Iterable[str], masks: str) -
     kept = {k: report[k] for k in ("mesh", "mesh_automatic", "indication", "comparison") if report.get(k) is not None}
     facts = {"caption": caption, "items": items, "label": _normality(report["mesh"]), "group": report["uid"], **kept}
     if not caption or not report["images"]: return [], "no image" if caption else "empty report"
-    return [{**picture, **facts, "image": f"{where}/{picture['image']}".removeprefix("./")} for picture in report["images"]], ""
+    return [
+        {**picture, **facts, "image": f"{where}/{picture['image']}".removeprefix("./")} for picture in report["images"]
+    ], ""
 
 # %% ../../../nbs/datasets/readers/05_radiology.ipynb #267b62fb
 @register("openi", modality="chest X-ray", tasks=("retrieval", "itemized", "classification"))
@@ -184,7 +243,8 @@ def read_openi(
     root, order = Path(root), [s.lower() for s in ([sections] if isinstance(sections, str) else sections)]
     folder = first_of(root, ["ecgen-radiology", "NLMCXR_reports/ecgen-radiology", "reports/ecgen-radiology"])
     table = first_of(root, ["indiana_reports.csv"])
-    if not folder and not table: raise InputError(f"{root}: neither a folder ecgen-radiology with reports nor indiana_reports.csv in it.")
+    if not folder and not table:
+        raise InputError(f"{root}: neither a folder ecgen-radiology with reports nor indiana_reports.csv in it.")
     reports, images = _openi_xml(root, folder) if folder else _openi_tables(root, table)
     rows, skipped, where = [], [], images.relative_to(root).as_posix()
     for n, report in enumerate(reports):
@@ -192,7 +252,10 @@ def read_openi(
         rows += found
         row = report["uid"] if folder else n + 2
         if fault: skipped.append({"row": row, "kind": fault, "message": f"report {report['uid']}: {fault}"})
-    if not rows: raise InputError(f"{root}: {len(reports)} reports, but none with both an image and a text in {', '.join(order)}.")
+    if not rows:
+        raise InputError(
+            f"{root}: {len(reports)} reports, but none with both an image and a text in {', '.join(order)}."
+        )
     data = pd.DataFrame(rows)
     data["image"] = safe_paths(root, data["image"], str(folder or table))
     data.attrs["skipped"] = skipped

@@ -19,8 +19,8 @@ import pandas as pd
 
 from ...core import InputError, atomic_folder, progress
 from ..paths import safe_member, safe_path
-from ..registry import register
 from .common import image_store, read_json, split_of
+from ..registry import register
 
 # %% ../../../nbs/datasets/readers/04_webdataset.ipynb #51521135
 def _member(member: tarfile.TarInfo, where: str) -> tuple[str, str] | None:
@@ -38,7 +38,8 @@ def _open_tar(source: str) -> Iterator[tuple[tarfile.TarFile, bool]]:
         from urllib.request import urlopen
         with urlopen(source, timeout=60) as web, tarfile.open(fileobj=web, mode="r|*") as tar: yield tar, True
     else:
-        with tarfile.open(source, "r:" if source.endswith(".tar") else "r|*") as tar: yield tar, not source.endswith(".tar")
+        with tarfile.open(source, "r:" if source.endswith(".tar") else "r|*") as tar:
+            yield tar, not source.endswith(".tar")
 
 def _check_end(tar: tarfile.TarFile, stream: bool) -> None:
     "Raise unless the archive ends with the blocks of zeros that every writer puts there"
@@ -64,12 +65,16 @@ def tar_samples(
                     yield held
                     number += 1
                 if named[0] != held[0]: held = named[0], {}
-                held[1][named[1]] = tar.extractfile(member).read() if load or stream else (member.offset_data, member.size)
+                held[1][named[1]] = (
+                    tar.extractfile(member).read() if load or stream else (member.offset_data, member.size)
+                )
             _check_end(tar, stream)
         if held[1]: yield held
     except FileNotFoundError: raise InputError(f"{source}: no such shard.") from None
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise InputError(f"{source}: truncated or damaged after {number} whole samples ({error}). Download or write the shard again.") from None
+        raise InputError(
+            f"{source}: truncated or damaged after {number} whole samples ({error}). Download or write the shard again."
+        ) from None
 
 # %% ../../../nbs/datasets/readers/04_webdataset.ipynb #93dacb8c
 def find_shards(
@@ -82,9 +87,18 @@ def find_shards(
         try: found = list(braceexpand(source))
         except UnbalancedBracesError: raise InputError(f"{source}: a brace is not closed.") from None
     elif re.match(r"https?://", source) or Path(source).is_file(): found = [source]
-    elif re.match(r"[a-z]+:", source) and not Path(source).exists(): raise InputError(f"{source}: only files and http(s) addresses are read.")
-    else: found = [str(p) for p in sorted(Path(source).rglob("*.tar")) if not any(d.startswith(".") for d in p.relative_to(source).parts)]
-    if not found: raise InputError(f"{source}: no .tar file in it." if Path(source).is_dir() else f"{source}: no such file or folder.")
+    elif re.match(r"[a-z]+:", source) and not Path(source).exists():
+        raise InputError(f"{source}: only files and http(s) addresses are read.")
+    else:
+        found = [
+            str(p)
+            for p in sorted(Path(source).rglob("*.tar"))
+            if not any(d.startswith(".") for d in p.relative_to(source).parts)
+        ]
+    if not found:
+        raise InputError(
+            f"{source}: no .tar file in it." if Path(source).is_dir() else f"{source}: no such file or folder."
+        )
     return found
 
 def read_shard_index(
@@ -102,7 +116,22 @@ def read_shard_index(
     return index
 
 # %% ../../../nbs/datasets/readers/04_webdataset.ipynb #0aa36165
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "dcm", "nii", "nii.gz", "pt", "npz", "npy")
+IMAGE_EXTENSIONS = (
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "tif",
+    "tiff",
+    "bmp",
+    "gif",
+    "dcm",
+    "nii",
+    "nii.gz",
+    "pt",
+    "npz",
+    "npy",
+)
 
 def sample_row(
     files: Mapping[str, bytes], # Extension -> content; only text is looked at
@@ -112,14 +141,18 @@ def sample_row(
     row: dict[str, Any] = {}
     if "json" in files:
         try: row = json.loads(files["json"])
-        except (ValueError, RecursionError): raise InputError(f"{where}: its json member is not JSON. Write the shard again.") from None
-        if not isinstance(row, dict): raise InputError(f"{where}: its json member is not an object. Write the shard again.")
+        except (ValueError, RecursionError):
+            raise InputError(f"{where}: its json member is not JSON. Write the shard again.") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: its json member is not an object. Write the shard again.")
     if isinstance(row.get("image"), str): row["source"] = row.pop("image")
     for extension in ("txt", "text", "caption"):
-        if extension in files and "caption" not in row: row["caption"] = files[extension].decode("utf-8", "replace").strip()
+        if extension in files and "caption" not in row:
+            row["caption"] = files[extension].decode("utf-8", "replace").strip()
     if "cls" in files and "label" not in row: row["label"] = files["cls"].decode("utf-8", "replace").strip()
     series = row.pop("series", None)
-    if isinstance(series, dict): return row | {"series": {name: extension for name, extension in series.items() if extension in files}}
+    if isinstance(series, dict):
+        return row | {"series": {name: extension for name, extension in series.items() if extension in files}}
     image = next((e for e in IMAGE_EXTENSIONS if e in files), None)
     return row | {"image": image} if image else row
 
@@ -134,7 +167,8 @@ def _unpack(shard: Path, folder: Path, extract: bool) -> list[dict]:
         for key, files in tar_samples(shard):
             row = sample_row(files, f"{shard}, sample {key!r}")
             used = list(row["series"].values()) if "series" in row else [row["image"]] if "image" in row else []
-            if "series" in row: row["series"] = {name: f"{key}.{extension}" for name, extension in row["series"].items()}
+            if "series" in row:
+                row["series"] = {name: f"{key}.{extension}" for name, extension in row["series"].items()}
             elif used: row["image"] = f"{key}.{used[0]}"
             for extension in used if target else []:
                 (path := target / f"{key}.{extension}").parent.mkdir(parents=True, exist_ok=True)
@@ -158,9 +192,14 @@ def read_webdataset(
     root, rows, skipped = Path(root), [], []
     base = root if root.is_dir() else root.parent
     index = read_shard_index(base) if root.is_dir() and not shards else {}
-    paths = [base / s["name"] for s in index["shards"]] if index else [Path(p) for p in find_shards(base / shards if shards else root)]
+    paths = (
+        [base / s["name"] for s in index["shards"]]
+        if index
+        else [Path(p) for p in find_shards(base / shards if shards else root)]
+    )
     for path in progress(paths, desc="shards"):
-        if not path.is_file(): raise InputError(f"{path}: no such shard. Download the missing file, or write the shards again.")
+        if not path.is_file():
+            raise InputError(f"{path}: no such shard. Download the missing file, or write the shards again.")
         name = path.relative_to(base).as_posix()
         below = f".images/{name.removesuffix('.gz').removesuffix('.tar')}" if extract else name
         split = split_of(path.stem) or split_of(path.parent.relative_to(base).as_posix())
@@ -173,7 +212,10 @@ def read_webdataset(
                 message = f"{path}, sample {row['key']!r}: no image in it"
                 skipped.append({"row": f"{name}: {row['key']}", "kind": "no image", "message": message})
         told = next((s["samples"] for s in index.get("shards", []) if s["name"] == name), len(found))
-        if told != len(found): raise InputError(f"{path}: holds {len(found)} samples, the index says {told}. Copy or write the shard again.")
+        if told != len(found):
+            raise InputError(
+                f"{path}: holds {len(found)} samples, the index says {told}. Copy or write the shard again."
+            )
     data = pd.DataFrame(rows)
     data.attrs = {"root": str(base), "skipped": skipped, "labels": index.get("labels") or []}
     return data
