@@ -302,7 +302,7 @@ def chance_sentence(
     low, high = result.metrics.set_index("name").loc[metric, ["low", "high"]]
     said = "above chance" if low > chance else "below chance" if high < chance else "not to be told from chance"
     what = "mean AUROC" if several else "balanced accuracy"
-    return f"**{name}**: {what} {result.say(metric)} over {len(result.details['classes'])} {'findings' if several else 'classes'} (chance {chance:.3f}) is {said}."
+    return f"**{name}**: {what} {result.format_metric(metric)} over {len(result.details['classes'])} {'findings' if several else 'classes'} (chance {chance:.3f}) is {said}."
 
 def calibration_sentence(
     result: Result, # From `run_zero_shot`
