@@ -27,6 +27,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "data_identity", "input_identities", "is_complete", "result_hash", "run", "run_folder", "run_key",
         "run_record",
     ],
+    "steps": [
+        "count_rows", "data_notice", "dataset_facts", "open_data", "save_result", "show_model", "show_skipped",
+        "usable_rows",
+    ],
     "suites": [
         "NAME", "REFERENCE", "RUN_KEYS", "SUITE_KEYS", "Suite", "SuiteRun", "YAML_TYPES", "find_suite",
         "load_suite", "plan_suite", "run_suite", "summarize_runs", "up_to_date",
