@@ -14,8 +14,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "write_index",
     ],
     "parameters": [
-        "BOOLEANS", "Parameter", "check_parameters", "convert", "find_template", "parameter_files",
-        "read_parameters", "template_cells", "template_folder", "template_parameters", "templates",
+        "BOOLEANS", "Cell", "Parameter", "Template", "check_parameters", "convert", "find_template",
+        "parameter_files", "read_parameters", "read_template", "template_cells", "template_folder",
+        "template_parameters", "templates",
     ],
     "reports": [
         "ANSI", "ATTRIBUTES", "NOISE", "STYLE", "TAGS", "clean_report", "html_page", "markdown_html",
