@@ -83,8 +83,8 @@ def begun(table, models, out, kind="image", change=lambda clip: None, **options)
     seed_everything(0)
     clip = load_model(models[kind], device="cpu")
     change(clip)
-    recipe = TrainConfig(**{**BASE, "pooling_heads": 4, **options})
-    run = begin_run(clip, manifest(table, "train", kind), manifest(table, "valid", kind), out, recipe)
+    config = TrainConfig(**{**BASE, "pooling_heads": 4, **options})
+    run = begin_run(clip, manifest(table, "train", kind), manifest(table, "valid", kind), out, config)
     trainers.training_mode(run)
     rows, images = next(iter(trainers.batches(run)))
     return run, trainers.draw_batch(run, rows, images)
@@ -472,7 +472,7 @@ def test_manifests_that_cannot_be(table, models, tmp_path):
     with pytest.raises(InputError, match="no row has an item"): go(changed(rows, items=[[]] * len(rows)), valid)
     with pytest.raises(InputError, match="the items of row 0 are not a list"): go(changed(rows, items=["one; two"] * len(rows)), valid)
     with pytest.raises(InputError, match="no column 'items'"): go(rows, without)
-    with pytest.raises(InputError, match="its rows are studies"): go(manifest(table, "train", "series"), manifest(table, "valid", "series"))
+    with pytest.raises(InputError, match="encodes images, and .* has studies"): go(manifest(table, "train", "series"), manifest(table, "valid", "series"))
     with pytest.raises(InputError, match=r"png: "): train(load_model(models["series"], device="cpu"), rows, valid, tmp_path, **BASE)
     own = load_model(models["image"], device="cpu")
     with pytest.raises(InputError, match="needs a model with a text-conditioned pooling"):
@@ -490,10 +490,10 @@ def test_the_gallery_of_a_locked_tower_is_features(models, table):
 def test_a_new_pooling_may_learn_faster(table, models, tmp_path):
     "Its rate is the multiple of the others' in every step, warm-up in steps included"
     run, batch = begun(table, models, tmp_path, "image", pooling_lr=3.0, warmup=4, max_steps=12)
-    assert [round(run.rate(step) / run.recipe.lr, 6) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert [round(run.rate(step) / run.config.lr, 6) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
     trainers.take_step(run, batch)
     own = {id(p) for p in run.clip.pooling.parameters()}
     for group in run.optimizer.param_groups:
-        assert group["lr"] == (3 if id(group["params"][0]) in own else 1) * run.recipe.lr / 4
+        assert group["lr"] == (3 if id(group["params"][0]) in own else 1) * run.config.lr / 4
         assert len({id(p) in own for p in group["params"]}) == 1
     with pytest.raises(InputError, match="pooling_lr must be above 0"): begun(table, models, tmp_path, "image", pooling_lr=0.0)

@@ -20,7 +20,7 @@ from PIL import Image
 from ..core import InputError, progress
 from ..datasets.manifest import Manifest
 from ..datasets.studies import series_paths
-from .results import Result, bootstrap_groups, provenance
+from .results import EvalOptions, Result, bootstrap_groups, provenance
 from ..images.reading import FORMATS, read_image
 from ..images.studies import labels_at, pad_studies
 from ..metrics.localization import CUTS, enlarge, localize, overlaps, pointing, summarize_maps, within
@@ -399,24 +399,19 @@ def evaluate_grounding(
     tolerance_mm: float = 0.0, # The same in mm, instead; for images it needs pixel_mm
     pixel_mm: float = 0.0, # Size of a pixel of the images; 0 where it is not known. The spacing of volumes is in their files
     upsample: str = "bilinear", # As in `look_at_images`: bilinear, bicubic, spline or shifted; studies are trilinear
-    n_boot: int = 1000, # Resamples behind each interval
-    seed: int = 0, # Of the resampling
-    batch_size: int = 32, # Images at a time
-) -> Result: # Predictions hold one row an item; metrics are means over items with intervals over groups
-    "Hold the maps of a manifest's items against their masks; raises `InputError` where nothing can be measured"
+    **options: Any, # Fields of `EvalOptions`: batch_size (32), n_boot, seed
+) -> Result: # Predictions hold one row per item; metrics are means over items with intervals over groups
+    "Compare the maps of a manifest's items with their masks; raises `InputError` where nothing can be measured"
+    how = EvalOptions.of(evaluate_grounding, options, unused=("cache", "num_workers"), batch_size=32)
     method = choose_method(clip, method)
     if valid is not None and (same := set(valid["split"]) & set(manifest["split"])):
         raise InputError(
             f"The threshold would be chosen on the split that is measured ({', '.join(sorted(same))}). Give valid another."
         )
-    cut = {} if valid is None else choose_grounding_threshold(clip, valid, method, upsample, batch_size)
+    cut = {} if valid is None else choose_grounding_threshold(clip, valid, method, upsample, how.batch_size)
     reach, in_mm = (tolerance_mm, True) if tolerance_mm else (tolerance, False)
-    rows = pd.DataFrame(
-        [
-            _numbers(found, reach, in_mm, cut.get("threshold"))
-            for found in attended(clip, manifest, method, pixel_mm, upsample, batch_size)
-        ]
-    )
+    maps = attended(clip, manifest, method, pixel_mm, upsample, how.batch_size)
+    rows = pd.DataFrame([_numbers(found, reach, in_mm, cut.get("threshold")) for found in maps])
     if not len(rows):
         raise InputError(f"{manifest.dataset}: no mask marks a pixel of an item, so nothing can be measured.")
     groups = pd.Series(bootstrap_groups(manifest), index=manifest.index).loc[rows["row"]].to_numpy()
@@ -438,20 +433,18 @@ def evaluate_grounding(
         "mass": rows["mask_share"].mean(),
         "pixel_auroc": 0.5,
     }
-    how = {
+    facts = {
         "method": method,
         "tolerance": reach,
         "unit": "mm" if in_mm else "pixels",
         "pixel_mm": pixel_mm,
         "upsample": upsample,
         "cut": cut,
+        "chance": chance,
+        "headline": ["pointing", "pointing_within"],
     }
-    details = (
-        provenance(clip, manifest, n_boot, seed)
-        | how
-        | {"chance": chance, "headline": ["pointing", "pointing_within"], **counts(manifest, rows)}
-    )
-    return Result("grounding", summarize_maps(rows[measures], groups, n_boot, seed), predictions, details)
+    details = provenance(clip, manifest, **how.bootstrap) | facts | counts(manifest, rows)
+    return Result("grounding", summarize_maps(rows[measures], groups, how.n_boot, how.seed), predictions, details)
 
 # %% ../../nbs/evaluators/12_grounding.ipynb #c47beeda
 def method_differences(

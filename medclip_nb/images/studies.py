@@ -254,10 +254,13 @@ class StudyDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int: return len(self.series)
 
+    def options(self, i: int) -> Mapping[str, Any]: # What study i is read with; a subclass may know more about each
+        return self.read
+
     def _read(self, i: int) -> Study:
         if i in self.kept: return self.kept[i]
-        study = self.preprocess(self.series[i], **self.read)
-        if self.left >= (size := study.volumes.numel() * study.volumes.element_size()):
+        study = self.preprocess(self.series[i], **self.options(i))
+        if self.left and self.left >= (size := study.volumes.numel() * study.volumes.element_size()):
             self.kept[i], self.left = study, self.left - size
         return study
 

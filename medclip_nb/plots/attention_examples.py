@@ -16,13 +16,13 @@ from matplotlib.figure import Figure
 from ..core import InputError, close_matches
 from ..datasets.manifest import Manifest
 from ..datasets.studies import series_paths
+from ..embeddings.streams import reads_studies
 from ..evaluators.grounding import ItemMap, look_at_row
 from ..evaluators.results import Result
 from ..images.reading import read_image
 from ..images.studies import Study
 from ..models.clip import ClipModel
 from ..models.maps import map_requests
-from ..models.study_clip import StudyModel
 from .attention import item_overlays, overlay_grid, volume_montage
 
 # %% ../../nbs/plots/08_attention_examples.ipynb #1e3be1d3
@@ -68,7 +68,7 @@ def row_figures(
 ) -> list[Figure]: # One an image; one an item of a study
     "Where a model looks for each text in a row of a manifest"
     one, found = manifest.loc[[row]], look_at_row(clip, manifest, row, texts, method, upsample)
-    if not isinstance(clip, StudyModel): return [image_figure(read_image(one.paths()[0], **one.read), found, method)]
+    if not reads_studies(clip, one): return [image_figure(read_image(one.paths()[0], **one.read), found, method)]
     study = clip.preprocess(series_paths(one)[0], **one.read)
     return [study_figure(study, item, method) for item in found]
 
@@ -111,7 +111,7 @@ def comparison_figures(
         for name, (model, method) in map_requests(clip, methods, others).items()
     }
     rows = [manifest.loc[[row]] for row, _ in picks]
-    if isinstance(clip, StudyModel):
+    if reads_studies(clip, manifest):
         studies = [clip.preprocess(series_paths(one)[0], **one.read) for one in rows]
         return [study_figure(study, own[i], method) for i, study in enumerate(studies) for method, own in found.items()]
     inside = lambda a: (
