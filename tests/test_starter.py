@@ -2,6 +2,8 @@
 import gzip
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -133,6 +135,55 @@ def test_reused_until_the_recipe_changes(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["starter"]
 
 
+TINY = dict(n_studies=(2, 0, 0), n_slices=2)
+
+def in_processes(*scripts: str) -> list[str]:
+    "Run scripts at the same time; what they wrote to stderr"
+    imports = ("import sys, time\nfrom pathlib import Path\nfrom medclip_nb.datasets import starter\n"
+               f"def make(root, **how): starter.make_starter(root, workers=1, **{TINY!r}, **how)\n"
+               "def until(path):\n    while not list(path.parent.glob(path.name)): time.sleep(.01)\n")
+    running = [subprocess.Popen([sys.executable, "-c", imports + script], stderr=subprocess.PIPE, text=True)
+               for script in scripts]
+    try: return [process.communicate(timeout=120)[1] for process in running]
+    finally:
+        for process in running: process.kill()
+
+
+def test_two_processes_make_it_together(tmp_path):
+    root, go = tmp_path/"starter", tmp_path/"go"
+    script = f"Path({str(tmp_path)!r}, '%d.ready').touch()\nuntil(Path({str(go)!r}))\nmake({str(root)!r}, series=True)"
+    start = f"for n in range(2): until(Path({str(tmp_path)!r}, f'{{n}}.ready'))\nPath({str(go)!r}).touch()"
+    assert in_processes(script % 0, script % 1, start) == ["", "", ""]
+    assert fingerprints(root) == fingerprints(make_starter(tmp_path/"alone", workers=1, series=True, **TINY))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_process_that_finishes_late_uses_what_it_finds(tmp_path):
+    "The late one finishes its slices while the other writes volumes into the folder that both want to make"
+    root, late = str(tmp_path/"starter"), str(tmp_path/"late")
+    slices = f"plain = starter.write_study\ndef slow(*args):\n    until(Path({root!r}, '.series.*'))\n"
+    slices += "    return plain(*args)\n"
+    slices += f"starter.write_study = slow\nmake({root!r})\nPath({late!r}).touch()"
+    series = f"until(Path({str(tmp_path)!r}, '.starter.*'))\nplain = starter.write_series\n"
+    series += f"def slow(*args):\n    until(Path({late!r}))\n    plain(*args)\n"
+    series += f"starter.write_series = slow\nmake({root!r}, series=True)"
+    assert in_processes(slices, series) == ["", ""]
+    assert fingerprints(Path(root)) == fingerprints(make_starter(tmp_path/"alone", workers=1, series=True, **TINY))
+    assert not list(tmp_path.glob(".*")) and not list(Path(root).glob(".*"))
+
+
+def test_another_recipe_in_the_same_folder_is_an_error(tmp_path, monkeypatch):
+    root = tmp_path/"starter"
+    def write_series(*_):
+        monkeypatch.undo()
+        make_starter(root, workers=1, **TINY, seed=1)
+    monkeypatch.setattr("medclip_nb.datasets.starter.write_series", write_series)
+    with pytest.raises(InputError, match="another process replaced it"):
+        make_starter(root, workers=1, series=True, **TINY)
+    assert json.loads((root/"recipe.json").read_text())["recipe"]["seed"] == 1
+    assert not (root/"series").exists() and not list(tmp_path.glob(".*"))
+
+
 def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("medclip_nb.datasets.starter.write_study", lambda *_: 1/0)
     with pytest.raises(ZeroDivisionError): make_starter(tmp_path/"starter", workers=1, n_studies=(1, 0, 0))
@@ -225,7 +276,7 @@ def test_contrasts_differ_as_in_life():
     for study in (PhantomStudy(PhantomConfig(), i) for i in range(30)):
         for k, finding in enumerate(study.findings):
             if finding.kind not in ("haemorrhage", "infarct") or len(study.kinds) > 1: continue
-            view = View(study, slice_points("axial", finding.centre[2]))
+            view = View(study, slice_points("axial", finding.center[2]))
             inside = masks(view)[0][k].reshape(PIXELS, PIXELS)
             for sequence, brighter in (("T1", finding.kind == "haemorrhage"), ("T2", finding.kind == "infarct")):
                 image = gray_image(view, sequence, study.rng(5)).reshape(PIXELS, PIXELS).astype(float)
