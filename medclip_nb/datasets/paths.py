@@ -102,4 +102,4 @@ def safe_members(
     names = [(m.name if tar else m.filename) for m in members if safe_member(m, where)]
     total = sum(m.size if tar else m.file_size for m in members)
     if total <= max_bytes: return names
-    raise InputError(f"{where}: unpacks to {total:,} bytes, more than {max_bytes:,}. Raise max_bytes if that is intended.")
+    raise InputError(f"{where}: unpacks to {total:,} bytes, more than {max_bytes:,}. If intended, raise max_bytes.")

@@ -89,7 +89,7 @@ def _card_fault(found: Any) -> str:
         value = found[key]
         cells = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
         if not isinstance(value, kind) or not all(isinstance(c, str) for c in cells):
-            return f"{key!r} should be {CELL_KINDS[kind]}, not {value!r}; put quotes around texts with colons or numbers"
+            return f"{key!r} should be {CELL_KINDS[kind]}, not {value!r}; quote texts with colons or numbers"
     return ""
 
 # %% ../../nbs/datasets/02_registry.ipynb #38d88bb7

@@ -22,17 +22,13 @@ BREAK = re.compile(r"[.!?]+[\"')\]]*(?=\s+[\"'(\[]?([A-Z0-9_])|(?<=[a-z]\.)(?=[A
 LOWER_BREAK = re.compile(r"[.!?]+(?=\s+(\S))")
 
 def _sentences(text: str) -> list[str]:
-    "One paragraph at its sentence ends"
+    "Split one paragraph into sentences"
     parts, start = [], 0
     for found in (BREAK if re.search("[A-Z]", text) else LOWER_BREAK).finditer(text):
         word = re.search(r"[\w.]*\Z", text[start:found.start()])[0].lstrip(".").lower()
         follows = found[1] or "A"
-        if (
-            word in ABBREVIATIONS
-            or word in NUMBERED
-            and (follows.isdigit() or re.match(rf"\W*{MASKS}", text[found.end() :]))
-        ):
-            continue
+        numbered = follows.isdigit() or re.match(rf"\W*{MASKS}", text[found.end():])
+        if word in ABBREVIATIONS or word in NUMBERED and numbered: continue
         if len(word) == 1 and word.isalpha() and TITLED.search(text[start:found.start() - 1]): continue
         parts.append(text[start:found.end()])
         start = found.end()
@@ -44,7 +40,7 @@ NUMBER_AFTER = set(
 )
 
 def _paragraphs(text: str) -> list[str]:
-    "A text at blank lines, bullets and the numbers of a list, which are left out"
+    "Split a text at blank lines, bullets and the numbers of a list, which are left out"
     text = re.sub(r"\n\s*(?:\n\s*)+|\n\s*[-*•]+\s+|\A\s*[-*•]+\s+", "\0", text)
     parts, start, expected = [], 0, 1
     for found in re.finditer(r"(?:(?<=[\s\0])|\A)(\d{1,2})[.)](?:\s+(?=\S)|(?=[A-Za-z]))", text):
@@ -60,8 +56,8 @@ def _paragraphs(text: str) -> list[str]:
 # %% ../../nbs/datasets/12_reports.ipynb #746f037b
 def report_items(
     text: Any, # A report or a section of one; anything but a text gives no items
-    masks: str = "keep", # Holes such as XXXX and ___: keep them, cut them out (drop), or leave out items with one (skip)
-) -> list[str]: # One finding each, in order, every text once
+    masks: str = "keep", # Masked words such as XXXX and ___: keep them, cut them out (drop), or skip their items
+) -> list[str]: # One statement each, in order, every text once
     "Split a report into its statements"
     if masks not in ("keep", "drop", "skip"): raise InputError(f"masks={masks!r}: use 'keep', 'drop' or 'skip'.")
     if not isinstance(text, str): return []
@@ -83,8 +79,8 @@ SECTION_NAMES |= dict.fromkeys(["CONCLUSION", "CONCLUSIONS", "IMPRESSIONS", "IMP
 
 def report_sections(
     text: str, # A report whose headings are in capitals, such as "FINDINGS: ..."
-) -> dict[str, str]: # Name in lower case -> its text; the same heading twice is put together
-    "Take a free-text report apart at its headings"
+) -> dict[str, str]: # Name in lower case -> its text; sections with the same heading are joined
+    "Split a free-text report at its headings"
     sections: dict[str, str] = {}
     heads = list(SECTION.finditer(text))
     for head, after in zip(heads, [*heads[1:], None]):
@@ -97,7 +93,7 @@ def report_text(
     sections: Mapping[str, Any], # Name -> text, or something empty
     order: Iterable[str] = ("findings", "impression"), # Sections to take
     masks: str = "keep", # As in `report_items`
-) -> tuple[str | None, list[str]]: # One text, or None where there is nothing to say; and its items
+) -> tuple[str | None, list[str]]: # One text, or None for an empty report; and its items
     "Caption and items of a report"
     items = [item for name in order for item in report_items(sections.get(name), masks)]
     items = list({item.lower(): item for item in items}.values())
