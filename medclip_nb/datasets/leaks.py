@@ -61,7 +61,7 @@ def file_facts(
     hashes: bool = False, # Fill `content` where two files may be equal and, when decoding, `perceptual`
     max_pixels: int = MAX_PIXELS, # Larger images are never decoded
 ) -> pd.DataFrame: # One line per file: row, series, path, and the fields of `ImageFacts`
-    "Look into every file of a manifest"
+    "Examine every file of a manifest"
     if images not in DEPTHS: raise InputError(f"images={images!r}: use 'header', 'decode' or 'none'.")
     named, root = _named_files(manifest), str(getattr(manifest, "root", "."))
     codes, paths = pd.factorize(named["path"], use_na_sentinel=False)
