@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHEXPERT_FINDINGS', 'BATCHES', 'MIMIC', 'MIMIC_VIEWS', 'NIH_FINDINGS', 'OLDEST', 'AGE_UNITS', 'finding_columns',
-           'read_covid_chestxray', 'read_chexpert', 'read_mimic_cxr_jpg', 'years', 'read_nih_cxr14']
+           'read_covid_chestxray', 'read_chexpert', 'read_mimic_cxr_jpg', 'ages_in_years', 'read_nih_cxr14']
 
 # %% ../../../nbs/datasets/readers/06_chest_xray.ipynb #33fcc136
 import re
@@ -17,7 +17,7 @@ import pandas as pd
 
 from ...core import InputError, progress
 from ..paths import safe_paths
-from .common import first_of, keep_texts, passed_over, table_with
+from .common import first_existing, keep_texts, skip_records, table_with
 from ..registry import register
 from ..reports import report_sections, report_text
 
@@ -79,9 +79,9 @@ def read_covid_chestxray(
     name, kind = data["filename"].fillna("").str.strip(), data["modality"].fillna("").str.lower()
     packed = name.str.lower().str.endswith((".gz", ".nii"))
     other = (name != "") & ~packed & (kind != modality.lower() if modality else False)
-    skipped = passed_over(data.index[name == ""], "no image", "the file name is empty")
-    skipped += passed_over(data.index[packed], "volume", "a volume, not an image")
-    skipped += passed_over(data.index[other], "other modality", f"not of modality {modality}")
+    skipped = skip_records(data.index[name == ""], "no image", "the file name is empty")
+    skipped += skip_records(data.index[packed], "volume", "a volume, not an image")
+    skipped += skip_records(data.index[other], "other modality", f"not of modality {modality}")
     finding = data["finding"].str.strip().where(lambda f: ~f.str.lower().isin(["todo", "unknown"]))
     parts = [[p.strip() for p in f.split("/") if p.strip()] if isinstance(f, str) else [] for f in finding]
     image = safe_paths(root, data["folder"].fillna("images") + "/" + name, path.name)
@@ -143,7 +143,7 @@ def read_chexpert(
     top = home.parent if places else home
     prefix = f"{home.name}/" if places else ""
     parts = []
-    for path in (home / "train.csv", home / "valid.csv", first_of(home, ["test.csv", "test_labels.csv"])):
+    for path in (home / "train.csv", home / "valid.csv", first_existing(home, ["test.csv", "test_labels.csv"])):
         if path is None or not path.is_file(): continue
         part = _chexpert_part(path, top, places, prefix)
         findings = finding_columns(part, str(path), uncertain, blank)
@@ -159,7 +159,7 @@ MIMIC_VIEWS = {"PA": "frontal", "AP": "frontal", "LATERAL": "lateral", "LL": "la
 
 def _mimic_table(root: Path, name: str, columns: Iterable[str]) -> tuple[pd.DataFrame, Path]:
     "One of the tables of MIMIC-CXR-JPG, compressed or not"
-    path = first_of(root, [f"{MIMIC}{name}.csv", f"{MIMIC}{name}.csv.gz"])
+    path = first_existing(root, [f"{MIMIC}{name}.csv", f"{MIMIC}{name}.csv.gz"])
     if not path: raise InputError(f"{root}: no {MIMIC}{name}.csv or .csv.gz in it.")
     return table_with(path, columns), path
 
@@ -173,7 +173,7 @@ def _mimic_images(root: Path) -> pd.DataFrame:
     data["split"] = data["split"].replace("validate", "valid")
     data["place"] = "files/p" + data["subject_id"].str[:2] + "/p" + data["subject_id"] + "/s" + data["study_id"]
     data["image"] = safe_paths(root, data["place"] + "/" + data["dicom_id"].fillna("") + ".jpg", path.name)
-    if first_of(root, [f"{MIMIC}metadata.csv", f"{MIMIC}metadata.csv.gz"]):
+    if first_existing(root, [f"{MIMIC}metadata.csv", f"{MIMIC}metadata.csv.gz"]):
         known, _ = _mimic_table(root, "metadata", ["dicom_id", "ViewPosition"])
         views = known.drop_duplicates("dicom_id").set_index("dicom_id")["ViewPosition"]
         data["projection"] = data["dicom_id"].map(views)
@@ -219,7 +219,7 @@ def read_mimic_cxr_jpg(
     data = _mimic_images(root)
     labels = [] if labeler == "none" else _mimic_labels(root, labeler, uncertain, blank)
     if len(labels): data = data.join(labels, on="study_id")
-    folder = None if reports == "none" else root/reports if reports else first_of(root, ["mimic-cxr-reports"])
+    folder = None if reports == "none" else root/reports if reports else first_existing(root, ["mimic-cxr-reports"])
     if reports and folder and not folder.is_dir():
         raise InputError(f"{folder}: no such folder; it should hold files/p10/...")
     if folder: data = data.join(_mimic_reports(root, folder, data.drop_duplicates("study_id"), masks), on="study_id")
@@ -236,7 +236,7 @@ NIH_FINDINGS = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass
 OLDEST = 120
 AGE_UNITS = {"": 1, "Y": 1, "M": 12, "W": 52.18, "D": 365.25} # Units per year
 
-def years(
+def ages_in_years(
     ages: Iterable[Any], # Such as "058Y", "011M", "003D" or "58"
 ) -> list[float]: # Years; NaN for a malformed age and for one above `OLDEST`
     "Ages of either edition in years"
@@ -282,17 +282,17 @@ def read_nih_cxr14(
 ) -> pd.DataFrame: # image, split, group (the patient), 14 findings, age (years), sex, projection and visit
     "Read ChestX-ray14; raises `InputError` for a missing table or folder and for an unknown finding"
     root = Path(root)
-    path = first_of(root, ["Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv"])
+    path = first_existing(root, ["Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv"])
     if not path: raise InputError(f"{root}: no Data_Entry_2017_v2020.csv or Data_Entry_2017.csv in it.")
     data = table_with(path, ["Image Index", "Finding Labels", "Patient ID", "Patient Age"])
     places, splits, name = _nih_places(root), _nih_splits(root), data["Image Index"].fillna("")
     here = name.isin(list(places)) if places is not None else name != ""
     listed = name.isin(list(splits)) if splits else here | True
-    age = pd.Series(years(data["Patient Age"]), index=data.index)
-    skipped = passed_over(data.index[~here], "missing image", "no file name, or in none of the folders images_001, ...")
-    skipped += passed_over(data.index[here & ~listed], "no split", "in neither train_val_list.txt nor test_list.txt")
+    age = pd.Series(ages_in_years(data["Patient Age"]), index=data.index)
+    skipped = skip_records(data.index[~here], "missing image", "no file name, or not in a folder images_001, ...")
+    skipped += skip_records(data.index[here & ~listed], "no split", "in neither train_val_list.txt nor test_list.txt")
     odd = age.isna() & data["Patient Age"].notna() & here & listed
-    skipped += passed_over(data.index[odd], "impossible age", "age left empty; the image stays")
+    skipped += skip_records(data.index[odd], "impossible age", "age left empty; the image stays")
     findings = _nih_findings(data["Finding Labels"], str(path))
     folder = name.map(places).fillna("images") if places is not None else "images"
     group = data["Patient ID"].str.lstrip("0").fillna(name)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLIT_WORDS', 'SIGNATURES', 'read_json', 'json_file', 'json_field', 'join_items', 'listed_items', 'literal_strings',
-           'split_of', 'table_with', 'first_of', 'passed_over', 'keep_texts', 'finding', 'image_store', 'image_suffix',
-           'store_image']
+           'split_of', 'table_with', 'first_existing', 'skip_records', 'keep_texts', 'finding', 'image_store',
+           'image_suffix', 'store_image']
 
 # %% ../../../nbs/datasets/readers/01_common.ipynb #a9512416
 import ast
@@ -122,14 +122,14 @@ def table_with(
         if column not in data: raise InputError(f"{path}: no column {column!r}. {close_matches(column, data.columns)}")
     return data
 
-def first_of(
+def first_existing(
     root: str | Path, # A folder
     names: Iterable[str], # Files or folders that may lie below it, in order of preference
 ) -> Path | None: # The first that exists
     "Find which of several known layouts a folder has"
     return next((Path(root)/n for n in names if (Path(root)/n).exists()), None)
 
-def passed_over(
+def skip_records(
     rows: Iterable[int], # Index in the table: the row of the file minus 2
     kind: str, # Such as "empty caption"
     message: str, # What is wrong with the row
@@ -148,7 +148,7 @@ def keep_texts(
     if texts not in ("keep", "require"):
         raise InputError(f"texts={texts!r}: use 'keep', or 'require' to skip rows without a text.")
     empty = data["caption"].isna() if texts == "require" else pd.Series(False, index=data.index)
-    return data[~empty], passed_over(data.index[empty], "empty caption", "no text")
+    return data[~empty], skip_records(data.index[empty], "empty caption", "no text")
 
 # %% ../../../nbs/datasets/readers/01_common.ipynb #c81c2001
 def finding(

@@ -17,7 +17,7 @@ import pandas as pd
 
 from ...core import InputError, progress
 from ..paths import safe_paths
-from .common import first_of, keep_texts, passed_over, table_with
+from .common import first_existing, keep_texts, skip_records, table_with
 from ..registry import register
 from ..reports import report_text
 
@@ -38,13 +38,13 @@ def _roco_split(root: Path, split: str, names: bool) -> tuple[pd.DataFrame, list
     "One split of ROCOv2, and the rows without a caption"
     path = root/f"{split}_captions.csv"
     data = table_with(path, ["ID", "Caption"])
-    folder = first_of(root, [f"{split}_images/{split}", split, f"{split}_images"])
+    folder = first_existing(root, [f"{split}_images/{split}", split, f"{split}_images"])
     if not folder:
         wanted = f"{split}_images/{split}, {split} or {split}_images"
         raise InputError(f"{root}: no folder {wanted}. Unpack {split}_images.zip here.")
     nameless, empty = data["ID"].isna(), data["Caption"].fillna("").str.strip() == ""
-    skipped = passed_over(data.index[nameless], "no image", "the ID is empty", path.name)
-    skipped += passed_over(data.index[empty & ~nameless], "empty caption", "the caption is empty", path.name)
+    skipped = skip_records(data.index[nameless], "no image", "the ID is empty", path.name)
+    skipped += skip_records(data.index[empty & ~nameless], "empty caption", "the caption is empty", path.name)
     where = folder.relative_to(root).as_posix()
     images = safe_paths(root, [f"{where}/{i}.jpg" for i in data["ID"]], path.name)
     data = data.assign(image=images, split=split)[~nameless & ~empty]
@@ -118,13 +118,13 @@ def _codes(cells: pd.Series, names: Mapping[str, str]) -> tuple[pd.Series, list[
     codes, notes = cells.str.strip(), []
     for code, rows in codes.dropna().groupby(codes).groups.items():
         counted = f"Core_Modality {code!r} ({len(rows)} rows, this is the first)"
-        if code not in names: notes += passed_over(rows[:1], "unknown code", f"{counted}: no name known, kept as it is")
+        if code not in names: notes += skip_records(rows[:1], "unknown code", f"{counted}: no name known, kept")
         elif names[code] == MEDPIX_GUESSED.get(code):
-            notes += passed_over(rows[:1], "unconfirmed code", f"{counted}: read as {names[code]!r} by its letters")
+            notes += skip_records(rows[:1], "unconfirmed code", f"{counted}: read as {names[code]!r} by its letters")
     return codes.map(lambda c: names.get(c, c) if isinstance(c, str) else None), notes
 
 # %% ../../../nbs/datasets/readers/05_radiology.ipynb #bfd5c411
-def _picture(url: Any) -> str:
+def _file_name(url: Any) -> str:
     "The file name at the end of an address, or an empty text"
     return posixpath.basename(urlsplit(url.strip()).path) if isinstance(url, str) else ""
 
@@ -137,11 +137,11 @@ def read_medpix(
     texts: str = "keep", # require: skip rows without a caption
 ) -> pd.DataFrame: # image, label, modality, and caption, group and plane where the table has them
     "Read a MedPix export; raises `InputError` for a missing table or column"
-    path = first_of(root, ["medpix.csv", "MedCLIP/medpix.csv"])
+    path = first_existing(root, ["medpix.csv", "MedCLIP/medpix.csv"])
     if not path: raise InputError(f"{root}: no medpix.csv in it.")
     data = table_with(path, ["Image_URL", label])
-    pictures = data["Image_URL"].map(_picture)
-    skipped = passed_over(data.index[pictures == ""], "no image", "Image_URL names no file")
+    pictures = data["Image_URL"].map(_file_name)
+    skipped = skip_records(data.index[pictures == ""], "no image", "Image_URL names no file")
     data["image"] = safe_paths(path.parent, "medpix_dataset/" + pictures, path.name)
     data["label"] = data[label].str.strip()
     if "Core_Modality" in data:
@@ -185,7 +185,7 @@ def _openi_xml(root: Path, folder: Path) -> tuple[list[dict], Path]:
     "All reports of Open-i, and the folder of the images"
     files = sorted(folder.glob("*.xml"), key=lambda p: (len(p.stem), p.stem))
     if not files: raise InputError(f"{folder}: no .xml file in it. Unpack NLMCXR_reports.tgz here.")
-    images = first_of(root, ["NLMCXR_png", "images/NLMCXR_png", "images", "png"]) or root
+    images = first_existing(root, ["NLMCXR_png", "images/NLMCXR_png", "images", "png"]) or root
     return [_openi_report(path) for path in progress(files, desc="reading reports")], images
 
 # %% ../../../nbs/datasets/readers/05_radiology.ipynb #0a010497
@@ -200,7 +200,7 @@ def _openi_tables(root: Path, path: Path) -> tuple[list[dict], Path]:
     texts = [c for c in ("findings", "impression", "indication", "comparison") if c in reports]
     content = lambda row: {"mesh": terms(row["MeSH"])} | {k: row[k] for k in texts if isinstance(row[k], str)}
     found = [{"uid": r["uid"], "images": pictures.get(r["uid"], []), **content(r)} for r in reports.to_dict("records")]
-    return found, first_of(root, ["images/images_normalized", "images_normalized", "images"]) or root
+    return found, first_existing(root, ["images/images_normalized", "images_normalized", "images"]) or root
 
 def _normality(terms: list[str]) -> str | None:
     "normal or abnormal by the indexing terms of a report; None where nothing was indexed"
@@ -227,8 +227,8 @@ def read_openi(
 ) -> pd.DataFrame: # image, caption, items, label (normal or abnormal), group (the report), mesh; view from the tables
     "Read the chest X-rays of Indiana University; raises `InputError` for an unknown layout or a malformed report"
     root, order = Path(root), [s.lower() for s in ([sections] if isinstance(sections, str) else sections)]
-    folder = first_of(root, ["ecgen-radiology", "NLMCXR_reports/ecgen-radiology", "reports/ecgen-radiology"])
-    table = first_of(root, ["indiana_reports.csv"])
+    folder = first_existing(root, ["ecgen-radiology", "NLMCXR_reports/ecgen-radiology", "reports/ecgen-radiology"])
+    table = first_existing(root, ["indiana_reports.csv"])
     if not folder and not table:
         raise InputError(f"{root}: neither a folder ecgen-radiology with reports nor indiana_reports.csv in it.")
     reports, images = _openi_xml(root, folder) if folder else _openi_tables(root, table)
