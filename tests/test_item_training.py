@@ -409,8 +409,8 @@ def test_a_study_model_starts_where_pictures_ended(table, models, tmp_path):
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"volume": {"width": 64}}, "gives 128 numbers a cell"), ({"volume": {"patch_size": [2, 8, 8]}}, "takes patches of one slice"), ({"dim": 64}, "does not fit"),
-    ({"preprocess": {"mean": 0.5}}, "saw pictures with mean"), ({"volume": {"slices": None}}, "has no network that reads slices")])
+    ({"volume": {"width": 64}}, "gives 128 numbers per cell"), ({"volume": {"patch_size": [2, 8, 8]}}, "takes patches of one slice"), ({"dim": 64}, "does not fit"),
+    ({"preprocess": {"mean": 0.5}}, "was trained on images with mean"), ({"volume": {"slices": None}}, "has no network that reads slices")])
 def test_slices_that_do_not_fit(change, says):
     volume = {"width": 128, "depth": 1, "heads": 4, "patch_size": [1, 8, 8], "grid": [14, 10, 10], "levels": ["slice"], "slices": "medclip_starter"} | change.get("volume", {})
     steps = StudyPreprocess(**{"size": (14, 80, 80), "mean": 0.25, "std": 0.25} | change.get("preprocess", {}))
@@ -449,7 +449,7 @@ def test_a_bert_reads_the_items(table, bert, tmp_path, locked):
 # What cannot be
 
 @pytest.mark.parametrize("kind, options, says", [
-    ("series", {"augment": trainers.Augment(degrees=3)}, "augment varies pictures"),
+    ("series", {"augment": trainers.Augment(degrees=3)}, "augment varies images"),
     ("image", {"checkpointing": True, "model": "starter"}, "cannot recompute its activations"), ("image", {"pooling_heads": 3}, "dim must be a multiple of heads"),
     ("image", {"objective": "clip", "metric": "valid_item_mrr"}, "is measured by the objective 'itemized'")])
 def test_what_cannot_be(table, models, tmp_path, kind, options, says):
