@@ -35,9 +35,8 @@ def read_json(
     except UnicodeDecodeError: raise InputError(f"{path}: is not UTF-8 text. Save it as UTF-8.") from None
     except RecursionError: raise InputError(f"{path}: is nested too deeply for data. Check the file.") from None
     except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}, line {error.lineno}: is not JSON ({error.msg}). Download or write the file again."
-        ) from None
+        fault = f"{path}, line {error.lineno}: is not JSON ({error.msg})"
+        raise InputError(f"{fault}. Download or write the file again.") from None
 
 # %% ../../../nbs/datasets/readers/01_common.ipynb #32659039
 def json_file(
@@ -159,9 +158,8 @@ def finding(
     words = values.map({"1": "present", "1.0": "present", "0": "absent", "0.0": "absent"})
     wrong = values.index[values.notna() & words.isna()]
     if len(wrong):
-        raise InputError(
-            f"{where}, row {wrong[0] + 2}: {values.name} is {values[wrong[0]]!r}. It should be 0, 1 or empty."
-        )
+        fault = f"{values.name} is {values[wrong[0]]!r}"
+        raise InputError(f"{where}, row {wrong[0] + 2}: {fault}. It should be 0, 1 or empty.")
     return words.astype(object).where(words.notna(), None)
 
 # %% ../../../nbs/datasets/readers/01_common.ipynb #b105c79b
