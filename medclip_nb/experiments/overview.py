@@ -11,7 +11,7 @@ import html
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +136,7 @@ def over_runs(
 # %% ../../nbs/experiments/06_overview.ipynb #7c2b54ee
 def headline(
     metrics: Mapping[str, Any], # What `read_metrics` returns
-    names: list[str] = [], # Metrics to show, best first; by default those the run names, or else the first three
+    names: Sequence[str] = (), # Metrics to show; empty takes those that the run names, or else the first three
 ) -> dict[str, str]: # Value and interval as text, by metric
     "The headline metrics of a run"
     found = metrics["metrics"]
@@ -214,8 +214,8 @@ def write_index(
     body = [
         f"<h1>{html.escape(title)}</h1>",
         markdown_html(about),
-        "<p class=\"quiet\">Every run is a notebook that was executed from top to bottom; its report shows data, method "
-        "and result.</p>",
+        "<p class=\"quiet\">Every run is a notebook that was executed from top to bottom; its report shows data, "
+        "method and result.</p>",
         f"<h2>Results</h2><div class=\"scroll\"><table><thead><tr>{head}</tr></thead><tbody>",
         *(_rows(run, name, heads.get(name, [])) for name, run in runs.items()),
         "</tbody></table></div>",
