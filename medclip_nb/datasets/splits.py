@@ -117,10 +117,10 @@ def _split_table(manifest: Manifest) -> pd.DataFrame:
     name, units = _units(manifest)
     table = pd.DataFrame({name: units, "split": manifest["split"]}).drop_duplicates()
     table = table.sort_values([name, "split"], ignore_index=True)
-    torn = table[table[name].duplicated(keep=False)]
-    if not len(torn): return table
-    first, n = torn[name].iloc[0], torn[name].nunique()
-    splits = " and ".join(torn["split"][torn[name] == first])
+    several = table[table[name].duplicated(keep=False)]
+    if not len(several): return table
+    first, n = several[name].iloc[0], several[name].nunique()
+    splits = " and ".join(several["split"][several[name] == first])
     raise InputError(f"{name} {first!r} is in {splits} ({n} such); make other splits.")
 
 def _table_hash(table: pd.DataFrame) -> str:
