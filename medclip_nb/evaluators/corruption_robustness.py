@@ -191,7 +191,7 @@ def robustness(
 
 # %% ../../nbs/evaluators/17_corruption_robustness.ipynb #460de5df
 def robustness_curves(
-    result: Result, # Of `robustness`
+    result: Result, # Result of `robustness`
 ) -> pd.DataFrame: # corruption, level, value, low, high; clean has level 0
     "One row per condition"
     conditions = [
@@ -204,7 +204,7 @@ def robustness_curves(
     return pd.concat([found, rows.loc[names].reset_index(drop=True)], axis=1)
 
 def robustness_table(
-    result: Result, # Of `robustness`
+    result: Result, # Result of `robustness`
 ) -> pd.DataFrame: # Index corruption; one column per level, mean, difference and its 95 % interval
     "One row per corruption, largest loss first"
     metric, named = result.details["metric"], result.metrics.set_index("name")

@@ -58,8 +58,8 @@ def _outcomes(rows: pd.DataFrame) -> Iterator[tuple[str, np.ndarray, np.ndarray,
 def paired_differences(
     before: Result, # One run
     after: Result, # Another on the same rows
-    n_boot: int = 1000, # Resamples behind each interval
-    seed: int = 0, # Of the resampling
+    n_boot: int = 1000, # Bootstrap resamples behind each interval
+    seed: int = 0, # Seed of the resampling
 ) -> list[dict]: # metric, value (after minus before), low, high, n
     "Change of the share of right answers, with a paired bootstrap interval; raises `InputError` if no row is shared"
     found = []
@@ -72,7 +72,7 @@ def paired_differences(
 
 # %% ../../nbs/evaluators/15_differences.ipynb #98785eae
 def classes_of(
-    result: Result, # Of a classification, or of several label columns
+    result: Result, # Result of a classification, or of several label columns
     label: str = "", # The label column, where there are several
 ) -> tuple[list[str], str]: # Empty for anything else
     "The classes of a classification, and the positive class if there are two"
@@ -130,8 +130,8 @@ def _part_tests(
 def paired_tests(
     before: Result, # One run
     after: Result, # Another on the same rows
-    n_boot: int = 1000, # Resamples behind each interval
-    seed: int = 0, # Of the resampling
+    n_boot: int = 1000, # Bootstrap resamples behind each interval
+    seed: int = 0, # Seed of the resampling
 ) -> pd.DataFrame: # metric, test, before, after, difference (after minus before), low, high, p, rows, groups
     "Every metric that two runs allow, with each of its tests; raises `InputError` if no row is shared"
     lines = []
@@ -148,8 +148,8 @@ def paired_tests(
 def difference_table(
     pairs: Sequence[tuple[str, str]], # Names of runs: before, after
     load: Callable[[str], Result], # A run's result by its name
-    n_boot: int = 1000, # Resamples behind each interval
-    seed: int = 0, # Of the resampling
+    n_boot: int = 1000, # Bootstrap resamples behind each interval
+    seed: int = 0, # Seed of the resampling
 ) -> pd.DataFrame: # before_run, after_run, then the columns of `paired_tests` with p_holm after p; empty for no pairs
     "All tests of all pairs, with p-values adjusted for all of them; raises `InputError` for a pair without common rows"
     tables = []

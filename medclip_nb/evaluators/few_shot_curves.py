@@ -41,7 +41,7 @@ from ..models.clip import ClipModel
 def draw_order(
     codes: np.ndarray, # (rows,) class numbers
     groups: np.ndarray, # (rows,) patients or the like; a missing one is a group of its own
-    seed: int, # Of the draw
+    seed: int, # Seed of the draw
 ) -> np.ndarray: # (rows,) the place of each row in the order of its class, from 0
     "Shuffle the rows of each class, those of groups not yet seen first"
     owner = pd.factorize(pd.Series(groups, dtype=object))[0]
@@ -109,7 +109,7 @@ def blend(
     features: Tensor, # (n, d) unit-norm
     codes: Tensor, # (n,) class numbers
     texts: Tensor, # (classes, d) unit-norm
-    steps: int = 300, # Of the prototypes; each tenth is followed by one of the multipliers
+    steps: int = 300, # Steps of the prototypes; each tenth is followed by a step of the multipliers
 ) -> Iterator[tuple[float, Linear, Tensor]]: # Before each step: loss, classifier, (classes,) multipliers
     "The iterates of LP++"
     n, target = len(features), F.one_hot(codes, len(texts)).to(features)

@@ -73,16 +73,16 @@ def items_of(
 @dataclass
 class ItemMap:
     "The map of a text on an image or study, and the mask of its finding"
-    item: int # Of the row, from 0
+    item: int # Position of the item in the row, from 0
     text: str # The item, or another text
     # (height, width), NaN where the model was shown nothing; (scans, d, h, w) of a study, as it was read
     map: np.ndarray
-    mask: np.ndarray | None # Of the same shape, true inside; None where it is not known
+    mask: np.ndarray | None # Mask of the same shape, true inside; None where it is not known
     spacing: list[tuple[float, ...]] # mm along each axis, one tuple per scan; empty where unknown
     orientation: list[str] # Of a study, the direction of each axis, such as SPL, one per scan
     zero_mass: float # Share of the attention on nothing; NaN for other maps
-    similarity: float # Of the pair
-    row: Any = None # Of the manifest
+    similarity: float # Cosine of the pair
+    row: Any = None # Row of the manifest
 
 def _named(manifest: Manifest) -> pd.Series: # (rows,) of bool
     "Whether each row names a mask"
@@ -179,7 +179,7 @@ def look_at_study(
 def look_at_row(
     clip: ClipModel, # A StudyModel for studies
     manifest: Manifest, # With images or series, and masks where there are some
-    row: Any, # Of the manifest
+    row: Any, # Index of the row in the manifest
     texts: Sequence[str] | None = None, # Texts to map; None for the items of the row
     method: str = "auto", # As in `item_maps`
     upsample: str = "bilinear", # As in `look_at_images`
@@ -200,8 +200,8 @@ def described(
     found: Mapping[str, Sequence[ItemMap]], # Method -> maps, such as from `look_at_row`
     clip: ClipModel, # The model of the maps
     manifest: Manifest, # The rows
-    n_boot: int = 1000, # Resamples behind each interval
-    seed: int = 0, # Of the resampling
+    n_boot: int = 1000, # Bootstrap resamples behind each interval
+    seed: int = 0, # Seed of the resampling
 ) -> Result: # Metrics named `attention_zero_mass`; predictions with a column `method`
     "Metrics that need no masks: similarity, and the share of the attention on nothing"
     groups = pd.Series(bootstrap_groups(manifest), index=manifest.index).astype(str)
@@ -337,7 +337,7 @@ def evaluate_grounding(
     # attention, relevance or similarity; auto takes attention where there is a pooling, else relevance
     method: str = "auto",
     valid: Manifest | None = None, # Rows of another split on which iou's threshold is chosen; None leaves iou out
-    tolerance: float = 15.0, # Of the tolerant pointing game, pixels or voxels (Zhang et al. 2016)
+    tolerance: float = 15.0, # Tolerance of the pointing game, pixels or voxels (Zhang et al. 2016)
     tolerance_mm: float = 0.0, # The same in mm, instead; for images it needs pixel_mm
     # Size of a pixel of the images; 0 where it is not known. The spacing of volumes is in their files
     pixel_mm: float = 0.0,
@@ -386,8 +386,8 @@ def method_differences(
     results: Mapping[str, Result], # Method -> from `evaluate_grounding`, on the same rows
     # Metrics to compare; those that a result lacks are skipped
     measures: Sequence[str] = ("pointing", "pointing_within", "mass", "pixel_auroc", "iou"),
-    n_boot: int = 1000, # Resamples behind each interval
-    seed: int = 0, # Of the resampling
+    n_boot: int = 1000, # Bootstrap resamples behind each interval
+    seed: int = 0, # Seed of the resampling
 ) -> pd.DataFrame: # of, against, measure, value, low, high, n
     "The first method minus each other one, paired by item, with 95 % intervals over groups"
     (first, one), *others = results.items()

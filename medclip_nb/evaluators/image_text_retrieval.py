@@ -107,7 +107,7 @@ def rank_pairs(
     text_features: np.ndarray, # (captions, d)
     right: csr_array, # (images, captions), true where they belong together
     ks: Sequence[int] = (1, 5, 10, 50), # Cut-offs
-    ties: str = "mean", # Where wrong answers level with a right one stand: mean (half ahead), optimistic, pessimistic
+    ties: str = "mean", # Rank among wrong answers with the same score: mean (half ahead), optimistic, pessimistic
 ) -> dict[str, pd.DataFrame]: # image_to_text (row per image), text_to_image; columns as in `retrieval_queries`
     "Rank all captions for each image and all images for each caption, whatever belongs together"
     images, texts, whole = _linked(right)
@@ -163,14 +163,14 @@ def _direction(
     way: str,
     table: pd.DataFrame,
     code: np.ndarray,
-    asks: np.ndarray,
+    counted: np.ndarray,
     gallery: int,
     ks: Sequence[int],
     weights: np.ndarray,
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     "Metrics of one direction, and their chance levels"
-    queries = table.iloc[code[asks]]
-    metrics = metric_table(query_metrics(queries), query_metrics(queries, weights[:, asks]), int(asks.sum()))
+    queries = table.iloc[code[counted]]
+    metrics = metric_table(query_metrics(queries), query_metrics(queries, weights[:, counted]), int(counted.sum()))
     chance = chance_levels(queries["positives"].to_numpy(), gallery, ks)
     return metrics.assign(name=[f"{way}_{name}" for name in metrics["name"]]), {
         f"{way}_{name}": value for name, value in chance.items()
@@ -207,7 +207,7 @@ def retrieval(
     top: int = 5, # Nearest answers kept in the predictions
     # Column whose equal values make an image and a caption belong together (a study); empty for the row
     pair_column: str = "",
-    ties: str = "mean", # Where wrong answers level with a right one stand: mean (half ahead), optimistic, pessimistic
+    ties: str = "mean", # Rank among wrong answers with the same score: mean (half ahead), optimistic, pessimistic
     **options: Any, # Fields of `EvalOptions`: cache, batch_size, num_workers, n_boot, seed
 ) -> Result: # Predictions hold both ranks, and the rows that hold the nearest answers
     "Rank all captions for each image and all images for each caption; raises `InputError` for an empty caption"
@@ -219,10 +219,10 @@ def retrieval(
     features = features.images[first["image_to_text"]], features.texts[first["text_to_image"]]
     queries = rank_pairs(*features, right, ks, ties)
     pair = pd.DataFrame({"image": image, "text": text})
-    asks = {"image_to_text": ~pair["image"].duplicated().to_numpy(), "text_to_image": ~pair.duplicated().to_numpy()}
+    counted = {"image_to_text": ~pair["image"].duplicated().to_numpy(), "text_to_image": ~pair.duplicated().to_numpy()}
     weights = bootstrap_weights(bootstrap_groups(manifest), how.n_boot, how.seed)
     ways = [
-        _direction(way, table, codes[way], asks[way], right.shape[way == "image_to_text"], ks, weights)
+        _direction(way, table, codes[way], counted[way], right.shape[way == "image_to_text"], ks, weights)
         for way, table in queries.items()
     ]
     predictions = pd.DataFrame(
@@ -248,7 +248,7 @@ def retrieval(
 
 # %% ../../nbs/evaluators/09_image_text_retrieval.ipynb #945ae788
 def rank_captions(
-    clip: ClipModel, # The model to ask
+    clip: ClipModel, # The model to evaluate
     image: str | Path | Image.Image, # One image
     texts: Sequence[str], # Candidates
 ) -> Result: # Predictions: rank, text, cosine, probability, best first

@@ -104,7 +104,7 @@ def complete_chance(
 
 def query_ranks(
     ranks: pd.DataFrame, # From `right_ranks`
-    queries: int, # Their number
+    queries: int, # Number of queries
     ks: Sequence[int], # Cut-offs
 ) -> pd.DataFrame: # One row per query: as `retrieval_queries`, with item_rank (mean) and worst_rank
     "Ranks of all right answers by query; NaN for a query without a right answer"
@@ -151,8 +151,8 @@ def item_retrieval_result(
     ks: Sequence[int] = (1, 10, 100), # Cut-offs of R@k
     complete_ks: Sequence[int] = (10, 100, 1000), # Cut-offs of COMPLETE@k
     top: int = 5, # Best texts kept in the predictions
-    n_boot: int = 1000, # Resamples behind each interval
-    seed: int = 0, # Of the resampling
+    n_boot: int = 1000, # Bootstrap resamples behind each interval
+    seed: int = 0, # Seed of the resampling
     details: Mapping[str, Any] = {}, # What produced the scores
 ) -> Result: # Predictions hold each image's items, best first, with their ranks, and its best texts
     "Metrics of item retrieval from scores"
@@ -163,8 +163,8 @@ def item_retrieval_result(
     ranks = [right_ranks(scores, right), right_ranks(scores.T, right.T.tocsr())]
     tables = [query_ranks(found, size, ks) for found, size in zip(ranks, scores.shape)]
     weights, pairs = bootstrap_weights(bootstrap_groups(manifest), n_boot, seed), right.tocoo()
-    asks = tables[0]["positives"].to_numpy() > 0
-    ways = [_way("image_to_text", tables[0][asks], complete_ks, scores.shape[1], ks, weights[:, asks]),
+    counted = tables[0]["positives"].to_numpy() > 0
+    ways = [_way("image_to_text", tables[0][counted], complete_ks, scores.shape[1], ks, weights[:, counted]),
             _way("text_to_image", tables[1].iloc[pairs.col], None, scores.shape[0], ks, weights[:, pairs.row])]
     best = torch.from_numpy(scores).topk(min(top, scores.shape[1]), dim=1)
     mine = ranks[0].groupby("query").agg(list).reindex(range(len(scores)))
@@ -186,7 +186,7 @@ def item_retrieval_result(
     )
     facts = {
         "images": len(scores),
-        "images_without_items": int((~asks).sum()),
+        "images_without_items": int((~counted).sum()),
         "items": len(texts),
         "pairs": int(right.nnz),
         "ties": "mean",
@@ -265,7 +265,7 @@ def check_apart(
         )
 
 def class_rows(
-    result: Result, # Of a classification or of findings
+    result: Result, # Result of a classification or of findings
     metrics: Sequence[str], # Columns of its table of classes
 ) -> pd.DataFrame: # name (class/metric), value, low, high, n
     "Metrics of single classes, as rows for the table of metrics"
@@ -284,8 +284,8 @@ def findings_scored(
     scores: np.ndarray, # (n, c), higher where a finding is more likely
     kind: str = "cosine", # What scores are: cosine or p
     valid: Manifest | None = None, # Validation rows to choose thresholds on; None chooses none
-    valid_labels: pd.DataFrame | None = None, # Their labels
-    valid_scores: np.ndarray | None = None, # Their scores
+    valid_labels: pd.DataFrame | None = None, # Labels of these rows
+    valid_scores: np.ndarray | None = None, # Scores of these rows
     rule: str = "corner", # How thresholds are chosen: youden, corner or f1
     test_tuned: bool = False, # Whether to add metrics at thresholds chosen on the evaluated rows, for comparison
     details: Mapping[str, Any] = {}, # What produced the scores

@@ -26,7 +26,7 @@ class Linear(NamedTuple):
 
 def balanced_weights(
     codes: Tensor, # (n,) class numbers
-    classes: int, # Their number
+    classes: int, # Number of classes
 ) -> Tensor: # (n,) float32, with sum n
     "Weights under which every class that occurs counts the same, as `class_weight='balanced'` of scikit-learn"
     counts = torch.bincount(codes, minlength=classes)
@@ -112,7 +112,7 @@ def _minimize(
 def logistic_path(
     features: Tensor, # (n, d) float32 or float64
     codes: Tensor, # (n,) class numbers; every class must occur
-    classes: int, # Their number, two or more
+    classes: int, # Number of classes, two or more
     Cs: Sequence[float], # Inverse strengths of the penalty, as in scikit-learn
     weights: Tensor | None = None, # (n,) one weight per row; None weighs all the same
     tol: float = 1e-4, # Largest entry of the gradient at the end, as in scikit-learn

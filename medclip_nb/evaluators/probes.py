@@ -30,7 +30,7 @@ def labeled_parts(
     valid: Manifest | None, # Rows to choose on
     test: Manifest, # Rows to evaluate on
     label: str, # The label column
-    classes: list[str], # Those of the training rows
+    classes: list[str], # Classes of the training rows
 ) -> dict[str, Manifest]: # train, valid where there is one, test
     "The labelled rows of each split; raises `InputError` for an unseen label or a split without labels"
     parts = {
@@ -214,7 +214,7 @@ def neighbor_votes(
     features: Tensor, # (n, d) unit-norm rows to classify
     support: Tensor, # (m, d) unit-norm rows with known classes
     codes: Tensor, # (m,) their class numbers
-    classes: int, # Their number
+    classes: int, # Number of classes
     ks: Sequence[int], # Numbers of neighbours; more than there are rows means all rows
     temperature: float = 0.07, # How fast a vote fades with the cosine
     chunk: int = 1024, # Rows at a time: memory is chunk x m

@@ -151,7 +151,7 @@ def _classes_fault(where: str, found: Any) -> str:
             return fault
         for word in [words] if isinstance(words, str) else words:
             if owner.setdefault(word, name) != name:
-                return f"{where} says {word!r} of {owner[word]!r} and of {name!r}, which could not be told apart"
+                return f"{where} says {word!r} of {owner[word]!r} and of {name!r}, which could not be distinguished"
     return ""
 
 # %% ../../nbs/evaluators/03_prompts.ipynb #df4f71ae
@@ -233,9 +233,9 @@ def read_pack(
         try: finding_sentences(list(found["findings"].values()), found["templates"], found.get("negatives", []))
         except InputError as error: fault = str(error)
     if fault: raise InputError(f"{path}: {fault}{'' if fault[-1] in '?.' else '.'}")
-    words = lambda said: [said] if isinstance(said, str) else list(said)
+    as_list = lambda words: [words] if isinstance(words, str) else list(words)
     labels = {
-        column: {name: words(said) for name, said in classes.items()}
+        column: {name: as_list(words) for name, words in classes.items()}
         for column, classes in found.get("labels", {}).items()
     }
     return Pack(
@@ -243,7 +243,7 @@ def read_pack(
         | {
             "source": found["source"].strip(),
             "labels": labels,
-            "findings": {name: finding_words(said) for name, said in found.get("findings", {}).items()},
+            "findings": {name: finding_words(words) for name, words in found.get("findings", {}).items()},
         }
     )
 
@@ -256,7 +256,7 @@ def pack_folder() -> Path: # Holds NAME@VERSION.yaml
 
 def load_pack(
     name: str | Path, # Such as kather, kather@1 or the path of a YAML file
-    version: str | int | None = None, # None for what the name says, or the newest
+    version: str | int | None = None, # None for the version in the name, or the newest
 ) -> Pack:
     "A pack by name; raises `InputError` for an unknown name or version, or a broken file"
     if str(name).endswith((".yaml", ".yml")): return read_pack(name)

@@ -51,10 +51,10 @@ class Scored:
     question: Question | None = None # The classes or findings; None for retrieval
     scale: float = 1.0 # What cosines are multiplied by in a softmax
     valid: Manifest | None = None # Validation rows to choose thresholds on
-    valid_scores: np.ndarray | None = None # Theirs
+    valid_scores: np.ndarray | None = None # Scores of these rows
     as_published: bool = True # Whether to add numbers as published where they differ
-    n_boot: int = 1000 # Resamples behind each interval
-    seed: int = 0 # Of the resampling
+    n_boot: int = 1000 # Bootstrap resamples behind each interval
+    seed: int = 0 # Seed of the resampling
     details: Mapping[str, Any] = field(default_factory=dict) # What produced the scores
 
     @property
@@ -188,7 +188,7 @@ def called_metrics(
     labels: np.ndarray, # (rows, c) 1, 0, or NaN for unknown
     called: np.ndarray, # (rows, c) 1 where a finding is predicted, 0 where not, NaN where nothing is
     weights: np.ndarray, # (n, rows) resamples
-) -> dict[str, np.ndarray]: # Those of `CALLED`, (n, c) each; NaN where undefined
+) -> dict[str, np.ndarray]: # The metrics of `CALLED`, (n, c) each; NaN where undefined
     "Metrics of binary predictions, finding by finding"
     yes, usable = np.nan_to_num(called) > 0, np.where(np.isnan(called).all(0), np.nan, 1.0)
     kinds = np.concatenate([(labels == 1) & yes, labels == 1, (labels == 0) & yes, labels == 0], axis=1).astype(float)

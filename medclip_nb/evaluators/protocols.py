@@ -49,7 +49,7 @@ class Protocol:
     mode: str = "text-conditioned" # As published
     scaled: bool = False # Whether the published softmax multiplies cosines by the model's scale
     thresholds: bool = False # Whether validation rows are used, for thresholds
-    options: Mapping[str, Any] = field(default_factory=dict) # Of the reader
+    options: Mapping[str, Any] = field(default_factory=dict) # Options of the reader
     departures: tuple[str, ...] = () # Where it departs from the published script, and why
 
     @property
@@ -258,7 +258,7 @@ def list_protocols() -> pd.DataFrame: # name, dataset, options, task, classes, p
 
 # %% ../../nbs/evaluators/14_protocols.ipynb #7eb532e8
 def find_protocol(
-    name: str, # Of `list_protocols`
+    name: str, # A name from `list_protocols`
 ) -> Protocol:
     "A protocol by its name; raises `InputError` for an unknown one"
     if name not in PROTOCOLS: raise InputError(f"Unknown protocol {name!r}. {close_matches(name, PROTOCOLS)}")
@@ -284,17 +284,17 @@ def check_protocol(
 
 # %% ../../nbs/evaluators/14_protocols.ipynb #aed80f9a
 def protocol_result(
-    name: str, # Of `list_protocols`
+    name: str, # A name from `list_protocols`
     manifest: Manifest, # n rows that are evaluated
     # (n, c), or (n, 2c) with absence, from `question_scores` with the question of the protocol; for retrieval (n, m)
     # from `item_scores` with the texts of `item_pairs`
     scores: np.ndarray,
     scale: float = 1.0, # What the model multiplies cosines by; used where the published softmax does
     valid: Manifest | None = None, # Validation rows, for protocols with thresholds
-    valid_scores: np.ndarray | None = None, # Theirs
+    valid_scores: np.ndarray | None = None, # Scores of these rows
     as_published: bool = True, # Whether to add numbers as published where they differ
-    n_boot: int = 1000, # Resamples behind each interval
-    seed: int = 0, # Of the resampling
+    n_boot: int = 1000, # Bootstrap resamples behind each interval
+    seed: int = 0, # Seed of the resampling
     details: Mapping[str, Any] = {}, # What produced the scores
 ) -> Result: # Its details have the protocol and its departures
     "What a protocol reports for given scores; raises `InputError` for rows or scores that do not fit"
@@ -312,7 +312,7 @@ def protocol_result(
 
 # %% ../../nbs/evaluators/14_protocols.ipynb #32d2f8d5
 def evaluate_protocol(
-    name: str, # Of `list_protocols`
+    name: str, # A name from `list_protocols`
     clip: ClipModel, # The model to evaluate
     manifest: Manifest, # Rows that are evaluated
     mode: str | None = None, # text-conditioned, global or top-k; None for that of the published evaluation

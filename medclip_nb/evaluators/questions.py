@@ -25,7 +25,7 @@ class PromptSpec:
     negatives: list[str] = field(default_factory=list) # Templates for the absence of a finding
     positive: dict[str, str] = field(default_factory=dict) # Label column -> the class counted as positive, of two
     multilabel: bool = False # Whether columns are findings, which do not exclude each other
-    classes: dict[str, list[str]] = field(default_factory=dict) # Label column -> classes in order, where a pack says so
+    classes: dict[str, list[str]] = field(default_factory=dict) # Label column -> classes, where a pack orders them
     findings: list[str] | None = None # The findings in order; None where they are not known yet
     pack: dict[str, Any] | None = None # What a report keeps of the pack
 

@@ -113,7 +113,7 @@ def bootstrap_groups(
     return manifest["group"].to_numpy() if "group" in manifest else np.arange(len(manifest))
 
 def image_names(
-    manifest: Manifest, # Of images or studies
+    manifest: Manifest, # Images or studies
 ) -> np.ndarray: # (rows,)
     "What predictions call each row: its image or study; raises `InputError` where it has neither"
     named = name_studies(manifest)
@@ -167,8 +167,8 @@ def classification(
     scores: np.ndarray, # (rows, classes), of which the highest is the prediction
     probabilities: np.ndarray, # (rows, classes)
     positive: str | None = None, # Of two classes, the one that sensitivity and AUROC refer to; None for the last
-    n_boot: int = 1000, # Resamples behind each interval
-    seed: int = 0, # Of the resampling
+    n_boot: int = 1000, # Bootstrap resamples behind each interval
+    seed: int = 0, # Seed of the resampling
     details: Mapping[str, Any] = {}, # What produced the scores
 ) -> Result: # Predictions hold a probability for each class
     "Metrics with intervals and predictions of a classification"
@@ -208,8 +208,8 @@ def finding_result(
     scores: np.ndarray, # (rows, findings), higher where a finding is more likely
     kind: str = "p", # What the scores are, for the columns of the predictions: p for probabilities, cosine
     thresholds: pd.DataFrame | None = None, # From `choose_thresholds` on validation rows; None for none
-    n_boot: int = 1000, # Resamples behind each interval
-    seed: int = 0, # Of the resampling
+    n_boot: int = 1000, # Bootstrap resamples behind each interval
+    seed: int = 0, # Seed of the resampling
     details: Mapping[str, Any] = {}, # What produced the scores
 ) -> Result: # Predictions hold true(finding), the score and, with thresholds, predicted(finding)
     "Metrics and predictions of findings, which do not exclude each other; raises `InputError` where none is known"
@@ -217,7 +217,7 @@ def finding_result(
     if not labels.notna().any(axis=None):
         raise InputError(f"{rows.dataset}: none of the findings is known in any row; check the names of the columns.")
     values, samples = (multilabel_metrics(labels, scores, names, thresholds, w) for w in (None, weights))
-    judged = {name.removesuffix("_classes"): values.pop(name) for name in list(values) if name.endswith("_classes")}
+    counts = {name.removesuffix("_classes"): values.pop(name) for name in list(values) if name.endswith("_classes")}
     table = multilabel_table(labels, scores, names, thresholds, weights)
     cells = {f"true({c})": labels[c].to_numpy() for c in names} | {f"{kind}({c})": s for c, s in zip(names, scores.T)}
     if thresholds is not None:
@@ -230,7 +230,7 @@ def finding_result(
     facts = {
         "classes": names,
         "multilabel": True,
-        "judged": judged,
+        "judged": counts,
         "unlabelled": int(labels.isna().all(axis=1).sum()),
         "per_class": table.reset_index().to_dict("records"),
         "chance": {"auroc_macro": 0.5},

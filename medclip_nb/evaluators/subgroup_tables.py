@@ -57,12 +57,12 @@ def _measures(result: Result, rows: pd.DataFrame, label: str) -> Iterator[tuple[
     yield "balanced_accuracy", rows[rows["label"].isin(classes)], metric
 
 def subgroups(
-    result: Result, # Of a classification or a retrieval
+    result: Result, # Result of a classification or a retrieval
     manifest: Manifest, # The table that was evaluated
     columns: Sequence[str], # Its columns that define subgroups
     bins: int = 4, # Ranges, equally filled, into which a column of more than 12 different numbers is cut
-    n_boot: int = 1000, # Resamples behind each interval
-    seed: int = 0, # Of the resampling
+    n_boot: int = 1000, # Bootstrap resamples behind each interval
+    seed: int = 0, # Seed of the resampling
     few: int = 30, # Groups (patients) below which a subgroup is flagged
 ) -> pd.DataFrame: # metric, column, subgroup ("all" first), rows, groups, value, low, high, few
     "Every metric that the predictions allow, in each subgroup of each column"

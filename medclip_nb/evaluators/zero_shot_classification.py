@@ -250,13 +250,13 @@ def run_zero_shot(
     "One result for each label column of a `PromptSpec`, or one for its findings"
     how: dict[str, Any] = {"valid": valid, "sensitivity": sensitivity, **options}
     if words.multilabel:
-        told = (words.columns, words.templates, words.negatives, words.prompts, words.findings)
-        found = {"findings": zero_shot_findings(clip, rows, *told, **how)}
+        about = (words.columns, words.templates, words.negatives, words.prompts, words.findings)
+        found = {"findings": zero_shot_findings(clip, rows, *about, **how)}
     else:
         found = {}
         for c in words.columns:
-            told = (c, words.classes.get(c), words.templates, words.prompts.get(c), words.positive.get(c))
-            found[c] = zero_shot(clip, rows, *told, **how)
+            about = (c, words.classes.get(c), words.templates, words.prompts.get(c), words.positive.get(c))
+            found[c] = zero_shot(clip, rows, *about, **how)
     if words.pack:
         for result in found.values(): result.details["pack"] = {k: v for k, v in words.pack.items() if k != "file"}
     return found
