@@ -49,7 +49,7 @@ def test_files_of_parameters_are_found_by_name():
     assert read_parameters(template_folder()/"params"/"itemized-mri.yaml") == read_parameters("itemized-mri")
 
 
-SMALL = {"n_studies": (14, 6, 8), "n_slices": 4, "seed": 171} # With every finding in each split
+SMALL = {"n_studies": [14, 6, 8], "n_slices": 4, "seed": 171} # With every finding in each split
 TINY = dict(data_options=SMALL, limit=48, epochs=1, batch_size=16, lr=1e-3, labels=["finding"], tolerance_mm=4.8, pixel_mm=1.0, n_boot=50, strip_pattern=r", \d+ mm")
 
 
