@@ -14,8 +14,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "write_index",
     ],
     "parameters": [
-        "BOOLEANS", "Parameter", "check_parameters", "convert", "find_template", "parameter_files",
-        "read_parameters", "template_cells", "template_folder", "template_parameters", "templates",
+        "BOOLEANS", "Cell", "Parameter", "Template", "check_parameters", "convert", "find_template",
+        "parameter_files", "read_parameters", "read_template", "template_cells", "template_folder",
+        "template_parameters", "templates",
     ],
     "reports": [
         "ANSI", "ATTRIBUTES", "NOISE", "STYLE", "TAGS", "clean_report", "html_page", "markdown_html",
@@ -26,6 +27,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "INPUTS", "RunError", "RunRecord", "STAMP", "Status", "TABLES", "artefacts", "asked_for", "code_hash",
         "data_identity", "input_identities", "is_complete", "result_hash", "run", "run_folder", "run_key",
         "run_record",
+    ],
+    "steps": [
+        "count_rows", "data_notice", "dataset_facts", "open_data", "save_result", "show_model", "show_skipped",
+        "usable_rows",
     ],
     "suites": [
         "NAME", "REFERENCE", "RUN_KEYS", "SUITE_KEYS", "Suite", "SuiteRun", "YAML_TYPES", "find_suite",

@@ -80,6 +80,7 @@ def clean_report(
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {k: info[k] for k in ("file_extension", "mimetype", "name") if k in info},
         "papermill": {"input_path": template, "parameters": values}})
+    notebook.cells = [c for c in notebook.cells if c.cell_type != "raw"] # Directions to other tools
     for n, cell in enumerate(notebook.cells):
         tags = cell.metadata.get("tags", [])
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})

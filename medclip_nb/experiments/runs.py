@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import medclip_nb
 from ..core import InputError, content_hash, file_hash, read_json, write_json
 from .overview import headline, read_metrics
-from .parameters import check_parameters, find_template, template_cells, template_parameters
+from .parameters import Template, check_parameters, read_template, template_cells
 from .reports import ANSI, clean_report, report_html, scrub
 from .resuming import STATE, alive, has_state, state_folder
 
@@ -53,8 +54,9 @@ def data_identity(
     return content_hash(listing[:limit], tables)
 
 # %% ../../nbs/experiments/02_runs.ipynb #ec199542
+@cache
 def code_hash() -> str:
-    "Identify the code of this package"
+    "Identify the code of this package, as it was when the process first asked"
     package = Path(medclip_nb.__file__).parent
     files = sorted(p for p in package.rglob("*.py") if p.name != "_modidx.py")
     return content_hash([(p.relative_to(package).as_posix(), p.read_bytes()) for p in files])
@@ -73,18 +75,18 @@ def input_identities(
     }
 
 def run_key(
-    template: str | Path, # As for `find_template`
+    template: Template | str | Path, # As for `read_template`
     params: Mapping[str, Any], # Checked parameters
     inputs: Mapping[str, str], # From `input_identities`
     builds_on: Mapping[str, str] = {}, # Identities of the runs that this one uses, by name
 ) -> str: # 16 hexadecimal digits
     "Identify everything that a run depends on"
     return content_hash(
-        template_cells(find_template(template)), dict(params), dict(inputs), dict(builds_on), code_hash()
+        template_cells(template), dict(params), dict(inputs), dict(builds_on), code_hash()
     )
 
 def asked_for(
-    template: str | Path, # As for `run_key`
+    template: Template | str | Path, # As for `run_key`
     params: Mapping[str, Any],
     inputs: Mapping[str, str],
     builds_on: Mapping[str, str] = {},
@@ -92,7 +94,7 @@ def asked_for(
     "The parts of a run's key, for a run that is to go on where one was killed"
     parts = {"parameter": {k: content_hash(v) for k, v in params.items()}, "input": inputs, "run": builds_on}
     named = {f"{kind} {name}": value for kind, values in parts.items() for name, value in values.items()}
-    return {"the template": content_hash(template_cells(find_template(template))), "the code": code_hash(), **named}
+    return {"the template": content_hash(template_cells(template)), "the code": code_hash(), **named}
 
 # %% ../../nbs/experiments/02_runs.ipynb #0fa2feb7
 STAMP = ".complete"
@@ -343,14 +345,13 @@ def _run_cells(path: Path, work: Path, values: Mapping[str, Any], timeout: float
 
 # %% ../../nbs/experiments/02_runs.ipynb #791f0244
 def _finish(
-    work: Path, notebook: Any, template: Path, params: Mapping[str, Any], name: str, replace: Mapping[str, str]
+    work: Path, notebook: Any, template: Template, params: Mapping[str, Any], name: str, replace: Mapping[str, str]
 ) -> None:
     "Clean the report, draw it as HTML, and make paths in other files relative"
     import nbformat
-    specs = template_parameters(template)
-    clean_report(notebook, {**params, "out_dir": "."}, template.name, replace)
+    clean_report(notebook, {**params, "out_dir": "."}, template.path.name, replace)
     nbformat.write(notebook, work/"report.ipynb")
-    page = report_html(notebook, name, {k: s.help for k, s in specs.items()})
+    page = report_html(notebook, name, {k: s.help for k, s in template.parameters.items()})
     (work/"report.html").write_text(page, encoding="utf-8")
     for p in work.glob("*.json"):
         text = p.read_text(encoding="utf-8")
@@ -371,25 +372,25 @@ def run(
     resume: bool = False, # Go on where a run that was killed has stored the state of its training; raises `InputError` if that one was asked for something else
 ) -> RunRecord: # Name, path, status, seconds, headline
     "Execute a template into a folder; raises `InputError` for what the user can mend, `RunError` for what failed"
-    path, out_dir = find_template(template), Path(out_dir)
-    values = check_parameters(path, params or {})
+    one, out_dir = read_template(template), Path(out_dir)
+    values = check_parameters(one, params or {})
     params_key = values if params_key is None else params_key
     inputs = input_identities(values, params_key)
-    key = lambda: run_key(path, params_key, inputs, builds_on)
+    key = lambda: run_key(one, params_key, inputs, builds_on)
     if not force and is_complete(out_dir, key()): return _record(out_dir, "kept")
-    status, started = Status(out_dir.name, len(template_cells(path)) + 1, quiet), datetime.now(timezone.utc)
-    asked = asked_for(path, params_key, inputs, builds_on)
+    status, started = Status(out_dir.name, len(one.cells) + 1, quiet), datetime.now(timezone.utc)
+    asked = asked_for(one, params_key, inputs, builds_on)
     with state_folder(out_dir, asked, resume or (False if force else None)) as states, run_folder(out_dir) as work:
         replace = {str(work): ".", os.path.relpath(work): ".", **replace}
-        notebook = _run_cells(path, work, values, timeout, status, out_dir, states, replace)
-        complete = {k: values.get(k, s.default) for k, s in template_parameters(path).items() if k != "out_dir"}
-        _finish(work, notebook, path, complete, out_dir.name, replace)
+        notebook = _run_cells(one.path, work, values, timeout, status, out_dir, states, replace)
+        complete = {k: values.get(k, s.default) for k, s in one.parameters.items() if k != "out_dir"}
+        _finish(work, notebook, one, complete, out_dir.name, replace)
         inputs |= {k: v for k, v in input_identities(values, params_key).items() if inputs.get(k) == "absent"}
         shown = {k: scrub(v, replace) if isinstance(v, str) else v for k, v in complete.items()}
         times = {"started": started.isoformat(timespec="seconds"), "seconds": round(status.seconds, 2)}
         write_json(
             work / "run.json",
-            run_record(work, path.name, parameters=shown, inputs=inputs, builds_on=dict(builds_on), **times),
+            run_record(work, one.path.name, parameters=shown, inputs=inputs, builds_on=dict(builds_on), **times),
         )
         write_json(work/STAMP, {"key": key(), "files": {f: (work/f).stat().st_size for f in artefacts(work)}})
     shutil.rmtree(_failed(out_dir), ignore_errors=True)
