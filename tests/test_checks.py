@@ -281,7 +281,7 @@ def test_captions(good):
     clip = load_model("starter", device="cpu", precision="fp32")
     found = validate(good, "none", context=(clip.tokenizer, clip.context_length)).set_index("kind")
     assert found.row["empty caption"].tolist() == [20, 21]
-    assert found["count"]["identical captions"] == 10 and "the most frequent stands with 10" in found.message["identical captions"]
+    assert found["count"]["identical captions"] == 10 and "the most frequent is that of 10" in found.message["identical captions"]
     assert found.row["long captions"] == 33 and "1 captions (1.0%) are longer than the model's context of 77 tokens; the longest has 92" in found.message["long captions"]
     assert [found.row[f"{k} in captions"] for k in ("markup", "formula", "control characters")] == [30, 31, 32]
     assert set(found.severity.drop("empty caption")) == {"warning"}

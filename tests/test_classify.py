@@ -269,7 +269,7 @@ def test_template_with_findings(command, spots, tmp_path):
     assert "No threshold is reported" in (tmp_path / "list/report.html").read_text()
 
 
-@pytest.mark.parametrize("params, says", [("valid_split=test", "the split that is measured"), ("pack=kather", "Pack kather@1 has no words for 'grey'")])
+@pytest.mark.parametrize("params, says", [("valid_split=test", "the split that is evaluated"), ("pack=kather", "Pack kather@1 has no words for 'grey'")])
 def test_template_mistakes(command, spots, tmp_path, params, says):
     assert says in run(command, tmp_path / "run", f"data_root={spots}", params, code=2)
     assert not (tmp_path / "run").exists()

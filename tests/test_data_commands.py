@@ -149,7 +149,7 @@ ERRORS = {
     "wrong size": (["shard", "csv", "--root", "t.csv", "--out", "new", "--per-shard", "0"], "must be positive"),
     "wrong type": (["convert", "csv", "--root", "t.csv", "--out", "new.xlsx"], "must end in .csv, .parquet or .jsonl"),
     "file is there": (["convert", "csv", "--root", "t.csv", "--out", "t.csv"], "t.csv: is there already"),
-    "folder is there": (["shard", "csv", "--root", "t.csv", "--out", "."], "is there already"),
+    "folder is there": (["shard", "csv", "--root", "t.csv", "--out", "."], "exists already"),
     "not shards": (["shard", "csv", "--root", "t.csv", "--out", ".", "--overwrite"], "is not a folder of shards"),
     "out of the folder": (["convert", "csv", "--root", "t.csv", "--out", "sub/new.csv"], "does not lie below"),
     "wrong shares": (["split", "csv", "--root", "t.csv", "--out", "new.csv", "--fractions", "train=0.8"], "add up to 1"),

@@ -166,7 +166,7 @@ def test_reading_needs_the_memory_of_the_answer(tmp_path):
         FeatureCache(tmp_path).fill(keys, lambda positions: np.ones((len(positions), width), np.float32))
     code = f"""
 import sys
-from medclip_nb.feature_store import FeatureCache
+from medclip_nb.embeddings.store import FeatureCache
 keys = [str(i) for i in range({rows})]
 peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
 before = peak()

@@ -141,7 +141,7 @@ def test_killed_and_resumed(command, installed, table, whole, tmp_path, kernel):
     "kill -9 of the run or of its kernel, then --resume: every byte as if nothing had happened"
     out = tmp_path / "finetune"
     (_, said), code = kill_in_training(start(call(installed, table, out, **LONG)), tmp_path, kernel)
-    if kernel: assert code == 1 and "the same run with --resume goes on from there" in said
+    if kernel: assert code == 1 and "the same run with --resume continues from it" in said
     assert not out.exists() and list(tmp_path.glob(".partial/finetune.state.*/*/state.pt"))
     refused = subprocess.run(call(command, table, out, "--resume", **{**LONG, "lr": 1e-3}), capture_output=True, text=True, env=ENVIRONMENT)
     assert refused.returncode == 2 and "the run that was killed differs in parameter lr" in refused.stderr

@@ -83,8 +83,8 @@ def begun(table, models, out, kind="image", change=lambda clip: None, **options)
     seed_everything(0)
     clip = load_model(models[kind], device="cpu")
     change(clip)
-    recipe = TrainConfig(**{**BASE, "pooling_heads": 4, **options})
-    run = begin_run(clip, manifest(table, "train", kind), manifest(table, "valid", kind), out, recipe)
+    config = TrainConfig(**{**BASE, "pooling_heads": 4, **options})
+    run = begin_run(clip, manifest(table, "train", kind), manifest(table, "valid", kind), out, config)
     trainers.training_mode(run)
     rows, images = next(iter(trainers.batches(run)))
     return run, trainers.draw_batch(run, rows, images)
@@ -409,8 +409,8 @@ def test_a_study_model_starts_where_pictures_ended(table, models, tmp_path):
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"volume": {"width": 64}}, "gives 128 numbers a cell"), ({"volume": {"patch_size": [2, 8, 8]}}, "takes patches of one slice"), ({"dim": 64}, "does not fit"),
-    ({"preprocess": {"mean": 0.5}}, "saw pictures with mean"), ({"volume": {"slices": None}}, "has no network that reads slices")])
+    ({"volume": {"width": 64}}, "gives 128 numbers per cell"), ({"volume": {"patch_size": [2, 8, 8]}}, "takes patches of one slice"), ({"dim": 64}, "does not fit"),
+    ({"preprocess": {"mean": 0.5}}, "was trained on images with mean"), ({"volume": {"slices": None}}, "has no network that reads slices")])
 def test_slices_that_do_not_fit(change, says):
     volume = {"width": 128, "depth": 1, "heads": 4, "patch_size": [1, 8, 8], "grid": [14, 10, 10], "levels": ["slice"], "slices": "medclip_starter"} | change.get("volume", {})
     steps = StudyPreprocess(**{"size": (14, 80, 80), "mean": 0.25, "std": 0.25} | change.get("preprocess", {}))
@@ -449,7 +449,7 @@ def test_a_bert_reads_the_items(table, bert, tmp_path, locked):
 # What cannot be
 
 @pytest.mark.parametrize("kind, options, says", [
-    ("series", {"augment": trainers.Augment(degrees=3)}, "augment varies pictures"),
+    ("series", {"augment": trainers.Augment(degrees=3)}, "augment varies images"),
     ("image", {"checkpointing": True, "model": "starter"}, "cannot recompute its activations"), ("image", {"pooling_heads": 3}, "dim must be a multiple of heads"),
     ("image", {"objective": "clip", "metric": "valid_item_mrr"}, "is measured by the objective 'itemized'")])
 def test_what_cannot_be(table, models, tmp_path, kind, options, says):
@@ -472,7 +472,7 @@ def test_manifests_that_cannot_be(table, models, tmp_path):
     with pytest.raises(InputError, match="no row has an item"): go(changed(rows, items=[[]] * len(rows)), valid)
     with pytest.raises(InputError, match="the items of row 0 are not a list"): go(changed(rows, items=["one; two"] * len(rows)), valid)
     with pytest.raises(InputError, match="no column 'items'"): go(rows, without)
-    with pytest.raises(InputError, match="its rows are studies"): go(manifest(table, "train", "series"), manifest(table, "valid", "series"))
+    with pytest.raises(InputError, match="encodes images, and .* has studies"): go(manifest(table, "train", "series"), manifest(table, "valid", "series"))
     with pytest.raises(InputError, match=r"png: "): train(load_model(models["series"], device="cpu"), rows, valid, tmp_path, **BASE)
     own = load_model(models["image"], device="cpu")
     with pytest.raises(InputError, match="needs a model with a text-conditioned pooling"):
@@ -490,10 +490,10 @@ def test_the_gallery_of_a_locked_tower_is_features(models, table):
 def test_a_new_pooling_may_learn_faster(table, models, tmp_path):
     "Its rate is the multiple of the others' in every step, warm-up in steps included"
     run, batch = begun(table, models, tmp_path, "image", pooling_lr=3.0, warmup=4, max_steps=12)
-    assert [round(run.rate(step) / run.recipe.lr, 6) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert [round(run.rate(step) / run.config.lr, 6) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
     trainers.take_step(run, batch)
     own = {id(p) for p in run.clip.pooling.parameters()}
     for group in run.optimizer.param_groups:
-        assert group["lr"] == (3 if id(group["params"][0]) in own else 1) * run.recipe.lr / 4
+        assert group["lr"] == (3 if id(group["params"][0]) in own else 1) * run.config.lr / 4
         assert len({id(p) in own for p in group["params"]}) == 1
     with pytest.raises(InputError, match="pooling_lr must be above 0"): begun(table, models, tmp_path, "image", pooling_lr=0.0)

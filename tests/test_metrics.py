@@ -203,7 +203,7 @@ def test_missing_labels_abstain(missing):
 
 @pytest.mark.parametrize("y, scores, classes, message", [
     (["a", "c"], np.eye(2), ["a", "b"], "Row 1: label 'c'"),
-    ([None, np.nan], np.eye(2), ["a", "b"], "every row abstains"),
+    ([None, np.nan], np.eye(2), ["a", "b"], "every label is missing"),
     (["a"], [[.5, np.nan]], ["a", "b"], "Row 0 has a score"),
     (["a"], np.eye(2), ["a", "b"], "1 labels and 2 classes"),
     (["a"], [[1.]], ["a"], "two classes or more"),
@@ -255,4 +255,4 @@ def test_a_bool_column_is_a_share(): assert 0 <= bootstrap(pd.Series([True, Fals
 
 def test_bad_levels_and_shapes():
     with pytest.raises(InputError, match="between 0 and 1"): bootstrap([1., 2.], level=0)
-    with pytest.raises(InputError, match="one value a row"): bootstrap(np.ones((3, 2)))
+    with pytest.raises(InputError, match="one value per row"): bootstrap(np.ones((3, 2)))

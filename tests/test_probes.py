@@ -13,7 +13,6 @@ from medclip_nb.datasets import make_squares
 from medclip_nb.evaluators import (
     IPCLIP,
     Linear,
-    balanced_accuracy_of,
     balanced_weights,
     choose,
     knn,
@@ -22,7 +21,7 @@ from medclip_nb.evaluators import (
     neighbor_votes,
 )
 from medclip_nb.evaluators.logistic import _Loss
-from medclip_nb.evaluators.probes import _folds, _standardised
+from medclip_nb.evaluators.probes import _balanced_accuracy, _folds, _standardized
 from medclip_nb.models import load_model
 
 
@@ -93,7 +92,7 @@ def test_shifted_and_constant_features_are_no_trouble():
     plain, moved = (logistic_path(f, torch.from_numpy(y), 3, [1.0], tol=1e-8)[1.0] for f in (torch.from_numpy(x), shifted))
     torch.testing.assert_close(plain.weight, moved.weight, atol=1e-4, rtol=0)
     torch.testing.assert_close(plain.scores(torch.from_numpy(x)), moved.scores(shifted), atol=1e-2, rtol=0)
-    assert _standardised({"train": torch.from_numpy(x)})["train"][:, 0].abs().max() == 0
+    assert _standardized({"train": torch.from_numpy(x)})["train"][:, 0].abs().max() == 0
 
 
 def test_few_evaluations(monkeypatch):
@@ -143,7 +142,7 @@ def test_a_class_missing_from_a_fold_is_never_said():
     seen = []
     best, found, _ = choose(fit, {"train": x}, {"train": y}, np.array(["a", "b", "c", "d"] * 2 + ["a", "b", "c", "d"]), 0)
     assert best == 1.0 and seen[0] == 3 and set(seen) <= {2, 3} and "folds of train" in found["chosen_on"]
-    assert balanced_accuracy_of(torch.tensor([0, 0]), torch.tensor([0, 2])) == 0.5
+    assert _balanced_accuracy(torch.tensor([0, 0]), torch.tensor([0, 2])) == 0.5
 
 
 def test_folds_keep_groups_whole():

@@ -109,7 +109,7 @@ LABEL, FINDING = {"labels": {"label": {"a": "x", "b": ["y", "z"]}}}, {"findings"
 
 @pytest.mark.parametrize("change, says", [
     (LABEL | {"templates": ["no braces"]}, "templates has 'no braces' without {}"), (LABEL | {"templates": ["{}", "{}"]}, "templates has '{}' twice"), (LABEL | {"templates": "{}"}, "list of texts"),
-    ({"labels": {"label": {"a": "x"}}}, "two classes or more"), ({"labels": {"label": {"a": "x", "b": "x"}}}, "could not be told apart"), ({"labels": {"label": {"a": ["x", "x"], "b": "y"}}}, "'x' twice"),
+    ({"labels": {"label": {"a": "x"}}}, "two classes or more"), ({"labels": {"label": {"a": "x", "b": "x"}}}, "could not be distinguished"), ({"labels": {"label": {"a": ["x", "x"], "b": "y"}}}, "'x' twice"),
     ({"labels": {"label": {1: "x", "b": "y"}}}, "class 1 that is not text; put quotes"), ({"labels": {"label": {"a": [], "b": "y"}}}, "should be a list of texts"), ({"labels": {"label": {"a": " ", "b": "y"}}}, "list of texts"),
     (LABEL | {"positive": {"label": "c"}}, "positive names a class 'c'"), (LABEL | {"positive": {"side": "a"}}, "positive names a label 'side'"),
     ({"labels": {"label": {"a": "x", "b": "y", "c": "z"}}, "positive": {"label": "a"}}, "3 classes; only one of two"), (LABEL | FINDING, "either labels or findings"), ({}, "either labels or findings"),

@@ -281,7 +281,7 @@ def test_chest_ct(reader, tmp_path, name, grid):
     for metric in ("f1_weighted", "recall", "precision"): assert published(found, f"{metric}_macro") == pytest.approx(theirs[metric])
     if "hlip" in name:
         for metric, value in pd.DataFrame(halves).mean().items(): assert found.value(f"{metric}_macro_argmax") == pytest.approx(value, abs=1e-9)
-    with pytest.raises(InputError, match="in those that are measured"): evaluate_protocol(name, reader, tested, valid=tested)
+    with pytest.raises(InputError, match="in those that are evaluated"): evaluate_protocol(name, reader, tested, valid=tested)
     found.save(tmp_path / "run")
 
 

@@ -2,6 +2,8 @@
 import gzip
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -29,6 +31,7 @@ from medclip_nb.datasets import (
 from medclip_nb.datasets.phantom import FINDING_KINDS
 
 SMALL = dict(n_studies=(5, 1, 1), seed=3)
+TINY = dict(n_studies=(2, 0, 0), n_slices=2)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +86,7 @@ def test_left_is_displayed_on_the_right(root, slices):
 
 
 def test_display_agrees_with_the_affine(root, studies):
-    "The same finding, cut from the volume by its affine and seen in the plane, lies in the same half of the same rows"
+    "A finding in the volume, by its affine, and the same finding in a plane are at the same place"
     row = next(r for _, r in studies.iterrows() if r["findings"] and r["findings"][0]["side"])
     study = PhantomStudy(PhantomConfig(**SMALL), int(row["group"].split("-")[1]))
     image = nib.load(root/row["mask"])
@@ -131,6 +134,53 @@ def test_reused_until_the_recipe_changes(tmp_path):
     assert len(list((root/"slices").iterdir())) == 4
     assert json.loads((root/"recipe.json").read_text())["recipe"]["n_slices"] == 4
     assert [p.name for p in tmp_path.iterdir()] == ["starter"]
+
+
+def in_processes(*scripts: str) -> list[str]:
+    "Run scripts at the same time; what they wrote to stderr"
+    imports = ("import sys, time\nfrom pathlib import Path\nfrom medclip_nb.datasets import starter\n"
+               f"def make(root, **how): starter.make_starter(root, workers=1, **{TINY!r}, **how)\n"
+               "def until(path):\n    while not list(path.parent.glob(path.name)): time.sleep(.01)\n")
+    running = [subprocess.Popen([sys.executable, "-c", imports + script], stderr=subprocess.PIPE, text=True)
+               for script in scripts]
+    try: return [process.communicate(timeout=120)[1] for process in running]
+    finally:
+        for process in running: process.kill()
+
+
+def test_two_processes_make_it_together(tmp_path):
+    root, go = tmp_path/"starter", tmp_path/"go"
+    script = f"Path({str(tmp_path)!r}, '%d.ready').touch()\nuntil(Path({str(go)!r}))\nmake({str(root)!r}, series=True)"
+    start = f"for n in range(2): until(Path({str(tmp_path)!r}, f'{{n}}.ready'))\nPath({str(go)!r}).touch()"
+    assert in_processes(script % 0, script % 1, start) == ["", "", ""]
+    assert fingerprints(root) == fingerprints(make_starter(tmp_path/"alone", workers=1, series=True, **TINY))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_process_that_finishes_late_uses_what_it_finds(tmp_path):
+    "The late one finishes its slices while the other writes volumes into the folder that both want to make"
+    root, late = str(tmp_path/"starter"), str(tmp_path/"late")
+    slices = f"plain = starter.write_study\ndef slow(*args):\n    until(Path({root!r}, '.series.*'))\n"
+    slices += "    return plain(*args)\n"
+    slices += f"starter.write_study = slow\nmake({root!r})\nPath({late!r}).touch()"
+    series = f"until(Path({str(tmp_path)!r}, '.starter.*'))\nplain = starter.write_series\n"
+    series += f"def slow(*args):\n    until(Path({late!r}))\n    plain(*args)\n"
+    series += f"starter.write_series = slow\nmake({root!r}, series=True)"
+    assert in_processes(slices, series) == ["", ""]
+    assert fingerprints(Path(root)) == fingerprints(make_starter(tmp_path/"alone", workers=1, series=True, **TINY))
+    assert not list(tmp_path.glob(".*")) and not list(Path(root).glob(".*"))
+
+
+def test_another_recipe_in_the_same_folder_is_an_error(tmp_path, monkeypatch):
+    root = tmp_path/"starter"
+    def write_series(*_):
+        monkeypatch.undo()
+        make_starter(root, workers=1, **TINY, seed=1)
+    monkeypatch.setattr("medclip_nb.datasets.starter.write_series", write_series)
+    with pytest.raises(InputError, match="another process replaced it"):
+        make_starter(root, workers=1, series=True, **TINY)
+    assert json.loads((root/"recipe.json").read_text())["recipe"]["seed"] == 1
+    assert not (root/"series").exists() and not list(tmp_path.glob(".*"))
 
 
 def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):
@@ -192,22 +242,26 @@ def test_items_captions_and_labels_match_the_mask(root, slices):
 
 
 def test_columns(root, slices, studies):
-    assert set(slices) == {"image", "mask", "caption", "items", "sequence", "plane", "level", "finding", "lesion", "side", "lobe",
-                           "size_mm", "position_mm", "group", "split"}
+    assert set(slices) == {"image", "mask", "caption", "items", "sequence", "plane", "level", "finding", "lesion",
+                           "side", "lobe", "size_mm", "position_mm", "group", "split"}
     assert slices["size_mm"].dtype == slices["position_mm"].dtype == float
     assert set(slices["lesion"]) <= {"present", "absent"} and set(slices["side"].dropna()) <= {"left", "right"}
     assert set(slices["finding"]) <= {"normal", *FINDING_KINDS, VENTRICLES}
     assert slices["items"].map(type).eq(list).all() and all(path.is_file() for path in slices.paths())
     assert slices.loc[slices["lesion"] == "absent", ["side", "lobe", "size_mm"]].isna().to_numpy().all()
-    assert {"series", "mask", "items", "findings", "caption", "group", "split", "finding", *FINDING_KINDS, VENTRICLES} == set(studies)
-    assert studies.labels == ["finding", *FINDING_KINDS, VENTRICLES]
+    kinds = [*FINDING_KINDS, VENTRICLES]
+    assert set(studies) == {"series", "mask", "items", "findings", "caption", "group", "split", "finding", *kinds}
+    assert studies.labels == ["finding", *kinds]
     for _, row in studies.iterrows():
-        assert {kind for kind in studies.labels[1:] if row[kind] == "present"} == {found["kind"] for found in row["findings"]}
-        assert row["finding"] == ("normal" if not row["findings"] else max(row["findings"], key=lambda found: found["size_mm"] or 0)["kind"])
+        findings = row["findings"]
+        assert {kind for kind in kinds if row[kind] == "present"} == {found["kind"] for found in findings}
+        largest = max(findings, key=lambda found: found["size_mm"] or 0, default={"kind": "normal"})
+        assert row["finding"] == largest["kind"]
     for series in studies["series"]:
         assert set(series) == {"T1", "T2", "FLAIR"}
         volumes = [nib.load(root/path) for path in series.values()]
-        assert {v.shape for v in volumes} == {(80, 96, 80)} and all(np.array_equal(v.affine, volume_affine()) for v in volumes)
+        assert {v.shape for v in volumes} == {(80, 96, 80)}
+        assert all(np.array_equal(v.affine, volume_affine()) for v in volumes)
         assert all(v.get_data_dtype() == np.uint8 for v in volumes)
 
 
@@ -220,17 +274,18 @@ def test_no_two_healthy_brains_are_alike():
 
 
 def test_contrasts_differ_as_in_life():
-    "Haemorrhage: bright on T1, dark on T2; infarct: dark on T1, bright on T2 and FLAIR, against the same place on the other side"
+    "Relative to the other side, a haemorrhage is bright on T1 and dark on T2, an infarct dark on T1 and bright on T2"
     found = set()
     for study in (PhantomStudy(PhantomConfig(), i) for i in range(30)):
         for k, finding in enumerate(study.findings):
             if finding.kind not in ("haemorrhage", "infarct") or len(study.kinds) > 1: continue
-            view = View(study, slice_points("axial", finding.centre[2]))
+            view = View(study, slice_points("axial", finding.center[2]))
             inside = masks(view)[0][k].reshape(PIXELS, PIXELS)
             for sequence, brighter in (("T1", finding.kind == "haemorrhage"), ("T2", finding.kind == "infarct")):
                 image = gray_image(view, sequence, study.rng(5)).reshape(PIXELS, PIXELS).astype(float)
                 mirrored = image[:, ::-1]
-                assert (np.median(image[inside]) > np.median(mirrored[inside & (mirrored > 0)])) == brighter, (study.name, sequence)
+                other_side = mirrored[inside & (mirrored > 0)]
+                assert (np.median(image[inside]) > np.median(other_side)) == brighter, (study.name, sequence)
             found.add(finding.kind)
     assert found == {"haemorrhage", "infarct"}
 

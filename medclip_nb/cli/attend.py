@@ -35,7 +35,7 @@ def figure_paths(
     n: int, # Figures
 ) -> list[Path]: # One each
     "Names of the figures; raises `InputError` for a kind that cannot be drawn"
-    if (kind := out.suffix[1:].lower()) not in IMAGE_KINDS:
+    if out.suffix[1:].lower() not in IMAGE_KINDS:
         raise InputError(
             f"--out {out}: give a name that ends in .{', .'.join(IMAGE_KINDS[:-1])} or .{IMAGE_KINDS[-1]}."
         )
@@ -57,7 +57,7 @@ def named_series(
 
 # %% ../../nbs/cli/05_attend.ipynb #ddbe2fb0
 def _answer(found: Any, image: str, names: Sequence[str] = ()) -> dict:
-    "What the table says of a text"
+    "The table row of a text"
     import numpy as np
     at = [int(i) for i in np.unravel_index(np.nanargmax(found.map), found.map.shape)]
     inside = (
@@ -95,7 +95,9 @@ def _on_images(
     answers, figures, skipped = [], [], []
     for path, to in zip(images, figure_paths(out, len(images))):
         try: image = read_image(path, window=window)
-        except InputError as error: skipped.append({"image": str(path), "message": str(error)}); continue
+        except InputError as error:
+            skipped.append({"image": str(path), "message": str(error)})
+            continue
         labels = None if mask is None else [read_mask(mask, image.size[::-1], len(texts))]
         found, = look_at_images(clip, [image], [texts], method, labels, every=True)
         answers += [_answer(item, str(path)) for item in found]
@@ -130,7 +132,7 @@ def attend(
     method: Annotated[
         str,
         typer.Option(
-            help="attention, relevance or similarity; auto takes attention where the model has a pooling, else relevance."
+            help="attention, relevance or similarity; auto takes attention if the model has a pooling, else relevance."
         ),
     ] = "auto",
     mask: Annotated[
@@ -153,7 +155,8 @@ def attend(
         from medclip_nb.models.study_clip import StudyModel
         if window and isinstance(clip, StudyModel):
             raise InputError(
-                f"--window {window}: is for pictures; model {clip.spec!r} reads studies in windows of its own. Leave it out."
+                f"--window {window}: is for images; model {clip.spec!r} reads studies in windows of its own. Leave it "
+                "out."
             )
         import matplotlib
         matplotlib.use("Agg")

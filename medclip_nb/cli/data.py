@@ -80,7 +80,7 @@ def reader_options(
         name, equals, value = pair.partition("=")
         if not equals: raise InputError(f"-o {pair!r} is not name=value.")
         if name in known: out[name] = option_value(value, known[name], f"-o {name}")
-        elif len(known) < len(given): out[name] = _json_or_text(value) # The reader takes options that it looks at itself
+        elif len(known) < len(given): out[name] = _json_or_text(value) # The reader takes further options itself
         else: raise InputError(f"Reader {dataset!r} has no option {name!r}. {close_matches(name, known)}")
     return out
 
@@ -89,13 +89,13 @@ def _json_or_text(value: str) -> Any:
     except ValueError: return value
 
 def _load(dataset: str, root: Path, options: Iterable[str], splits: Path | None = None) -> Any:
-    "The manifest that a verb works on"
+    "The manifest that a command works on"
     from medclip_nb.datasets.loading import load_manifest
     return load_manifest(dataset, root, splits=splits, **reader_options(dataset, options))
 
 @contextmanager
 def _writing(out: Path, overwrite: bool) -> Iterator[None]:
-    "Refuses to replace a file unasked; a full disk or a forbidden folder is the user's to mend"
+    "Refuse to replace a file unless asked to; a full disk or a forbidden folder raises `InputError`"
     if out.exists() and not overwrite: raise InputError(f"{out}: is there already. Give another name, or --overwrite.")
     try: yield
     except OSError as error: raise InputError(f"{out}: cannot be written ({error.strerror or error}).") from None
@@ -217,7 +217,7 @@ def split(
     option: ReaderOption = [],
     overwrite: OverwriteOption = False,
 ) -> None:
-    "Deal whole groups out to splits and save who is where, with a hash."
+    "Assign whole groups to splits and save the assignment, with a hash."
     from medclip_nb.datasets.splits import FRACTIONS, make_splits, save_splits
     shares = parse_fractions(fractions) if fractions else FRACTIONS
     with _writing(out, overwrite):
@@ -275,8 +275,8 @@ def rebase(
     out = [Path(os.path.normpath(os.path.join(front, p))).as_posix() for p in paths]
     if wrong := next((p for p in out if p.startswith("../") or os.path.isabs(p)), None):
         raise InputError(
-            f"{wrong} does not lie below {base}. Write the table to {root}, or give --relative-to {root} and read it with "
-            f"-o image_root={root}."
+            f"{wrong} does not lie below {base}. Write the table to {root}, or give --relative-to {root} and read it "
+            f"with -o image_root={root}."
         )
     return out
 

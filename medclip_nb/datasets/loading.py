@@ -22,9 +22,10 @@ def load_manifest(
     split: str | None = None, # Only these rows; None means all
     split_seed: int = 0, # Seed of the split made where the data has none
     splits: str | Path | None = None, # A file of splits to use instead (see `save_splits`)
-    read: Mapping[str, Any] | None = None, # How to read images, such as {"window": "lung"} (see `images.read_image`); None leaves it to the reader
+    # How to read images, such as {"window": "lung"} (see `images.read_image`); None leaves it to the reader
+    read: Mapping[str, Any] | None = None,
     **options: Any, # Passed to the reader
-) -> Manifest: # One row an example
+) -> Manifest: # One row per example
     "Read a dataset into a manifest; raises `InputError` for an unknown name, a missing folder or column"
     reader = _find_reader(dataset)
     try: table = reader(Path(root), **options)

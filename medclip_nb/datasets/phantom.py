@@ -25,7 +25,7 @@ from ..core import content_hash
 # %% ../../nbs/datasets/14_phantom.ipynb #230f8d72
 @dataclass(frozen=True)
 class PhantomConfig:
-    "Everything that decides the pixels and the words; another recipe is another dataset"
+    "Everything that determines the pixels and the texts; another recipe is another dataset"
     n_studies: tuple[int, int, int] = (200, 33, 33) # Studies in train, valid and test
     seed: int = 0 # Study i draws from the streams (seed, i, ...)
     n_slices: int = 12 # Slices of each study: half axial, a quarter coronal, a quarter sagittal
@@ -97,7 +97,7 @@ def sample(
     spacing: float = 1, # Voxel size, mm
     order: int = 1, # 1: trilinear, 0: nearest
 ) -> np.ndarray: # (n,) float32, 0 outside
-    "Values of one of the template's volumes at any points"
+    "Values of a volume of the template at any points"
     from scipy.ndimage import map_coordinates
     return map_coordinates(volume, (points - ORIGIN[:, None]) / spacing, np.float32, order, prefilter=False)
 
@@ -123,9 +123,9 @@ class Waves:
 
 # %% ../../nbs/datasets/14_phantom.ipynb #ed4e1b2e
 class Tissue(NamedTuple):
-    "What the template holds at the points that lie in or near the brain"
-    index: np.ndarray # (m,) which of the points asked for
-    at: np.ndarray # (3, m) their places in the template, mm
+    "The tissue of the template at the points that lie in or near the brain"
+    index: np.ndarray # (m,) indices into the points that were given
+    at: np.ndarray # (3, m) their positions in the template, mm
     detail: np.ndarray # (m,) T1 of the template beyond what the tissue explains
     csf: np.ndarray # (m,) share of each tissue, 0 to 1
     gm: np.ndarray
@@ -151,7 +151,7 @@ def _rotation(x: float, y: float, z: float) -> np.ndarray: # Angles in radians -
 TEMPLATE_T1 = (.39, .65, .87) # Medians of the template's T1 in CSF, grey and white matter
 
 class PhantomHead:
-    "Someone's head: the template, turned, scaled, shifted and smoothly deformed"
+    "A head: the template, rotated, scaled, shifted and smoothly deformed"
     def __init__(self, recipe: PhantomConfig, rng: Generator) -> None:
         turn = _rotation(*np.radians(rng.uniform(-1, 1, 3)*recipe.rotation_deg))
         self.matrix = (turn / rng.uniform(*recipe.scale, (3, 1))).astype(np.float32)
@@ -168,7 +168,7 @@ class PhantomHead:
         return t
 
     def tissue(self, points: np.ndarray) -> Tissue: # (3, n) mm
-        "What there is at these points"
+        "The tissue at these points"
         maps = template()
         index = np.flatnonzero(sample(maps.depth, self.to_template(points, roughly=True), 2, order=0) > -8)
         at = self.to_template(points[:, index])
@@ -177,7 +177,8 @@ class PhantomHead:
         return Tissue(index, at, t1 - mix(TEMPLATE_T1, csf, gm, wm), csf, gm, wm, ventricles)
 
 # %% ../../nbs/datasets/14_phantom.ipynb #4f135d36
-SLICE_AXES = {"axial": (2, 0, 1), "coronal": (1, 0, 2), "sagittal": (0, 1, 2)} # Axis across the plane, along the rows, along the columns
+# Axis across the plane, along the rows, along the columns
+SLICE_AXES = {"axial": (2, 0, 1), "coronal": (1, 0, 2), "sagittal": (0, 1, 2)}
 PIXELS, GRID = 192, (80, 96, 80) # Pixels of a slice at 1 mm; voxels of a volume at 2 mm
 
 def slice_points(
@@ -205,11 +206,11 @@ def volume_points() -> np.ndarray: # (3, voxels) mm
 # %% ../../nbs/datasets/14_phantom.ipynb #fce9dd2b
 @dataclass(frozen=True)
 class Layer:
-    "A zone of a finding, and the signal it brings to each contrast"
-    radius: float # Outer end, where 1 is the border of the finding
+    "A layer of a finding, and its signal in each contrast"
+    radius: float # Outer end; 1 is the border of the finding
     edge_mm: float # Softness of that end
     host: str # Where it spreads: brain, tissue (brain but not fluid) or white (white matter)
-    opacity: float # How much of the anatomy's signal it replaces
+    opacity: float # Share of the anatomy's signal that it replaces
     T1: float
     T2: float
     FLAIR: float
@@ -249,7 +250,7 @@ VENTRICLES, VENTRICLES_WEIGHT = "enlarged ventricles", .10
 class Finding:
     "A focal finding"
     kind: str # One of `FINDING_KINDS`
-    centre: np.ndarray # (3,) mm, in the world of the study
+    center: np.ndarray # (3,) mm, in the world of the study
     size_mm: float # Diameter; of an infarct, the depth of the wedge
     side: str # left or right, of the patient
     lobe: str # See `lobe_of`
@@ -257,8 +258,8 @@ class Finding:
     border: Waves # Irregularity by direction
 
     def radius(self, points: np.ndarray) -> np.ndarray: # (3, n) mm -> (n,)
-        "How far out a point lies: below 1 inside"
-        q = np.einsum("ij,jn->in", self.frame, points - self.centre[:, None])
+        "Relative distance from the centre: below 1 inside"
+        q = np.einsum("ij,jn->in", self.frame, points - self.center[:, None])
         r = np.sqrt((q**2).sum(0)) + 1e-6
         rough = 1 + self.border(q/r)[0]
         if self.kind != "infarct": return r / rough
@@ -269,7 +270,7 @@ class Finding:
         "Whether a point is close enough to be changed at all"
         outer = FINDING_KINDS[self.kind].layers[0]
         reach = self.size_mm/2 * (1.75 if self.kind == "infarct" else 1.5*outer.radius) + 3*outer.edge_mm
-        return np.einsum("jn,jn->n", (d := points - self.centre[:, None]), d) < reach**2
+        return np.einsum("jn,jn->n", (d := points - self.center[:, None]), d) < reach**2
 
 # %% ../../nbs/datasets/14_phantom.ipynb #7fb1c35c
 def lobe_of(
@@ -287,7 +288,7 @@ def lobe_of(
 
 # %% ../../nbs/datasets/14_phantom.ipynb #98089a7c
 def _fits(kind: str, size: float, tissue: Tissue) -> np.ndarray: # (m,)
-    "Whether a kind of finding may begin at a point"
+    "Whether a kind of finding may be placed at a point"
     depth = sample(template().depth, tissue.at, 2)
     if kind == "infarct": return (tissue.gm > .6) & (depth > 3) & (depth < 9)
     if kind == "white-matter lesion": return (tissue.wm > .92) & (sample(template().deep_wm, tissue.at, 2) > 180)
@@ -300,7 +301,7 @@ def place(
     others: Sequence[Finding], # Keep clear of these
     rng: Generator,
 ) -> Finding | None: # None where nothing fits
-    "Draw a focal finding and a place for it"
+    "Draw a focal finding and its position"
     size = rng.uniform(*FINDING_KINDS[kind].size_mm)
     points = rng.uniform((-75, -110, -35), (75, 75, 85), (3000, 3)).T.astype(np.float32)
     tissue = head.tissue(points)
@@ -310,7 +311,7 @@ def place(
     if kind == "infarct": points, at = points - np.float32(.42*size)*outward, at - np.float32(.42*size)*outward
     lobes = lobe_of(at)
     fits &= (np.minimum(np.abs(points[0]), np.abs(at[0])) > .6*size + 4) & (points[0]*at[0] > 0) & (lobes != "")
-    for other in others: fits &= np.linalg.norm(points - other.centre[:, None], axis=0) > .75*(size + other.size_mm) + 5
+    for other in others: fits &= np.linalg.norm(points - other.center[:, None], axis=0) > .75*(size + other.size_mm) + 5
     if not fits.any(): return None
     i = np.flatnonzero(fits)[0]
     axes, stretch = rng.normal(size=(3, 3)), np.exp(rng.uniform(-.22, .22, (3, 1)))
@@ -324,15 +325,15 @@ def place(
 # %% ../../nbs/datasets/14_phantom.ipynb #bb876c29
 SEQUENCES = ("T1", "T2", "FLAIR")
 SIGNAL = {"T1": (.10, .55, .86), "T2": (1., .55, .36), "FLAIR": (.07, .55, .41)} # CSF, grey and white matter
-DETAIL = {"T1": 1.45, "T2": -.9, "FLAIR": .5} # How much of the template's further detail comes through
-WHITE = {"T1": 1.3, "T2": 1.75, "FLAIR": 1.75} # What is shown as white, relative to the brain's 80th percentile
+DETAIL = {"T1": 1.45, "T2": -.9, "FLAIR": .5} # Strength of the further detail of the template
+WHITE = {"T1": 1.3, "T2": 1.75, "FLAIR": 1.75} # The signal shown as white, relative to the 80th percentile of the brain
 
 class PhantomStudy:
     "One simulated patient"
     def __init__(
         self,
         recipe: PhantomConfig, # What to draw from
-        index: int, # Which study; with the recipe's seed it decides everything
+        index: int, # Which study; with the seed of the recipe it determines everything
     ) -> None:
         self.recipe, self.index, self.name = recipe, index, f"study-{index:04d}"
         rng = self.rng(0)
@@ -350,7 +351,7 @@ class PhantomStudy:
         self.kinds = [f.kind for f in self.findings] + [VENTRICLES] * (self.head.widening > 0)
 
     def _draw_kinds(self, rng: Generator) -> list[str]:
-        "What this study has"
+        "The kinds of findings of this study"
         kinds, weights = [*FINDING_KINDS, VENTRICLES], [*(k.weight for k in FINDING_KINDS.values()), VENTRICLES_WEIGHT]
         even = (self.recipe.seed*.4142 + (self.index + .5)*np.array([.7548776662, .5698402910])) % 1
         count, first = (int(np.searchsorted(np.cumsum(p), u)) for p, u in zip((self.recipe.n_findings, weights), even))
@@ -362,21 +363,21 @@ class PhantomStudy:
 
     @functools.cached_property
     def white(self) -> dict[str, float]: # Contrast -> signal
-        "What is shown as white: in proportion to a percentile of the study, the same in its slices and volumes"
+        "The signal shown as white: in proportion to a percentile of the study, the same in its slices and volumes"
         view = View(self, volume_points().reshape(3, *GRID)[:, ::3, ::3, ::3].reshape(3, -1))
         signals = {s: signal(view, s) for s in SEQUENCES}
         return {s: WHITE[s] * float(np.percentile(v[v > 0], 80)) for s, v in signals.items()}
 
 # %% ../../nbs/datasets/14_phantom.ipynb #f82f123c
 class View:
-    "A study seen at some points"
+    "A study at some points"
     def __init__(self, study: PhantomStudy, points: np.ndarray) -> None: # points: (3, n) mm
         self.study, self.n, self.tissue = study, points.shape[1], study.head.tissue(points)
         self.points = points[:, self.tissue.index]
         self.brain = self.tissue.csf + self.tissue.gm + self.tissue.wm
         self.zones = list(self._zones())
 
-    def _zones(self) -> Iterator[tuple[int, Layer, np.ndarray, np.ndarray]]: # Finding's number, zone, indices into `points`, weights
+    def _zones(self) -> Iterator[tuple[int, Layer, np.ndarray, np.ndarray]]: # Finding, layer, indices of points, weight
         hosts = {"brain": self.brain, "tissue": self.tissue.gm + self.tissue.wm, "white": self.tissue.wm}
         for number, finding in enumerate(self.study.findings):
             near = np.flatnonzero(finding.near(self.points))
@@ -408,7 +409,7 @@ def gray_image(
     sequence: str, # T1, T2 or FLAIR
     rng: Generator, # Draws the noise
 ) -> np.ndarray: # (n,) uint8
-    "A contrast as it is stored: noisy, skull-stripped, 8 bits"
+    "A contrast as it is stored: with noise, skull-stripped, in 8 bits"
     clean = signal(view, sequence) / view.study.white[sequence]
     noise = view.study.noise * rng.standard_normal((2, len(clean)), np.float32)
     out = np.zeros(view.n, np.uint8)
@@ -432,7 +433,7 @@ def masks(
 # %% ../../nbs/datasets/14_phantom.ipynb #83dccb19
 def label_volume(
     study: PhantomStudy,
-) -> tuple[np.ndarray, np.ndarray]: # GRID uint8: k+1 in finding k, else 0; (findings, *GRID): where the image is changed at all
+) -> tuple[np.ndarray, np.ndarray]: # GRID uint8: k+1 in finding k, else 0; (findings, *GRID): where it is changed
     "The 3-D masks of a study"
     points = volume_points()
     wanted = np.zeros(points.shape[1], bool)

@@ -19,21 +19,20 @@ from .tables import read_table
 
 # %% ../../nbs/datasets/07_splits.ipynb #b338772a
 def _units(table: pd.DataFrame) -> tuple[str, pd.Series]:
-    "What must not be torn apart, as text, and what it is: the group, or else the image, the study, the row"
+    "The unit that stays in one split, and its value for each row: the group, or else the image, study or row"
     name = next((c for c in ("group", "image", "series") if c in table), "row")
     if name == "row": return name, pd.Series(table.index.astype(str), index=table.index)
     if name == "series": return name, table[name].map(lambda paths: json.dumps(paths, sort_keys=True))
     units = table[name].astype(str)
     if not (lost := table[name].isna()).any(): return name, units
-    return name, units.mask(
-        lost, table["image"].astype(str) if name == "group" and "image" in table else "row " + table.index.astype(str)
-    )
+    by_image = name == "group" and "image" in table
+    return name, units.mask(lost, table["image"].astype(str) if by_image else "row " + table.index.astype(str))
 
 # %% ../../nbs/datasets/07_splits.ipynb #beaa6166
 FRACTIONS = {"train": 0.7, "test": 0.15, "valid": 0.15}
 
 def _deal(sizes: np.ndarray, shares: np.ndarray, total: np.ndarray) -> np.ndarray:
-    "Which split each group of a class goes to; `total`, the rows that each split has, is added to"
+    "The split of each group of a class; the rows are added to `total`, the number in each split"
     if len(sizes) > 1000:
         ends = sizes.cumsum()
         choice = np.searchsorted(shares.cumsum()[:-1]*ends[-1], ends - sizes/2, side="right")
@@ -52,7 +51,7 @@ def _deal(sizes: np.ndarray, shares: np.ndarray, total: np.ndarray) -> np.ndarra
 
 # %% ../../nbs/datasets/07_splits.ipynb #b86e76a0
 def _strata(table: pd.DataFrame, columns: list[str], codes: np.ndarray, n_splits: int) -> np.ndarray:
-    "(groups,) the class of each group: its most frequent one, or -1 for the rare, where they are many"
+    "(groups,) the class of each group: its most frequent one, or -1 for rare ones, where they are many"
     classes = np.zeros(len(table), int)
     for column in columns:
         code, values = pd.factorize(table[column].astype(str), sort=True)
@@ -66,12 +65,12 @@ def _strata(table: pd.DataFrame, columns: list[str], codes: np.ndarray, n_splits
 
 # %% ../../nbs/datasets/07_splits.ipynb #7a919218
 def make_splits(
-    table: pd.DataFrame, # Rows to deal out
-    stratify: str | Iterable[str] | None = None, # Column, or columns together, whose values should have the same share in every split
+    table: pd.DataFrame, # Rows to split
+    stratify: str | Iterable[str] | None = None, # Columns whose values should have the same share in every split
     fractions: Mapping[str, float] = FRACTIONS, # Split -> share; shares add up to 1
-    seed: int = 0, # Decides the order in which groups are dealt
+    seed: int = 0, # Determines the order in which groups are assigned
 ) -> pd.Series: # The split of each row
-    "Deal whole groups out to splits, class by class; raises `InputError` with fewer groups than splits"
+    "Assign whole groups to splits, class by class; raises `InputError` with fewer groups than splits"
     codes, groups = pd.factorize(_units(table)[1], sort=True)
     if len(groups) < len(fractions):
         raise InputError(f"Cannot make {len(fractions)} splits out of {len(groups)} group(s); give a 'split' column.")
@@ -93,7 +92,7 @@ def with_validation(
     manifest: Manifest, # With a split 'train'
     fraction: float = 0.15, # Share of the training groups to set aside
     stratify: str | None = None, # Column to keep in proportion
-    seed: int = 0, # Decides which groups
+    seed: int = 0, # Determines which groups
 ) -> Manifest: # With a split 'valid'
     "Set part of the training groups aside for validation, where there is no validation split"
     if (manifest["split"] == "valid").any(): return manifest
@@ -108,25 +107,21 @@ def with_validation(
 SPLIT_NAMES = {"training": "train", "val": "valid", "validation": "valid", "dev": "valid", "testing": "test"}
 
 def _usual_names(split: pd.Series) -> pd.Series:
-    "Splits by their usual names; rows that are in none become 'unassigned'"
+    "Splits by their usual names; rows without one become 'unassigned'"
     usual = {s: s for s in FRACTIONS} | SPLIT_NAMES
     names = {s: usual.get(str(s).strip().lower(), str(s).strip()) for s in split.dropna().unique()}
     return split.map(names).fillna("unassigned").astype(str)
 
 def _split_table(manifest: Manifest) -> pd.DataFrame:
-    "One row a group, with its split, in the order of names; raises `InputError` for a group in several splits"
+    "One row per group with its split, sorted by name; raises `InputError` for a group in several splits"
     name, units = _units(manifest)
-    table = (
-        pd.DataFrame({name: units, "split": manifest["split"]})
-        .drop_duplicates()
-        .sort_values([name, "split"], ignore_index=True)
-    )
-    torn = table[table[name].duplicated(keep=False)]
-    if not len(torn): return table
-    first, n = torn[name].iloc[0], torn[name].nunique()
-    raise InputError(
-        f"{name} {first!r} is in {' and '.join(torn['split'][torn[name] == first])} ({n} such); make other splits."
-    )
+    table = pd.DataFrame({name: units, "split": manifest["split"]}).drop_duplicates()
+    table = table.sort_values([name, "split"], ignore_index=True)
+    several = table[table[name].duplicated(keep=False)]
+    if not len(several): return table
+    first, n = several[name].iloc[0], several[name].nunique()
+    splits = " and ".join(several["split"][several[name] == first])
+    raise InputError(f"{name} {first!r} is in {splits} ({n} such); make other splits.")
 
 def _table_hash(table: pd.DataFrame) -> str:
     return content_hash(list(table.columns), [_cell_hashes(table[c]) for c in table])
@@ -134,15 +129,15 @@ def _table_hash(table: pd.DataFrame) -> str:
 def split_hash(
     manifest: Manifest, # With a column split
 ) -> str: # 16 hexadecimal digits
-    "Identify splits by who is in them, whatever the order of rows; raises `InputError` for a group in several splits"
+    "Identify splits by their groups, in any order of rows; raises `InputError` for a group in several splits"
     return _table_hash(_split_table(manifest))
 
 # %% ../../nbs/datasets/07_splits.ipynb #2a0ef84f
 def save_splits(
     manifest: Manifest, # With a column split
-    path: str | Path, # The CSV to write
+    path: str | Path, # The CSV file to write
 ) -> str: # The hash, as from `split_hash`
-    "Write which group (or else image) is in which split; raises `InputError` for a group in several splits"
+    "Write the split of each group (or else image); raises `InputError` for a group in several splits"
     table = _split_table(manifest)
     counts = ", ".join(f"{n} {s}" for s, n in table["split"].value_counts().sort_index().items())
     first = f"# splits of {manifest.dataset} by {table.columns[0]}: {counts}; hash {_table_hash(table)}"
@@ -163,7 +158,8 @@ def _read_splits(path: Path) -> pd.DataFrame:
     found = _table_hash(table.sort_values(list(table.columns), ignore_index=True))
     if stated not in (None, found):
         raise InputError(
-            f"{path}: was changed after it was saved (hash {found} instead of {stated}). To use it all the same, delete line 1."
+            f"{path}: was changed after it was saved (hash {found} instead of {stated}). "
+            "To use it nevertheless, delete line 1."
         )
     twice = table[table.iloc[:, 0].duplicated()]
     if len(twice): raise InputError(f"{path}: {twice.columns[0]} {twice.iloc[0, 0]!r} occurs twice.")
@@ -174,21 +170,19 @@ def load_splits(
     manifest: Manifest, # Its column split, if any, is replaced
     path: str | Path, # Written by `save_splits`, or by hand with the columns group (or image) and split
 ) -> Manifest: # With the splits of the file
-    "Take splits from a file; raises `InputError` where it does not fit the manifest or would tear groups apart"
+    "Take splits from a file; raises `InputError` where it does not fit the manifest or would split a group"
     path, table = Path(path), _read_splits(Path(path))
     name, units = _units(manifest)
     by = table.columns[0]
     if by not in {name, *manifest}:
-        raise InputError(
-            f"{path}: splits by {by!r}, a column which {manifest.dataset} lacks; it has {', '.join(manifest.columns)}."
-        )
+        columns = ", ".join(manifest.columns)
+        raise InputError(f"{path}: splits by {by!r}, a column which {manifest.dataset} lacks; it has {columns}.")
     if by != name: units = manifest[by].astype(str)
-    known, there = pd.Index(table[by]), pd.Index(units.unique())
-    for missing, says in ((there.difference(known), "not in the file"), (known.difference(there), "not in the data")):
-        if len(missing):
-            raise InputError(
-                f"{path} does not fit {manifest.dataset}: {len(missing)} values of {by!r} are {says}, such as {missing[0]!r}."
-            )
+    in_file, in_data = pd.Index(table[by]), pd.Index(units.unique())
+    for missing, where in ((in_data.difference(in_file), "file"), (in_file.difference(in_data), "data")):
+        if not len(missing): continue
+        found = f"{len(missing)} values of {by!r} are not in the {where}, such as {missing[0]!r}"
+        raise InputError(f"{path} does not fit {manifest.dataset}: {found}.")
     out = manifest.copy()
     out["split"] = _usual_names(units.map(table.set_index(by)["split"]))
     try: digest = split_hash(out)

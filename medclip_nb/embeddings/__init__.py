@@ -9,12 +9,12 @@ __all__ = []
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
-    "features": ["Embeddings", "embed", "feature_identity", "tower_hash"],
+    "features": ["Embeddings", "Files", "embed", "feature_identity", "tower_hash"],
     "maintenance": ["STORE_COLUMNS", "STORE_FILE", "prune", "stores"],
     "store": [
         "DAMAGE", "FeatureCache", "INDEX", "SETTLED", "SHARD_BYTES", "file_hashes", "fill", "index_of",
         "key_numbers", "map_array", "read", "read_index", "read_rows", "row_checks", "set_aside", "stamp",
         "write_shard",
     ],
-    "streams": ["ManifestStudies", "encoded_images"],
+    "streams": ["ManifestImages", "ManifestStudies", "encoded_images", "open_rows", "reads_studies"],
 })

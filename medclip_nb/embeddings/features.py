@@ -8,7 +8,7 @@ __all__ = ['tower_hash', 'feature_identity', 'Embeddings', 'embed']
 # %% ../../nbs/embeddings/01_features.ipynb #24a4c80d
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +19,12 @@ import open_clip
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ..core import InputError, content_hash, progress
 from ..datasets.manifest import Manifest
-from ..datasets.studies import series_paths
 from .store import FeatureCache, file_hashes, stamp
-from ..images.loading import ImageDataset, prefetched
-from ..images.studies import StudyDataset, StudyPreprocess, pad_studies
+from .streams import ManifestImages, ManifestStudies, open_rows
+from ..images.studies import StudyPreprocess
 from ..models.clip import ClipModel
 from ..models.freezing import tower_of
 from ..models.long_text import tokenize
@@ -75,26 +73,11 @@ def feature_identity(
     )
 
 # %% ../../nbs/embeddings/01_features.ipynb #451b7202
-def _files(clip: ClipModel, manifest: Manifest) -> list[dict[str, Path]]:
-    "Name of a series -> file, for every row; an image is one file without a name. Raises `InputError` for rows of the other kind than the model's"
-    what = f"Model {clip.spec!r} encodes {{}}, and {manifest.dataset} has {{}}. "
-    if isinstance(clip.preprocess, StudyPreprocess):
-        if "series" in manifest: return series_paths(manifest)
-        raise InputError(
-            what.format("studies", "images (no column 'series')")
-            + "Take a model of images, or a view of the data that has studies."
-        )
-    if "series" not in manifest: return [{"": path} for path in manifest.paths()]
-    raise InputError(
-        what.format("images", "studies (a column 'series')")
-        + "Take a study model (see study_models), or a view of the data that has single images."
-    )
+_Files = Mapping[str, str | Path] # Name of a series -> file; an image is one file without a name
 
-def _keys(
-    files: list[dict[str, Path]], stamps: list[dict] | None, cache: str | Path | None, together: bool
-) -> list[str]:
-    "What each row shows, by content: of an image the hash of the file; with no cache, where it lies"
-    if not cache: hashes = iter([str(path) for row in files for path in row.values()])
+def _keys(files: list[_Files], stamps: list[dict] | None, cache: str | Path | None, together: bool) -> list[str]:
+    "What each row shows, by content: of an image the hash of the file; with no cache, its path"
+    if not cache or stamps is None: hashes = iter([str(path) for row in files for path in row.values()])
     else: hashes = iter(file_hashes([own for row in stamps for own in row.values()], Path(cache)/"files", together))
     named = [[(name, next(hashes)) for name in row] for row in files]
     return [row[0][1] if [*own] == [""] else content_hash(row) for own, row in zip(files, named)]
@@ -103,45 +86,23 @@ def _keys(
 def _batches(positions: Sequence[int], size: int) -> list[list[int]]:
     return [list(positions[i:i + size]) for i in range(0, len(positions), size)]
 
-def _pixels(
-    clip: ClipModel, files: list[dict[str, Path]], parts: list[list[int]], read: Mapping, num_workers: int
-) -> Iterable:
-    "What the model is given, batch by batch"
-    whole = isinstance(clip.preprocess, StudyPreprocess)
-    data = (
-        StudyDataset(files, clip.preprocess, **read)
-        if whole
-        else ImageDataset([row[""] for row in files], clip.preprocess, **read)
-    )
-    if num_workers:
-        yield from DataLoader(
-            data, batch_sampler=parts, num_workers=num_workers, collate_fn=pad_studies if whole else None
-        )
-    elif not whole: yield from prefetched(data, parts)
-    else:
-        with ThreadPoolExecutor(2) as pool:
-            for part in parts: yield pad_studies(list(pool.map(data.__getitem__, part)))
-
 def _image_features(
-    clip: ClipModel,
-    files: list[dict[str, Path]],
-    stamps: list[dict] | None,
-    read: Mapping,
-    batch_size: int,
-    num_workers: int,
+    clip: ClipModel, rows: ManifestImages | ManifestStudies, stamps: list[dict] | None, size: int, num_workers: int
 ) -> Callable:
     "A function that encodes the images or studies at given positions, batch by batch"
+    files = rows.files
+    def check(i: int) -> None:
+        for name, known in stamps[i].items() if stamps else ():
+            if stamp(files[i][name]) != known:
+                raise InputError(
+                    f"{files[i][name]}: was changed while features were computed. "
+                    "Run again when the files no longer change; what is done is kept."
+                )
     def compute(positions: list[int]) -> Iterator[tuple[list[int], np.ndarray]]:
-        parts = _batches(sorted(positions, key=lambda i: len(files[i])), batch_size)
-        bar = progress(
-            _pixels(clip, files, parts, read, num_workers), total=len(parts), desc="encoding images", unit="batch"
-        )
+        parts = _batches(sorted(positions, key=lambda i: len(files[i])), size)
+        bar = progress(rows.batches(parts, num_workers), total=len(parts), desc="encoding images", unit="batch")
         for part, batch in zip(parts, bar):
-            for i, name in [(i, name) for i in part for name in (stamps[i] if stamps else ())]:
-                if stamp(files[i][name]) != stamps[i][name]:
-                    raise InputError(
-                        f"{files[i][name]}: was changed while features were computed. Run again when the files are at rest; what is done is kept."
-                    )
+            for i in part: check(i)
             yield part, clip.encode_images(batch).numpy()
     return compute
 
@@ -200,15 +161,11 @@ def embed(
         store = FeatureCache(folder, clip.dim, facts=_facts(clip, kind, **how), save_every=save_every)
         found[kind], counts[kind] = store.fill(keys, compute, together=together), store.counts
     if images and {"image", "series"} & {*manifest}:
-        files = _files(clip, manifest)
-        stamps = [{name: stamp(path) for name, path in row.items()} for row in files] if cache else None
-        size = max(1, batch_size // 16) if "series" in manifest else batch_size
-        fill(
-            "images",
-            _keys(files, stamps, cache, together),
-            _image_features(clip, files, stamps, manifest.read, size, num_workers),
-            **manifest.read,
-        )
+        rows = open_rows(clip, manifest, row_facts=False)
+        stamps = [{name: stamp(path) for name, path in row.items()} for row in rows.files] if cache else None
+        size = max(1, batch_size // 16) if isinstance(rows, ManifestStudies) else batch_size
+        compute = _image_features(clip, rows, stamps, size, num_workers)
+        fill("images", _keys(rows.files, stamps, cache, together), compute, **manifest.read)
     if texts and "caption" in manifest:
         captions, long_text = [str(caption) for caption in manifest["caption"]], long_text or clip.long_text
         fill("texts", captions, _text_features(clip, captions, batch_size, long_text), long_text=long_text)

@@ -11,12 +11,15 @@ import html
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core import InputError, atomic_path, read_json
 from .reports import html_page, markdown_html, report_title
+
+if TYPE_CHECKING:
+    import pandas
 
 # %% ../../nbs/experiments/06_overview.ipynb #5f463c06
 def find_runs(
@@ -133,9 +136,9 @@ def over_runs(
 # %% ../../nbs/experiments/06_overview.ipynb #7c2b54ee
 def headline(
     metrics: Mapping[str, Any], # What `read_metrics` returns
-    names: list[str] = [], # Metrics to show, best first; by default those the run names, or else the first three
+    names: Sequence[str] = (), # Metrics to show; empty takes those that the run names, or else the first three
 ) -> dict[str, str]: # Value and interval as text, by metric
-    "The few numbers that stand for a run"
+    "The headline metrics of a run"
     found = metrics["metrics"]
     names = [n for n in names or metrics.get("details", {}).get("headline", []) if n in found] or list(found)[:3]
     def text(m):
@@ -201,6 +204,7 @@ def write_index(
     heads = {r["name"]: r.get("headline", []) for r in suite["runs"]}
     runs = {run.relative_to(folder).as_posix(): run for run in find_runs(folder)}
     licenses = sorted({str(x) for run in runs.values() if (x := read_metrics(run).get("details", {}).get("license"))})
+    license_text = "; ".join(licenses) or suite.get("license") or "see the reports"
     failed = "".join(f"<li>{html.escape(r['name'])}: {r['status']}. {html.escape(r.get('message', ''))}</li>"
                      for r in suite["runs"] if r["status"] in ("failed", "skipped"))
     head = "".join(
@@ -210,7 +214,8 @@ def write_index(
     body = [
         f"<h1>{html.escape(title)}</h1>",
         markdown_html(about),
-        "<p class=\"quiet\">Every run is a notebook that was executed from top to bottom; its report shows data, method and result.</p>",
+        "<p class=\"quiet\">Every run is a notebook that was executed from top to bottom; its report shows data, "
+        "method and result.</p>",
         f"<h2>Results</h2><div class=\"scroll\"><table><thead><tr>{head}</tr></thead><tbody>",
         *(_rows(run, name, heads.get(name, [])) for name, run in runs.items()),
         "</tbody></table></div>",
@@ -219,7 +224,7 @@ def write_index(
         *(_card(run, name) for name, run in runs.items()),
         "</div>",
         "<footer class=\"quiet\"><p>For research only. Not for clinical use.</p>",
-        f"<p>Licence of the data: {html.escape('; '.join(licenses) or suite.get('license') or 'see the reports')}</p></footer>",
+        f"<p>Licence of the data: {html.escape(license_text)}</p></footer>",
     ]
     with atomic_path(folder/"index.html") as p: p.write_text(html_page(title, "\n".join(body)), encoding="utf-8")
     return folder/"index.html"

@@ -93,8 +93,8 @@ def clean_report(
 
 # %% ../../nbs/experiments/04_reports.ipynb #f0b29800
 TAGS = set(
-    "a b br caption code col colgroup dd div dl dt em figcaption figure h1 h2 h3 h4 hr i img li ol p pre s small span strong "
-    "sub sup table tbody td tfoot th thead tr u ul details summary".split()
+    "a b br caption code col colgroup dd div dl dt em figcaption figure h1 h2 h3 h4 hr i img li ol p pre s small span "
+    "strong sub sup table tbody td tfoot th thead tr u ul details summary".split()
 )
 ATTRIBUTES = {
     "*": ["class", "style", "title", "colspan", "rowspan", "scope"],
@@ -107,7 +107,7 @@ ATTRIBUTES = {
 def safe_html(
     markup: str, # HTML from a notebook's output
 ) -> str: # The same without scripts, styles, handlers and outside images
-    "Keep of a piece of HTML what cannot do anything"
+    "Keep only harmless tags and attributes of a piece of HTML"
     import bleach
     from bleach.css_sanitizer import CSSSanitizer
     markup = re.sub(r"<(style|script)\b.*?(</\1\s*>|\Z)", "", markup, flags=re.S | re.I)
@@ -132,22 +132,35 @@ def markdown_html(
 
 # %% ../../nbs/experiments/04_reports.ipynb #1b4ea7f7
 STYLE = """
-:root{color-scheme:light dark;--text:#1b1f24;--quiet:#5d6672;--back:#fff;--soft:#f4f6f8;--line:#d9dee4;--link:#0b62a8}
-@media(prefers-color-scheme:dark){:root{--text:#e4e7eb;--quiet:#9aa4b0;--back:#14181d;--soft:#1d232a;--line:#333b45;--link:#79b8f0}}
+:root{color-scheme:light dark;--text:#1b1f24;--quiet:#5d6672;--back:#fff;--soft:#f4f6f8;--line:#d9dee4;
+--link:#0b62a8}
+@media(prefers-color-scheme:dark){:root{--text:#e4e7eb;--quiet:#9aa4b0;--back:#14181d;--soft:#1d232a;
+--line:#333b45;--link:#79b8f0}}
 *{box-sizing:border-box}
-body{margin:0 auto;padding:2rem 1.25rem 4rem;max-width:60rem;font:16px/1.6 system-ui,sans-serif;color:var(--text);background:var(--back)}
-h1{font-size:1.9rem;line-height:1.25;margin:0 0 .5rem}h2{margin:2.2rem 0 .6rem;font-size:1.35rem}h3{margin:1.6rem 0 .4rem}
-a{color:var(--link)}blockquote{margin:0 0 1rem;color:var(--quiet);font-size:1.1rem}.quiet{color:var(--quiet);font-size:.9rem}
-.scroll{overflow-x:auto;margin:.8rem 0}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}thead th{border-bottom-width:2px}
-.number{text-align:right;white-space:nowrap}img{max-width:100%;height:auto}.figure img{background:#fff;border-radius:6px}
-pre,code{font:.86rem/1.5 ui-monospace,monospace;background:var(--soft);border-radius:4px}code{padding:.1em .3em}
+body{margin:0 auto;padding:2rem 1.25rem 4rem;max-width:60rem;font:16px/1.6 system-ui,sans-serif;
+color:var(--text);background:var(--back)}
+h1{font-size:1.9rem;line-height:1.25;margin:0 0 .5rem}h2{margin:2.2rem 0 .6rem;font-size:1.35rem}
+h3{margin:1.6rem 0 .4rem}
+a{color:var(--link)}blockquote{margin:0 0 1rem;color:var(--quiet);font-size:1.1rem}.quiet{color:var(--quiet);
+font-size:.9rem}
+.scroll{overflow-x:auto;margin:.8rem 0}table{border-collapse:collapse;font-size:.9rem;
+font-variant-numeric:tabular-nums}
+th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
+thead th{border-bottom-width:2px}
+.number{text-align:right;white-space:nowrap}img{max-width:100%;height:auto}.figure img{background:#fff;
+border-radius:6px}
+pre,code{font:.86rem/1.5 ui-monospace,monospace;background:var(--soft);border-radius:4px}
+code{padding:.1em .3em}
 pre{padding:.7rem .9rem;margin:0;white-space:pre-wrap;overflow-wrap:anywhere}pre code{padding:0}
-pre.error{border-left:4px solid #c0392b}details{margin:.6rem 0}summary{cursor:pointer;color:var(--quiet);font-size:.85rem}
-details[open] summary{margin-bottom:.4rem}footer{margin-top:3rem;border-top:1px solid var(--line);padding-top:1rem}
+pre.error{border-left:4px solid #c0392b}details{margin:.6rem 0}summary{cursor:pointer;color:var(--quiet);
+font-size:.85rem}
+details[open] summary{margin-bottom:.4rem}footer{margin-top:3rem;border-top:1px solid var(--line);
+padding-top:1rem}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1.2rem;margin:1.2rem 0}
-.card{border:1px solid var(--line);border-radius:8px;overflow:hidden;background:var(--soft)}.card p{margin:.4rem .9rem .8rem}
-.card .thumb{display:flex;height:11rem;background:#fff;align-items:center;justify-content:center}.card .thumb img{max-height:100%}
+.card{border:1px solid var(--line);border-radius:8px;overflow:hidden;background:var(--soft)}
+.card p{margin:.4rem .9rem .8rem}
+.card .thumb{display:flex;height:11rem;background:#fff;align-items:center;justify-content:center}
+.card .thumb img{max-height:100%}
 """
 
 def html_page(
@@ -178,10 +191,11 @@ def _output_html(output: Mapping[str, Any], alt: str) -> str:
     return f"<pre>{html.escape(ANSI.sub('', data.get('text/plain', '')))}</pre>"
 
 def _parameter_table(values: Mapping[str, Any], helps: Mapping[str, str]) -> str:
-    "What a run was given, with the help of each parameter"
+    "The parameters of a run as a table, with the help of each"
     rows = "".join(f"<tr><th scope=\"row\"><code>{html.escape(k)}</code></th><td>{html.escape(str(v)) or '–'}</td>"
                    f"<td class=\"quiet\">{html.escape(helps.get(k, ''))}</td></tr>" for k, v in values.items())
-    return f"<details><summary>Parameters</summary><div class=\"scroll\"><table><tbody>{rows}</tbody></table></div></details>"
+    table = f"<div class=\"scroll\"><table><tbody>{rows}</tbody></table></div>"
+    return f"<details><summary>Parameters</summary>{table}</details>"
 
 # %% ../../nbs/experiments/04_reports.ipynb #81a5afac
 def report_title(

@@ -22,7 +22,8 @@ from ..datasets.studies import name_studies
 from ..evaluators.results import Result
 from ..plots.style import use_style
 
-if TYPE_CHECKING: from medclip_nb.models.clip import ClipModel
+if TYPE_CHECKING:
+    from medclip_nb.models.clip import ClipModel
 
 # %% ../../nbs/experiments/07_steps.ipynb #2ec94c2d
 def open_data(

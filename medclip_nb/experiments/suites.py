@@ -34,7 +34,7 @@ class SuiteRun:
 
 @dataclass
 class Suite:
-    "What a suite file says, checked"
+    "The content of a suite file, checked"
     name: str # Its folder
     title: str # For the front page
     description: str # Markdown for the front page
@@ -102,7 +102,7 @@ def _link(runs: list[SuiteRun]) -> list[str]:
         if "suite" in found: r.after = set(names[:n])
         r.needs = found - {"suite"}
         problems += [
-            f"{r.name}: there is no run {x!r} to refer to. {close_matches(x, names)} A brace that is meant as one is doubled."
+            f"{r.name}: there is no run {x!r} to refer to. {close_matches(x, names)} A literal brace is doubled."
             for x in sorted(r.needs - set(names))
         ]
     return problems
@@ -124,7 +124,8 @@ def _apply_defaults(runs: list[SuiteRun], defaults: Mapping[str, Any]) -> None:
     for k in defaults:
         if not any(k in names for names in known.values()):
             raise InputError(
-                f"defaults: no template of this suite has a parameter {k!r}. {close_matches(k, set().union(*known.values()))}"
+                f"defaults: no template of this suite has a parameter {k!r}. "
+                f"{close_matches(k, set().union(*known.values()))}"
             )
     for r in runs: r.params = {**{k: v for k, v in defaults.items() if k in known[r.template]}, **r.params}
 
@@ -293,7 +294,7 @@ def run_suite(
 def summarize_runs(
     records: Iterable[RunRecord], # What `run_suite` returns
 ) -> str: # One line a run
-    "What became of each run, as a table in plain text"
+    "The outcome of each run, as a table in plain text"
     records = list(records)
     width = max((len(r.name) for r in records), default=0)
     def text(r): return r.message.splitlines()[0] if r.message else ", ".join(f"{k} {v}" for k, v in r.headline.items())

@@ -20,9 +20,10 @@ from ..core import InputError
 
 # %% ../../nbs/images/05_augmentation.ipynb #b38fda09
 _SIDE = re.compile(r"""\b(?: (?:left|right)(?:s|ward|wards|most)?(?:\b|(?=sided)) | lt | rt | lhs | rhs
-    | [lr]\.? [\s-]+ (?:lateral|sided?|decubitus|lung|lobe|breast|kidney|hand|foot|hip|knee|shoulder|arm|leg|eye|ear|mca|ica|aca|pca)
+    | [lr]\.? [\s-]+ (?:lateral|sided?|decubitus|lung|lobe|breast|kidney|hand|foot|hip|knee|shoulder|arm|leg|eye|ear
+        |mca|ica|aca|pca)
     | [lr][ul]l | rml | [lr]ld | [lr](?:cc|mlo) | [lr]v[h]? | [lr]pa
-    | sinist(?:er|ra|ral) | dextro(?:cardia|scoliosis|position|convex)\w* | levo(?:cardia|scoliosis|position|convex)\w* | situs )\b
+    | sinist(?:er|ra|ral) | (?:dextro|levo)(?:cardia|scoliosis|position|convex)\w* | situs )\b
     | \([lr]\) | \b[lr]\s*[<>]\s*[lr]\b""", re.IGNORECASE | re.VERBOSE)
 
 def laterality(
@@ -35,7 +36,7 @@ def laterality(
 # %% ../../nbs/images/05_augmentation.ipynb #c24f13e9
 @dataclass(frozen=True)
 class Augment:
-    "Random rotation, zoom, shift, gain and offset of a batch; no flips unless asked, and never of what names a side"
+    "Random rotation, zoom, shift, gain and offset of a batch; flips only if requested"
     degrees: float = 8.0 # Largest rotation, degrees
     zoom: float = 0.08 # Largest relative change of size
     shift: float = 0.06 # Largest shift, as a share of the image
@@ -52,8 +53,8 @@ class Augment:
         "Raise `InputError` if images would be mirrored while texts name a side"
         if not self.flip or not (found := np.flatnonzero(laterality(texts))).size: return
         raise InputError(
-            f"{len(found)} of {len(texts)} texts name a side, such as number {found[0]} ({texts[found[0]][:80]!r}), so their images "
-            "must not be mirrored. Set flip to 0, or leave those rows out."
+            f"{len(found)} of {len(texts)} texts name a side, such as number {found[0]} ({texts[found[0]][:80]!r}), "
+            "so their images must not be mirrored. Set flip to 0, or leave those rows out."
         )
 
     def __call__(self,
@@ -63,9 +64,8 @@ class Augment:
         draw = lambda most: (torch.rand(len(images), generator=generator) * 2 - 1) * most
         angle, size = draw(math.radians(self.degrees)), 1 + draw(self.zoom)
         cos, sin = torch.cos(angle) / size, torch.sin(angle) / size
-        theta = torch.stack(
-            [torch.stack([cos, -sin, draw(2 * self.shift)], 1), torch.stack([sin, cos, draw(2 * self.shift)], 1)], 1
-        )
+        rows = torch.stack([cos, -sin, draw(2 * self.shift)], 1), torch.stack([sin, cos, draw(2 * self.shift)], 1)
+        theta = torch.stack(rows, 1)
         grid = F.affine_grid(theta.to(images), list(images.shape), align_corners=False)
         moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
         per_image = lambda values: values.to(images)[:, None, None, None]

@@ -20,7 +20,7 @@ from .reading import read_image
 
 # %% ../../nbs/images/04_loading.ipynb #8ca4871f
 class ImageDataset(torch.utils.data.Dataset):
-    "Preprocessed images by position; decoded ones are kept up to `memory_mb`"
+    "Preprocessed images by position, kept in memory up to `memory_mb`"
 
     def __init__(self,
         paths: Sequence[str | Path], # Image files
@@ -43,11 +43,11 @@ class ImageDataset(torch.utils.data.Dataset):
 # %% ../../nbs/images/04_loading.ipynb #d08668da
 def prefetched(
     images: ImageDataset, # What to read
-    batches: Iterable[Sequence[int]], # Positions, a batch at a time
+    batches: Iterable[Sequence[int]], # Positions of each batch
     threads: int = 2, # Threads that decode
-    ahead: int = 2, # Batches decoded beforehand
+    ahead: int = 2, # Batches decoded in advance
 ) -> Iterator[Tensor]: # (b, 3, h, w), in the order of `batches`
-    "Batches of images, the next ones decoded while this one is used; errors come where their batch would"
+    "Batches of images, the next ones decoded while this one is used; an error is raised in place of its batch"
     pool, waiting = ThreadPoolExecutor(threads), deque()
     try:
         for batch in batches:

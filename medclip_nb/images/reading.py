@@ -21,13 +21,16 @@ FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "JPEG2000", "PPM", "DIB"
 _truncated = threading.Lock()
 
 def read_image(
-    path: str | Path, # JPEG, PNG, TIFF, BMP, WebP, GIF and the like; DICOM; a volume (NIfTI, .pt, .npy, .npz, folder of a DICOM series)
-    window: Window | None = None, # Preset such as "brain", or (centre, width); None for what the file says
+    path: str | Path, # An image file, DICOM, or a volume (NIfTI, .pt, .npy, .npz, folder of a DICOM series)
+    window: Window | None = None, # Preset such as "brain", or (centre, width); None for the file's own
     plane: str | None = None, # Of a volume: axial (default), coronal or sagittal
-    position: float | None = None, # Of the slice in a volume, 0 to 1: upwards, to the back, or to the left; None for the middle
-    frame: int | None = None, # Page of a TIFF or GIF (None: first), of a DICOM (None: middle), volume of a 4-D file (None: first)
-    draft: int | None = None, # Let a JPEG decode at 1/2, 1/4 or 1/8, no smaller than this; faster, but pixels differ a little
-    truncated: bool = False, # Accept a file that ends early; what is missing is grey or black
+    # Of the slice in a volume, 0 to 1: upwards, to the back, or to the left; None for the middle
+    position: float | None = None,
+    # Page of a TIFF or GIF (None: first), frame of a DICOM (None: middle), volume of a 4-D file (None: first)
+    frame: int | None = None,
+    # Decode a JPEG at 1/2, 1/4 or 1/8 of its size, no smaller than this; faster, but pixels differ slightly
+    draft: int | None = None,
+    truncated: bool = False, # Accept a file that ends early; missing pixels are grey or black
 ) -> Image.Image: # RGB, upright; grey images have three equal channels
     "Read an image as 8-bit RGB; raises `InputError` naming the file if that is impossible"
     if isinstance(path, (str, Path)):
@@ -51,11 +54,11 @@ def read_image(
 
 # %% ../../nbs/images/01_reading.ipynb #1b774dc3
 def _check_size(path: Any, image: Image.Image) -> None:
-    "Refuse what would unpack beyond PIL's limit"
+    "Refuse an image with more pixels than PIL's limit"
     if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise InputError(
             f"{path}: {image.width} x {image.height} pixels are more than the limit of {Image.MAX_IMAGE_PIXELS:,}. "
-            "Make the image smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if it is meant."
+            "Make the image smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if that is intended."
         )
 
 def _seek(path: Any, image: Image.Image, frame: int) -> None:
@@ -76,7 +79,7 @@ def _load(image: Image.Image, truncated: bool) -> None:
 
 # %% ../../nbs/images/01_reading.ipynb #6e3be252
 def _is_dicom(path: str | Path) -> bool:
-    "By name, or for other names by the mark after the preamble"
+    "By the name of the file, else by the mark after the preamble"
     suffix = Path(path).suffix.lower()
     if suffix in (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif"): return False
     if suffix in (".dcm", ".dicom"): return True
@@ -85,13 +88,13 @@ def _is_dicom(path: str | Path) -> bool:
     except OSError: return False
 
 def _slice(pixels: np.ndarray, spacing: tuple[float, float]) -> Image.Image:
-    "Square pixels: the coarser axis is stretched"
+    "An image with square pixels: the coarser axis is stretched"
     image, fine = Image.fromarray(pixels).convert("RGB"), min(spacing)
     size = (round(image.width * spacing[1] / fine), round(image.height * spacing[0] / fine))
     return image if size == image.size or max(size) > 8192 else image.resize(size, Image.Resampling.BILINEAR)
 
 def _to_rgb(image: Image.Image, window: Window | None) -> Image.Image:
-    "Any mode of PIL to RGB"
+    "Convert any mode of PIL to RGB"
     if image.mode == "RGB" and "transparency" not in image.info: return image
     if image.mode in ("I", "F") or image.mode.startswith("I;16"): image = _to_8bit(image, window)
     if image.has_transparency_data:
@@ -104,5 +107,5 @@ def _to_8bit(image: Image.Image, window: Window | None = None) -> Image.Image:
     pixels = np.asarray(image, dtype=np.float32)
     finite = pixels[np.isfinite(pixels)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-    grey = apply_window(pixels, window) if window is not None else np.clip((pixels - low) / max(high - low, 1e-9), 0, 1)
-    return Image.fromarray(np.round(np.nan_to_num(grey) * 255).astype(np.uint8))
+    gray = apply_window(pixels, window) if window is not None else np.clip((pixels - low) / max(high - low, 1e-9), 0, 1)
+    return Image.fromarray(np.round(np.nan_to_num(gray) * 255).astype(np.uint8))

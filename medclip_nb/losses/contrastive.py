@@ -14,7 +14,7 @@ from ..core import InputError
 
 # %% ../../nbs/losses/01_contrastive.ipynb #04b2e3bc
 def _logits(image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor) -> Tensor: # (n, n)
-    "The scaled cosine of every image with every text, of which there are as many"
+    "The scaled cosine of every image with every text; raises `InputError` unless there are as many texts as images"
     if image_features.shape != text_features.shape:
         raise InputError(
             f"image and text features differ in shape: {tuple(image_features.shape)} and {tuple(text_features.shape)}"
@@ -25,11 +25,11 @@ def _check_weight(image_weight: float) -> None:
     if not 0 <= image_weight <= 1: raise InputError(f"image_weight must be in [0, 1], got {image_weight}")
 
 def clip_loss(
-    image_features: Tensor, # (n, d), row i belongs to text i; normalised here
+    image_features: Tensor, # (n, d), row i belongs to text i; normalized here
     text_features: Tensor, # (n, d)
     logit_scale: float | Tensor, # Multiplies the cosines (already exponentiated)
     image_weight: float = 0.5, # λ, the share of the image-to-text direction, in [0, 1]
-    text_ids: Tensor | None = None, # (n,) whole numbers, equal where texts are the same; None takes all texts for different
+    text_ids: Tensor | None = None, # (n,) integers, equal where texts are the same; None: all texts differ
 ) -> Tensor: # Scalar
     "λ·CE(image→text) + (1-λ)·CE(text→image); λ = 0.5 is CLIP's loss. Raises `InputError` for λ outside [0, 1]"
     _check_weight(image_weight)
@@ -43,13 +43,13 @@ def clip_loss(
 
 # %% ../../nbs/losses/01_contrastive.ipynb #84c7cb67
 def soft_clip_loss(
-    image_features: Tensor, # (n, d), row i belongs to text i; normalised here
+    image_features: Tensor, # (n, d), row i belongs to text i; normalized here
     text_features: Tensor, # (n, d)
     logit_scale: float | Tensor, # Multiplies the cosines (already exponentiated)
-    positives: Tensor, # (n, n) weights >= 0 of text j as an answer to image i; every row and column is brought to a sum of 1
+    positives: Tensor, # (n, n) weights >= 0 of text j for image i; rows and columns are normalized to a sum of 1
     image_weight: float = 0.5, # λ, the share of the image-to-text direction, in [0, 1]
 ) -> Tensor: # Scalar
-    "λ·CE(image→text) + (1-λ)·CE(text→image) with soft targets; raises `InputError` for a row or column without a positive"
+    "`clip_loss` with soft targets; raises `InputError` for a row or column without a positive"
     _check_weight(image_weight)
     logits = _logits(image_features, text_features, logit_scale)
     if positives.shape != logits.shape:
@@ -69,12 +69,12 @@ def _agree(ids: Tensor) -> Tensor:
     return (ids[:, None] == ids) & (ids != -1)
 
 def positives_of(
-    text_ids: Tensor | None = None, # (n,) whole numbers, equal where texts are the same; -1 means unknown
+    text_ids: Tensor | None = None, # (n,) integers, equal where texts are the same; -1 means unknown
     labels: Tensor | None = None, # (n,) class of each pair; -1 means unknown
     groups: Tensor | None = None, # (n,) patient or study of each pair; -1 means unknown
     soft: float = 1.0, # Weight of a pair that shares its label or its group, but not its text, in [0, 1]
 ) -> Tensor: # (n, n) float32 weights for `soft_clip_loss`, symmetric, with a diagonal of 1
-    "How right every text is for every image, by what their pairs share"
+    "Weight of every text for every image, from what their pairs share"
     if not 0 <= soft <= 1: raise InputError(f"soft must be in [0, 1], got {soft}")
     given = [(ids, weight) for ids, weight in ((text_ids, 1.0), (labels, soft), (groups, soft)) if ids is not None]
     shapes = [tuple(ids.shape) for ids, _ in given]
@@ -86,11 +86,11 @@ def positives_of(
 
 # %% ../../nbs/losses/01_contrastive.ipynb #0b70837e
 def siglip_loss(
-    image_features: Tensor, # (n, d), row i belongs to text i; normalised here
+    image_features: Tensor, # (n, d), row i belongs to text i; normalized here
     text_features: Tensor, # (n, d)
     logit_scale: float | Tensor, # Multiplies the cosines (already exponentiated)
     logit_bias: float | Tensor, # Added to the scaled cosines; starts at -10
-    text_ids: Tensor | None = None, # (n,) whole numbers, equal where texts are the same; None takes all texts for different
+    text_ids: Tensor | None = None, # (n,) integers, equal where texts are the same; None: all texts differ
 ) -> Tensor: # Scalar
     "Sum over all pairs of -log σ(±logit), divided by the number of images"
     logits = _logits(image_features, text_features, logit_scale) + logit_bias
@@ -99,11 +99,11 @@ def siglip_loss(
 
 # %% ../../nbs/losses/01_contrastive.ipynb #5edb65a3
 def prompt_loss(
-    image_features: Tensor, # (n, d); normalised here
-    class_features: Tensor, # (c, d), one prompt a class, or the mean of its prompts; normalised here
+    image_features: Tensor, # (n, d); normalized here
+    class_features: Tensor, # (c, d), one prompt per class, or the mean of its prompts; normalized here
     labels: Tensor, # (n,) class of each image, 0 to c - 1; -1 leaves the image out
     logit_scale: float | Tensor, # Multiplies the cosines (already exponentiated)
-    class_weight: Tensor | None = None, # (c,) weights w of the classes; None weighs all the same
+    class_weight: Tensor | None = None, # (c,) weights w of the classes; None gives all the same
 ) -> Tensor: # Scalar; 0 if no image has a label
     "Cross-entropy of each image among the prompts of all classes"
     if len(labels) != len(image_features): raise InputError(f"{len(image_features)} images have {len(labels)} labels")

@@ -10,13 +10,13 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "adapters": [
-        "CalledAttentionPool", "PEFT_PREFIX", "SplitAttention", "SplitQKV", "TARGETS", "adapter_facts",
-        "adapter_state", "add_lora", "has_adapters", "join_attention", "load_adapter", "merge_lora",
-        "plain_state", "save_adapter", "split_attention", "write_adapter",
+        "CalledAttentionPool", "PEFT_PREFIX", "SplitAttention", "SplitQKV", "TARGETS", "adapter_state",
+        "add_lora", "join_attention", "load_adapter", "merge_lora", "plain_state", "save_adapter",
+        "split_attention", "write_adapter",
     ],
     "clip": [
-        "ClipModel", "Encoders", "Towers", "describe", "encode_image_tokens", "forward_image_tokens",
-        "set_long_text",
+        "ClipModel", "Encoders", "Towers", "adapter_facts", "describe", "encode_image_tokens",
+        "forward_image_tokens", "has_adapters", "set_long_text",
     ],
     "exports": [
         "CARD", "EXPORT_LAYOUTS", "LOADING", "SENT", "export", "model_card", "push", "read_run",

@@ -14,50 +14,39 @@ from timm.models import group_parameters
 from torch import nn
 
 from ..core import InputError, close_matches
+from .clip import ClipModel
 
 # %% ../../nbs/models/10_freezing.ipynb #01df8134
 TOWERS = ("image", "text")
 
 def tower_of(
     name: str, # Of a parameter or a module of an open_clip model
-) -> str: # image, text or other: the scale, and what belongs to neither
+) -> str: # image, text, or other for what belongs to neither, such as the scale
     "The tower that a name belongs to"
     if name.startswith("visual."): return "image"
-    text = (
-        "text.",
-        "transformer.",
-        "token_embedding",
-        "positional_embedding",
-        "ln_final",
-        "text_projection",
-        "cls_emb",
-    )
-    return "text" if name.startswith(text) else "other"
+    embeddings = ("token_embedding", "positional_embedding", "cls_emb")
+    return "text" if name.startswith(("text.", "transformer.", "ln_final", "text_projection", *embeddings)) else "other"
+
+# %% ../../nbs/models/10_freezing.ipynb #dc344a42
+def trainable(
+    clip: ClipModel, # Any model
+) -> pd.DataFrame: # One row each for image, text, other and all: tower, parameters, trained, share
+    "Count the trained parameters"
+    rows = [(tower_of(name), p.numel(), p.numel() * p.requires_grad) for name, p in clip.model.named_parameters()]
+    counts = pd.DataFrame(rows, columns=["tower", "parameters", "trained"])
+    table = pd.concat([counts, counts.assign(tower="all")]).groupby("tower").sum()
+    table = table.reindex([*TOWERS, "other", "all"], fill_value=0)
+    return table.assign(share=table["trained"] / table["parameters"].clip(1)).reset_index()
 
 # %% ../../nbs/models/10_freezing.ipynb #f63aa922
 def _stay_in_eval(module: nn.Module, inputs: tuple) -> None:
-    "A hook before `forward`"
+    "A hook that runs before `forward`"
     module.training = False
 
 def _hold(modules: Iterable[nn.Module]) -> None:
     "Keep modules in evaluation mode"
     for m in modules:
         if _stay_in_eval not in m._forward_pre_hooks.values(): m.register_forward_pre_hook(_stay_in_eval)
-
-# %% ../../nbs/models/10_freezing.ipynb #dc344a42
-def trainable(
-    clip: "ClipModel", # Any model
-) -> pd.DataFrame: # A row each for image, text, other and all: tower, parameters, trained, share
-    "Count what is trained"
-    rows = [(tower_of(name), p.numel(), p.numel() * p.requires_grad) for name, p in clip.model.named_parameters()]
-    counts = pd.DataFrame(rows, columns=["tower", "parameters", "trained"])
-    table = (
-        pd.concat([counts, counts.assign(tower="all")])
-        .groupby("tower")
-        .sum()
-        .reindex([*TOWERS, "other", "all"], fill_value=0)
-    )
-    return table.assign(share=table["trained"] / table["parameters"].clip(1)).reset_index()
 
 # %% ../../nbs/models/10_freezing.ipynb #5ed853b4
 _FIRST = re.compile(
@@ -68,14 +57,12 @@ _LAYER = re.compile(r"(?:transformer\.resblocks\.|transformer\.(?:encoder\.)?(?:
 def layer_groups(
     model: nn.Module, # Of a `ClipModel`
     tower: str, # image or text
-) -> list[list[str]]: # Names of parameters: those of the embeddings, then those of each layer, from the input on
+) -> list[list[str]]: # Names of parameters: the embeddings first, then each layer from the input on
     "The parameters of a tower by depth"
     trunk = getattr(model.visual, "trunk", None) if tower == "image" else None
     if trunk is not None:
-        return [
-            [f"visual.trunk.{name}" for name in names]
-            for _, names in sorted(group_parameters(trunk, trunk.group_matcher()).items())
-        ]
+        by_depth = sorted(group_parameters(trunk, trunk.group_matcher()).items())
+        return [[f"visual.trunk.{name}" for name in names] for _, names in by_depth]
     groups: dict[int, list[str]] = {}
     for name in (n for n, _ in model.named_parameters() if tower_of(n) == tower):
         inside = name.removeprefix("visual.").removeprefix("text.")
@@ -85,12 +72,12 @@ def layer_groups(
 
 # %% ../../nbs/models/10_freezing.ipynb #079ef4a9
 def lock(
-    clip: "ClipModel", # Changed in place
-    towers: Iterable[str] = (), # image, text: towers to lock wholly
+    clip: ClipModel, # Changed in place
+    towers: Iterable[str] = (), # Towers to lock as a whole: image, text
     image_layers: int = 0, # Lock the embeddings and the first n layers of the image tower
     text_layers: int = 0, # The same for the text tower
-) -> "ClipModel": # The same model
-    "Fix parts of a model: no gradients, no change of statistics, no dropout; raises `InputError` for parts it has not"
+) -> ClipModel: # The same model
+    "Fix parts of a model: no gradients, fixed statistics, no dropout; raises `InputError` for parts that do not exist"
     locked: set[str] = set()
     for tower in towers:
         if tower not in TOWERS: raise InputError(f"Unknown tower {tower!r}. {close_matches(tower, TOWERS)}")
@@ -98,9 +85,8 @@ def lock(
     for tower, n in (("image", image_layers), ("text", text_layers)):
         groups = layer_groups(clip.model, tower) if n else []
         if n and not 0 < n < len(groups):
-            raise InputError(
-                f"{tower}_layers={n}, but the {tower} tower of {clip.spec!r} has {max(0, len(groups) - 1)} layers to lock."
-            )
+            layers = max(0, len(groups) - 1)
+            raise InputError(f"{tower}_layers={n}, but the {tower} tower of {clip.spec!r} has {layers} layers to lock.")
         if n: locked.update(*groups[:n + 1])
     for name, p in clip.model.named_parameters():
         if name in locked: p.requires_grad_(False)

@@ -23,15 +23,12 @@ LONG_TEXT = ("truncate", "chunks", "interpolate")
 def token_counts(
     clip: Any, # A `ClipModel`; its tokenizer counts
     texts: Sequence[str], # Of any length
-) -> list[int]: # Tokens of each, with those of start and end
-    "How long texts are before anything is cut"
+) -> list[int]: # Tokens of each, start and end included
+    "The length of texts before anything is cut"
     t = clip.tokenizer
     if not hasattr(t, "tokenizer"): return [len(t.encode(x)) + 2 for x in texts]
-    return (
-        [len(ids) for ids in t.tokenizer([t.clean_fn(x) for x in texts], verbose=False)["input_ids"]]
-        if len(texts)
-        else []
-    )
+    if not len(texts): return []
+    return [len(ids) for ids in t.tokenizer([t.clean_fn(x) for x in texts], verbose=False)["input_ids"]]
 
 def cut_share(
     clip: Any, # A `ClipModel`; its context is the limit
@@ -56,7 +53,7 @@ def split_text(
 
 # %% ../../nbs/models/09_long_text.ipynb #7e69b460
 class Parts:
-    "Tokens of texts that are read in parts, one text a position"
+    "Tokens of texts that are read in parts, indexed by text"
     def __init__(self,
         tokens: Tensor, # (p, context) token ids of all parts, text by text
         counts: Tensor, # (n,) parts of each text, at least 1, p in all
@@ -67,7 +64,7 @@ class Parts:
 
     def __len__(self) -> int: return len(self.counts)
 
-    def __getitem__(self, which: Tensor | slice) -> "Parts": # The parts of some texts
+    def __getitem__(self, which: Tensor | slice) -> "Parts": # The chosen texts
         "Texts by position, with all their parts"
         chosen = torch.arange(len(self))[which]
         starts = self.counts.cumsum(0) - self.counts
@@ -75,7 +72,7 @@ class Parts:
         return Parts(self.tokens[torch.cat([torch.empty(0, dtype=torch.long), *rows])], self.counts[chosen])
 
     def split(self, size: int) -> Iterator["Parts"]: # Of `size` texts each
-        "Neighbouring texts together"
+        "Batches of neighboring texts"
         for start in range(0, len(self), size): yield self[start:start + size]
 
     def mean(self, features: Tensor) -> Tensor: # (p, d) of the parts, any length -> (n, d)
@@ -87,13 +84,12 @@ def check_long_text(
     clip: Any, # A `ClipModel`
     long_text: str, # truncate, chunks or interpolate
 ) -> str: # The same
-    "Raise `InputError` for a way to read long texts that there is not, or that the text tower cannot"
+    "Raise `InputError` for an unknown way to read long texts, or one that the text tower does not support"
     if long_text not in LONG_TEXT:
         raise InputError(f"Unknown long_text {long_text!r}. {close_matches(long_text, LONG_TEXT)}")
     if long_text == "interpolate" and not clip.causal_text:
-        raise InputError(
-            f"The positions of {clip.spec!r} cannot be stretched, as its text tower is not causal; use 'truncate' or 'chunks'."
-        )
+        raise InputError(f"The positions of {clip.spec!r} cannot be stretched, as its text tower is not causal; "
+                         "use 'truncate' or 'chunks'.")
     return long_text
 
 def tokenize(
@@ -101,19 +97,15 @@ def tokenize(
     texts: Sequence[str], # Of any length
     long_text: str = "truncate", # truncate, chunks or interpolate
 ) -> Tensor | Parts: # (n, context) token ids, longer where a text is and `interpolate` keeps it; parts for `chunks`
-    "What a text tower reads; raises `InputError` as `check_long_text` does"
+    "The input of a text tower; raises `InputError` as `check_long_text` does"
     way, texts = check_long_text(clip, long_text), list(texts)
     if way == "truncate": return clip.tokenizer(texts)
     if way == "interpolate":
         return clip.tokenizer(texts, context_length=max([clip.context_length, *token_counts(clip, texts)]))
-    parts = [
-        split_text(clip, text) if n > clip.context_length else [text]
-        for n, text in zip(token_counts(clip, texts), texts)
-    ]
-    return Parts(
-        clip.tokenizer([part for own in parts for part in own]),
-        torch.tensor([len(own) for own in parts], dtype=torch.long),
-    )
+    counts = token_counts(clip, texts)
+    parts = [split_text(clip, text) if n > clip.context_length else [text] for n, text in zip(counts, texts)]
+    tokens = clip.tokenizer([part for own in parts for part in own])
+    return Parts(tokens, torch.tensor([len(own) for own in parts], dtype=torch.long))
 
 # %% ../../nbs/models/09_long_text.ipynb #f755f6da
 def stretch_context(
@@ -121,7 +113,7 @@ def stretch_context(
     end: Tensor, # (n,) where each text ends
     length: int, # Positions wanted
 ) -> Tensor: # (n, length, width)
-    "A text that ends beyond the table gets the table stretched to its own length, any other the table as it is"
+    "Stretch the table of positions for each text that ends beyond it; other texts get the table as it is"
     last = len(positions) - 1
     at = torch.arange(length, device=end.device) * (last / end.clamp(min=last))[:, None]
     low = at.floor().long().clamp(max=last)
@@ -131,7 +123,7 @@ def stretch_context(
 # %% ../../nbs/models/09_long_text.ipynb #6c96627c
 def can_trim(
     text: nn.Module, # A text tower of open_clip
-    pool_type: str, # Where it reads its feature
+    pool_type: str, # How it pools its feature
 ) -> bool: # Whether nothing after the end-of-text token can reach the feature
     "Whether padding can be cut"
     return (
@@ -151,11 +143,8 @@ def trimmed_features(
     length = int(end.max()) + 1
     dtype, table, mask = text.transformer.get_cast_dtype(), text.positional_embedding, text.attn_mask
     positions = table[:length] if length <= len(table) else stretch_context(table, end, length)
-    mask = (
-        mask[:length, :length]
-        if length <= len(mask)
-        else torch.full((length, length), -math.inf, dtype=mask.dtype, device=mask.device).triu_(1)
-    )
+    if length <= len(mask): mask = mask[:length, :length]
+    else: mask = torch.full((length, length), -math.inf, dtype=mask.dtype, device=mask.device).triu_(1)
     x = text.token_embedding(tokens[:, :length]).to(dtype) + positions.to(dtype)
     x = text.ln_final(text.transformer(x, attn_mask=mask))
     x = x[torch.arange(len(x), device=x.device), end]

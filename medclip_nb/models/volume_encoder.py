@@ -30,9 +30,9 @@ ATTENTION_LEVELS = ("slice", "scan", "study")
 
 def merged(
     x: Tensor, # (g*n, 1 + l, c), the CLS token first
-    n: int, # Neighbouring groups that become one
+    n: int, # Neighboring groups that become one
 ) -> Tensor: # (g, 1 + n*l, c)
-    "Join groups: the mean of their CLS tokens, then their patches in order"
+    "Merge groups: the mean of their CLS tokens, then their patches in order"
     if n == 1: return x
     x = x.unflatten(0, (-1, n))
     return torch.cat([x[:, :, :1].mean(1), *x[:, :, 1:].unbind(1)], 1)
@@ -41,19 +41,19 @@ def parted(
     x: Tensor, # (g, 1 + n*l, c), the CLS token first
     n: int, # Parts of each group
 ) -> Tensor: # (g*n, 1 + l, c)
-    "Part groups: every part gets the CLS token and its own patches"
+    "Split groups: every part gets the CLS token and its own patches"
     if n == 1: return x
     return torch.cat([x[:, None, :1].expand(-1, n, -1, -1), x[:, 1:].unflatten(1, (n, -1))], 2).flatten(0, 1)
 
 # %% ../../nbs/models/14_volume_encoder.ipynb #87a13a92
 @dataclass(frozen=True)
 class Arrangement:
-    "How many parts a study has"
+    "The numbers of parts that a study has"
     slabs: int # Depth slabs of a scan
     scans: int # Scans of a study, absent ones included
     present: Tensor | None = None # (b, scans) of bool; None where no scan is absent
 
-    def hidden(self, patches: int) -> Tensor | None: # (b, 1, 1, 1 + scans * patches) of bool, false for what is absent
+    def hidden(self, patches: int) -> Tensor | None: # (b, 1, 1, 1 + scans * patches) of bool, false for absent scans
         "The mask of attention within studies"
         if self.present is None: return None
         return F.pad(token_mask(self.present, patches), (1, 0), value=True)[:, None, None]
@@ -65,10 +65,8 @@ def regroup(
     parts: Arrangement, # Of the batch
 ) -> Tensor: # The same tokens in groups of the new level
     "Move between levels"
-    (low, high), up = (
-        sorted((ATTENTION_LEVELS.index(old), ATTENTION_LEVELS.index(new))),
-        ATTENTION_LEVELS.index(new) > ATTENTION_LEVELS.index(old),
-    )
+    start, end = ATTENTION_LEVELS.index(old), ATTENTION_LEVELS.index(new)
+    low, high, up = min(start, end), max(start, end), end > start
     if parts.present is None or high < 2 or low == 2:
         n = math.prod((parts.slabs, parts.scans)[low:high])
         return merged(x, n) if up else parted(x, n)
@@ -84,7 +82,7 @@ def regroup(
 # %% ../../nbs/models/14_volume_encoder.ipynb #8960fd35
 def sincos(
     n: int, # Positions
-    width: int, # Numbers a position, even
+    width: int, # Numbers per position, even
 ) -> Tensor: # (n, width)
     "Sines, then cosines of falling frequency"
     rates = 10000 ** (-torch.arange(width // 2, dtype=torch.float64) / (width // 2))
@@ -93,7 +91,7 @@ def sincos(
 
 def sincos_grid(
     grid: tuple[int, int, int], # Patches along d, h, w
-    width: int, # Numbers a position; thirds that are not even leave the last ones at zero
+    width: int, # Numbers per position; what three even thirds do not fill is zero
 ) -> Tensor: # (1, d, h, w, width)
     "Codes of the column, the row and the slab, side by side"
     third = 2 * (width // 6)
@@ -113,7 +111,7 @@ def resampled(
 def stretch_positions(
     table: Tensor, # (1, m, c)
     n: int, # Scans
-) -> Tensor: # (n, c): the first rows, or for more than there are, all of them stretched
+) -> Tensor: # (n, c): the first rows, or all of them stretched if n is larger than the table
     "Positions of scans, linear"
     if n <= table.shape[1]: return table[0, :n]
     return F.interpolate(table.transpose(1, 2), size=n, mode="linear", align_corners=False)[0].T
@@ -125,7 +123,7 @@ UNKNOWN, END, SLOTS = 45, 46, 110
 def spelled(
     names: Sequence[str], # Of series
 ) -> Tensor: # (n, 110) of int64
-    "Numbers of the characters, lower case, then the end mark, then zeros"
+    "Numbers of the characters in lower case, then the end mark, then zeros"
     ids = torch.zeros(len(names), SLOTS, dtype=torch.int64)
     for row, name in zip(ids, names):
         found = [CHARACTERS.find(c) + 1 or UNKNOWN for c in name.lower()[:SLOTS - 1]]
@@ -134,7 +132,7 @@ def spelled(
 
 # %% ../../nbs/models/14_volume_encoder.ipynb #7f279662
 class _Residual(nn.Module):
-    "A layer that is fed normalised and added"
+    "A layer with a norm before it and a residual connection"
     def __init__(self, width: int, fn: nn.Module) -> None:
         super().__init__()
         self.norm, self.fn = nn.LayerNorm(width), fn
@@ -145,18 +143,16 @@ class _NameAttention(nn.Module):
     "Attention of four heads among the characters of a name"
     def __init__(self, width: int, heads: int = 4) -> None:
         super().__init__()
-        self.heads, self.to_qkv, self.to_out = (
-            heads,
-            nn.Linear(width, 3 * width, bias=False),
-            nn.Sequential(nn.Linear(width, width)),
-        )
+        self.heads = heads
+        self.to_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(width, width))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return self.to_out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
 class _NameMLP(nn.Module):
-    "Two layers; the places between them are those of the published files"
+    "Two layers, at the indices that they have in the published files"
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Identity(), nn.Linear(hidden, width))
@@ -168,10 +164,8 @@ class SeriesNameEncoder(nn.Module):
     def __init__(self, width: int = 256, places: int = 10, depth: int = 3, hidden: int = 300) -> None:
         super().__init__()
         self.places, self.embed, self.transformer = places, nn.Embedding(END + 1, width - places), nn.Module()
-        layers = [
-            nn.ModuleList([_Residual(width, _NameAttention(width)), _Residual(width, _NameMLP(width, hidden))])
-            for _ in range(depth)
-        ]
+        attention, mlp = lambda: _NameAttention(width), lambda: _NameMLP(width, hidden)
+        layers = [nn.ModuleList([_Residual(width, attention()), _Residual(width, mlp())]) for _ in range(depth)]
         self.transformer.layers = nn.ModuleList(layers)
         self.requires_grad_(False)
 
@@ -203,21 +197,20 @@ def _drop_patches(x: Tensor, share: float, by_slab: bool) -> Tensor:
 
 # %% ../../nbs/models/14_volume_encoder.ipynb #4d32521d
 class SlicePatches(nn.Module):
-    "Volumes read slice by slice; the cells of a network's grid are the patches. Raises `InputError` for a network or a patch that does not fit"
+    "Volumes read slice by slice by a network whose cells are the patches; raises `InputError` for what does not fit"
     def __init__(self, name: str, patch_size: tuple[int, int, int], width: int) -> None:
         super().__init__()
         if not timm.is_model(name):
             raise InputError(f"timm has no model {name!r} to read slices. {close_matches(name, timm.list_models())}")
-        self.net = timm.create_model(name, num_classes=0).to(memory_format=torch.channels_last) # Half as fast again on a CPU
+        # 1.5 times as fast with channels last, on a CPU
+        self.net = timm.create_model(name, num_classes=0).to(memory_format=torch.channels_last)
         self.patch_size = tuple(patch_size)
         if self.patch_size[0] != 1:
-            raise InputError(
-                f"A network of slices takes patches of one slice, not of {self.patch_size[0]}: patch_size=(1, {patch_size[1]}, {patch_size[2]})."
-            )
+            raise InputError(f"A network of slices takes patches of one slice, not of {self.patch_size[0]}: "
+                             f"patch_size=(1, {patch_size[1]}, {patch_size[2]}).")
         if self.net.num_features != width:
-            raise InputError(
-                f"{name} gives {self.net.num_features} numbers a cell. Set width to that instead of {width}."
-            )
+            found = self.net.num_features
+            raise InputError(f"{name} gives {found} numbers per cell. Set width to that instead of {width}.")
 
     def forward(self, x: Tensor) -> Tensor: # (s, c, D, H, W), c of 1 or what the network takes -> (s, D, h, w, width)
         slices, chans = x.transpose(1, 2).flatten(0, 1), self.net.default_cfg["input_size"][0]
@@ -225,28 +218,29 @@ class SlicePatches(nn.Module):
         cells = self.net.forward_features(slices.contiguous(memory_format=torch.channels_last))
         wanted = tuple(n // p for n, p in zip(x.shape[3:], self.patch_size[1:]))
         if cells.ndim != 4 or tuple(cells.shape[2:]) != wanted:
-            raise InputError(
-                f"The network's grid for slices of {tuple(x.shape[3:])} is {tuple(cells.shape[2:])}, and patch_size {self.patch_size} wants {wanted}."
-            )
+            size, grid = tuple(x.shape[3:]), tuple(cells.shape[2:])
+            raise InputError(f"The network's grid for slices of {size} is {grid}, "
+                             f"but patch_size {self.patch_size} needs {wanted}.")
         return cells.unflatten(0, (len(x), -1)).movedim(2, -1)
 
 # %% ../../nbs/models/14_volume_encoder.ipynb #56f40797
 class VolumeEncoder(nn.Module):
-    "A vision transformer whose blocks look at slices, scans or studies"
-    def __init__(self,
-        width: int, # Numbers a token
+    "A vision transformer whose blocks attend within slices, scans or studies"
+    def __init__(self, # noqa: PLR0913 (outside code relies on these parameters)
+        width: int, # Numbers per token
         depth: int, # Blocks
         heads: int, # Of attention
         patch_size: tuple[int, int, int], # Voxels along d, h, w
         grid: tuple[int, int, int], # Patches along d, h, w for which positions are kept; other grids resample them
         levels: Sequence[str], # slice, scan or study for each block
-        max_scans: int = 40, # Rows of the table of scans; 1 for none, and studies of one scan
+        max_scans: int = 40, # Rows of the table of scans; 1 for no table, and studies of one scan
         in_chans: int = 1, # Channels of a voxel
-        series_names: bool = False, # Tell scans apart by the names of their series instead of their order
-        drop_path: float = 0.0, # Share of skipped residuals in the last block, rising up to there
-        patch_drop: float = 0.0, # Share of the patches left out in training
-        position_scale: float = 1.0, # Size that the tables of positions start with; small ones do not drown features of slices
-        slices: str | None = None, # A network of timm that reads every slice; the cells of its grid are the patches, `patch_size` is (1, its stride, its stride)
+        series_names: bool = False, # Distinguish scans by the names of their series instead of their order
+        drop_path: float = 0.0, # Stochastic depth: share of residuals skipped in the last block, rising linearly from 0
+        patch_drop: float = 0.0, # Share of patches left out in training
+        position_scale: float = 1.0, # Factor of the tables of positions; a small one does not drown features of slices
+        # A network of timm that reads every slice; its grid cells are the patches, `patch_size` is (1, stride, stride)
+        slices: str | None = None,
     ) -> None:
         super().__init__()
         if len(levels) != depth:
@@ -256,30 +250,23 @@ class VolumeEncoder(nn.Module):
         for level in set(levels) - set(ATTENTION_LEVELS):
             raise InputError(f"Unknown level {level!r}. {close_matches(level, ATTENTION_LEVELS)}")
         if width % heads: raise InputError(f"width {width} should be a multiple of the {heads} heads.")
-        self.num_features, self.patch_size, self.levels, self.max_scans = (
-            width,
-            tuple(patch_size),
-            tuple(levels),
-            max_scans,
-        )
+        self.num_features, self.patch_size = width, tuple(patch_size)
+        self.levels, self.max_scans = tuple(levels), max_scans
         self.series_names, self.patch_drop, self.grad_checkpointing = series_names, patch_drop, False
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.patch_embed = (
-            SlicePatches(slices, patch_size, width) if slices else VolumePatches(patch_size, in_chans, width)
-        )
+        if slices: self.patch_embed = SlicePatches(slices, patch_size, width)
+        else: self.patch_embed = VolumePatches(patch_size, in_chans, width)
         self.spatial_posemb = nn.Parameter(position_scale * sincos_grid(grid, width), requires_grad=False)
         if series_names: self.serienameencoder, self.sne_proj = SeriesNameEncoder(), nn.Linear(256, width)
         elif max_scans > 1:
             self.sequential_posemb = nn.Parameter(position_scale * sincos(max_scans, width)[None], requires_grad=False)
         norm, rates = partial(nn.LayerNorm, eps=1e-6), [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(
-            [Block(width, heads, qkv_bias=True, norm_layer=norm, drop_path=rate) for rate in rates]
-        )
-        self.norm = norm(width)
+        blocks = [Block(width, heads, qkv_bias=True, norm_layer=norm, drop_path=rate) for rate in rates]
+        self.blocks, self.norm = nn.ModuleList(blocks), norm(width)
         self._reset()
 
     def _reset(self) -> None:
-        "Random weights as vision transformers start from; a network of slices has its own"
+        "The usual random weights of vision transformers; a network of slices keeps its own"
         nn.init.normal_(self.cls_token, std=0.02)
         first = [self.patch_embed.proj] if isinstance(self.patch_embed, VolumePatches) else []
         for layer in (*first, *(m for m in self.blocks.modules() if isinstance(m, nn.Linear))):
@@ -289,7 +276,7 @@ class VolumeEncoder(nn.Module):
     def forward(self,
         x: Tensor, # (b, n, c, D, H, W), multiples of the patch size
         scan_mask: Tensor | None = None, # (b, n) of bool, false for scans that are padding; None if none is
-        names: Sequence[Sequence[str]] | None = None, # Of the series of each study, without padding; for an encoder that reads them
+        names: Sequence[Sequence[str]] | None = None, # Of the series of each study, without padding, if needed
     ) -> tuple[Tensor, Tensor]: # Pooled (b, width) and tokens (b, n*d*h*w, width), scan by scan; zeros for padding
         "Encode studies"
         x, parts = self.embed(x, scan_mask, names)
@@ -302,7 +289,7 @@ class VolumeEncoder(nn.Module):
 
     def no_weight_decay(self) -> set[str]: return {"cls_token", "spatial_posemb", "sequential_posemb"}
 
-    def group_matcher(self, coarse: bool = False) -> dict: # Depth of the parameters, as timm wants it
+    def group_matcher(self, coarse: bool = False) -> dict: # Parameters by depth, as timm expects
         return {
             "stem": r"^(?:cls_token|patch_embed|spatial_posemb|sequential_posemb|serienameencoder|sne_proj)",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
@@ -310,27 +297,23 @@ class VolumeEncoder(nn.Module):
 
 # %% ../../nbs/models/14_volume_encoder.ipynb #3a04f319
 def _scan_codes(self: VolumeEncoder, counts: list[int], names: Sequence[Sequence[str]] | None) -> Tensor | None:
-    "What tells scans apart, (scans, width), study by study"
+    "Codes that distinguish scans, (scans, width), study by study"
     if self.series_names:
         if names is None or [len(own) for own in names] != counts:
-            raise InputError(
-                f"This encoder reads the names of series. Give one for each of the {counts} scans of the studies."
-            )
+            raise InputError(f"This encoder reads the names of series. Give one for each of the {counts} scans.")
         flat = [name for own in names for name in own]
         known = sorted(set(flat))
         return self.sne_proj(self.serienameencoder(known))[[known.index(name) for name in flat]]
     most = max(counts)
     if self.max_scans == 1:
         if most > 1:
-            raise InputError(
-                f"This encoder takes one scan a study, but there are {most}. Choose one, or an encoder with max_scans above 1."
-            )
+            raise InputError(f"This encoder takes one scan per study, but there are {most}. "
+                             "Choose one, or an encoder with max_scans above 1.")
         return None
     if not self.training: return torch.cat([stretch_positions(self.sequential_posemb, n) for n in counts])
     if most > self.max_scans:
-        raise InputError(
-            f"A study has {most} scans, and training takes {self.max_scans} at most. Choose some of them, or raise max_scans."
-        )
+        raise InputError(f"A study has {most} scans, and training takes {self.max_scans} at most. "
+                         "Choose some of them, or raise max_scans.")
     order = torch.randperm(self.max_scans)
     return torch.cat([self.sequential_posemb[0, order[:n]] for n in counts])
 
@@ -339,9 +322,8 @@ def _embed(
 ) -> tuple[Tensor, Arrangement]:
     "Tokens in groups of scans, (scans, 1 + patches, width), and how they are arranged"
     if x.ndim != 6 or any(n % p for n, p in zip(x.shape[3:], self.patch_size)):
-        raise InputError(
-            f"Studies should be (b, n, c, d, h, w) with multiples of the patch {self.patch_size}, but are {tuple(x.shape)}."
-        )
+        raise InputError("Studies should be (b, n, c, d, h, w) with multiples of the patch "
+                         f"{self.patch_size}, but are {tuple(x.shape)}.")
     if scan_mask is not None:
         scan_mask = scan_mask.to(x.device, torch.bool)
         if not scan_mask.any(1).all(): raise InputError("A study of the batch has no scans. Leave it out.")
@@ -355,7 +337,7 @@ def _embed(
     return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches.flatten(1, 2)], 1), parts
 
 def _through_blocks(self: VolumeEncoder, x: Tensor, parts: Arrangement) -> Tensor: # (b, 1 + n*d*h*w, width)
-    "Every block on the groups of its level, then all tokens of a study together"
+    "Apply every block to the groups of its level, then bring all tokens of a study together"
     level, hidden = "scan", parts.hidden(x.shape[1] - 1)
     for block, wanted in zip(self.blocks, self.levels):
         x, level = regroup(x, level, wanted, parts), wanted
@@ -368,19 +350,19 @@ VolumeEncoder._scan_codes, VolumeEncoder.embed, VolumeEncoder._through_blocks = 
 # %% ../../nbs/models/14_volume_encoder.ipynb #bf75543c
 _BASE = {"width": 768, "depth": 12, "heads": 12}
 VOLUME_LAYOUTS: dict[str, dict] = {
-    "singlescan_h2_token2744": _BASE
-    | {"patch_size": (8, 24, 24), "grid": (14, 14, 14), "levels": ("slice", "slice", "study") * 4, "max_scans": 1},
-    "multiscan_h2_token588": _BASE
-    | {"patch_size": (16, 16, 16), "grid": (3, 14, 14), "levels": ("scan", "scan", "study") * 4},
-    "multiscan_h2_token1176": _BASE
-    | {"patch_size": (8, 16, 16), "grid": (6, 14, 14), "levels": ("scan", "scan", "study") * 4},
-    "multiscan_h3_token1176": _BASE
-    | {"patch_size": (8, 16, 16), "grid": (6, 14, 14), "levels": ("slice", "scan", "study") * 4},
+    "singlescan_h2_token2744": _BASE | {
+        "patch_size": (8, 24, 24), "grid": (14, 14, 14), "levels": ("slice", "slice", "study") * 4, "max_scans": 1},
+    "multiscan_h2_token588": _BASE | {
+        "patch_size": (16, 16, 16), "grid": (3, 14, 14), "levels": ("scan", "scan", "study") * 4},
+    "multiscan_h2_token1176": _BASE | {
+        "patch_size": (8, 16, 16), "grid": (6, 14, 14), "levels": ("scan", "scan", "study") * 4},
+    "multiscan_h3_token1176": _BASE | {
+        "patch_size": (8, 16, 16), "grid": (6, 14, 14), "levels": ("slice", "scan", "study") * 4},
 }
 
 def layout(
     name: str, # A key of `VOLUME_LAYOUTS`
-    **changes, # Parameters of `VolumeEncoder` to be other
+    **changes, # Parameters of `VolumeEncoder` that differ
 ) -> dict: # All parameters of `VolumeEncoder`
     "The parameters of a published encoder; raises `InputError` for an unknown name"
     if name not in VOLUME_LAYOUTS: raise InputError(f"Unknown layout {name!r}. {close_matches(name, VOLUME_LAYOUTS)}")
@@ -390,20 +372,18 @@ def layout(
 _OUTSIDE = ("mask_token", "decoder_", "head.", "fc_norm.", "pre_logits.")
 
 def inflated(
-    state: Mapping[str, Tensor], # Of a timm or MAE vision transformer: cls_token, pos_embed, patch_embed.proj, blocks, norm
-    encoder: VolumeEncoder, # Tells the shapes
-) -> tuple[dict[str, Tensor], list[str]]: # Weights for the encoder, and the names that have no place in it
+    # Of a timm or MAE vision transformer: cls_token, pos_embed, patch_embed.proj, blocks, norm
+    state: Mapping[str, Tensor],
+    encoder: VolumeEncoder, # Gives the shapes
+) -> tuple[dict[str, Tensor], list[str]]: # Weights for the encoder, and the names that it has no use for
     "Weights of a 2-D transformer for volumes; raises `InputError` if they do not fit"
     rest = [n for n in state if n.startswith(_OUTSIDE)]
     state = {n: t.float() for n, t in state.items() if n not in rest}
     if missing := [n for n in ("cls_token", "pos_embed", "patch_embed.proj.weight") if n not in state]:
-        raise InputError(
-            f"These are not the weights of a vision transformer with positions: {', '.join(missing)} is missing."
-        )
-    (out, chans, depth, *size), (_, d, h, w, width) = (
-        encoder.patch_embed.proj.weight.shape,
-        encoder.spatial_posemb.shape,
-    )
+        names = ", ".join(missing)
+        raise InputError(f"These are not the weights of a vision transformer with positions: {names} is missing.")
+    _, chans, depth, *size = encoder.patch_embed.proj.weight.shape
+    _, d, h, w, _ = encoder.spatial_posemb.shape
     filters, positions = state["patch_embed.proj.weight"], state.pop("pos_embed")
     if tuple(filters.shape[2:]) != tuple(size):
         filters = F.interpolate(filters, size=tuple(size), mode="bicubic", align_corners=False)
@@ -419,12 +399,11 @@ def inflated(
 def inflate(
     encoder: VolumeEncoder, # Gets the weights
     weights: str | Path | Mapping[str, Tensor], # File or state dict of a timm or MAE vision transformer
-) -> list[str]: # Names that have no place in the encoder, such as those of a classifier
-    "Start from a 2-D transformer; what tells scans apart stays as it is"
+) -> list[str]: # Names that the encoder has no use for, such as those of a classifier
+    "Start from a 2-D transformer; the codes of scans stay as they are"
     if isinstance(encoder.patch_embed, SlicePatches):
-        raise InputError(
-            "The encoder reads slices with a network of its own, and takes no patches of a transformer. See `start_from_slices`."
-        )
+        raise InputError("The encoder reads slices with a network of its own, and takes no patches of a transformer. "
+                         "See `start_from_slices`.")
     state, rest = inflated(weights if isinstance(weights, Mapping) else read_state(weights), encoder)
     own = ("sequential_posemb", "serienameencoder.", "sne_proj.")
     if wrong := misfits(state, {n: t for n, t in encoder.state_dict().items() if not n.startswith(own)}):

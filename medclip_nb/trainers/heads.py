@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['PENALTIES', 'PATH_ROWS', 'LOOKS', 'PATIENCE', 'ClassificationHead', 'save_head', 'load_head', 'fit_head_temperature',
-           'class_names', 'fit_head', 'Classify', 'train_head', 'classify']
+           'class_names', 'DescentConfig', 'fit_head', 'Classify', 'train_head', 'classify']
 
 # %% ../../nbs/trainers/11_heads.ipynb #68ff8f8d
 import json
 import math
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import InputError, atomic_folder, close_matches, write_json
+from ..core import InputError, atomic_folder, close_matches, unknown_name, write_json
 from ..datasets.manifest import Manifest
 from ..embeddings.features import embed
 from ..evaluators.labels import label_classes
@@ -29,7 +29,7 @@ from ..evaluators.results import Result, classification, provenance
 from ..metrics.classification import label_name
 from ..models.clip import ClipModel
 from .loop import Training, train
-from .objectives import Objective, balanced
+from .objectives import Batch, Objective, balanced
 from .optimization import parameter_groups
 from .pairs import label_ids
 
@@ -39,28 +39,26 @@ class ClassificationHead(nn.Module):
     def __init__(self,
         width: int, # Of the features
         classes: Sequence[str], # Names, in the order of the scores
-        hidden: int = 0, # Units of a hidden layer; 0 is a linear head
-        dropout: float = 0.0, # Share of hidden units left out in training
+        hidden: int = 0, # Units of a hidden layer; 0 for a linear head
+        dropout: float = 0.0, # Dropout probability of hidden units
     ) -> None:
         super().__init__()
         if len(classes) < 2: raise InputError(f"A head needs at least two classes, got {list(classes)}.")
         self.width, self.classes, self.hidden, self.dropout = width, list(classes), hidden, dropout
-        for name, value in (
-            ("mean", torch.zeros(width)),
-            ("deviation", torch.ones(())),
-            ("temperature", torch.ones(())),
-        ):
-            self.register_buffer(name, value)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("deviation", torch.ones(()))
+        self.register_buffer("temperature", torch.ones(()))
         last = nn.Linear(hidden or width, len(classes))
         self.layers = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), last) if hidden else last
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 
-    def standardise(self, features: Tensor) -> Tensor: # (n, width) of any length -> (n, width)
+    def standardize(self, features: Tensor) -> Tensor: # (n, width), need not have unit norm -> (n, width)
+        "Normalize features, and center and scale them"
         return (F.normalize(features, dim=-1) - self.mean) / self.deviation
 
-    def forward(self, features: Tensor) -> Tensor: # (n, width) of any length -> (n, classes) scores
-        return self.layers(self.standardise(features)) / self.temperature
+    def forward(self, features: Tensor) -> Tensor: # (n, width), need not have unit norm -> (n, classes) scores
+        return self.layers(self.standardize(features)) / self.temperature
 
     @torch.no_grad()
     def probabilities(self, features: Tensor | np.ndarray) -> np.ndarray: # (n, classes)
@@ -80,16 +78,14 @@ def save_head(
     with atomic_folder(folder) as temporary:
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in head.state_dict().items()}
         safetensors.torch.save_file(state, temporary/"head.safetensors", metadata={"format": "pt"})
-        write_json(
-            temporary / "head.json",
-            {"classes": head.classes, "width": head.width, "hidden": head.hidden, "dropout": head.dropout, **facts},
-        )
+        shape = {"classes": head.classes, "width": head.width, "hidden": head.hidden, "dropout": head.dropout}
+        write_json(temporary/"head.json", shape | facts)
     return Path(folder)
 
 def load_head(
-    folder: str | Path, # What `save_head` wrote
+    folder: str | Path, # Written by `save_head`
 ) -> ClassificationHead: # In evaluation mode
-    "Read a head; raises `InputError` where there is none"
+    "Read a head; raises `InputError` if there is none"
     folder = Path(folder)
     for name in ("head.json", "head.safetensors"):
         if not (folder/name).is_file(): raise InputError(f"{folder}: no {name}; is it the folder of a saved head?")
@@ -97,9 +93,8 @@ def load_head(
     head = ClassificationHead(facts["width"], facts["classes"], facts["hidden"], facts["dropout"])
     try: head.load_state_dict(safetensors.torch.load_file(folder/"head.safetensors"))
     except Exception as error:
-        raise InputError(
-            f"{folder}: the weights of the head do not fit head.json ({str(error).splitlines()[0]})."
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{folder}: the weights of the head do not fit head.json ({reason}).") from None
     return head.eval()
 
 # %% ../../nbs/trainers/11_heads.ipynb #f78b8fa8
@@ -122,12 +117,12 @@ def fit_head_temperature(
 
 # %% ../../nbs/trainers/11_heads.ipynb #e1ae3c9e
 def class_names(
-    labels: Sequence, # Strings or numbers; None and NaN where there is none
+    labels: Sequence, # Strings or numbers; None or NaN for no label
 ) -> list[str]: # Sorted
-    "The classes of some labels"
+    "The classes that occur in labels"
     classes = list(map(label_name, sorted(pd.Series(list(labels), dtype=object).dropna().unique())))
     if len(classes) < 2:
-        raise InputError(f"The labels have one class only ({classes}); there is nothing to tell apart.")
+        raise InputError(f"The labels have one class only ({classes}); there is nothing to distinguish.")
     return classes
 
 def _weights(labels: Tensor, classes: int, class_weight: str) -> Tensor | None:
@@ -136,8 +131,8 @@ def _weights(labels: Tensor, classes: int, class_weight: str) -> Tensor | None:
         raise InputError(f"class_weight={class_weight!r}. {close_matches(class_weight, ('balanced', 'none'))}")
     return balanced(labels, classes) if class_weight == "balanced" else None
 
-def _recalls(head: ClassificationHead, features: Tensor, labels: Tensor) -> tuple[float, float]: # Mean recall, and minus the loss to break ties
-    "How good a head is on held-out rows"
+def _recalls(head: ClassificationHead, features: Tensor, labels: Tensor) -> tuple[float, float]:
+    "Mean recall of a head on held-out rows, and its negative loss to break ties"
     with torch.no_grad(): scores = head.eval()(features)
     right, k = (scores.argmax(1) == labels).double(), len(head.classes)
     counts = torch.bincount(labels, minlength=k)
@@ -147,59 +142,61 @@ def _recalls(head: ClassificationHead, features: Tensor, labels: Tensor) -> tupl
 # %% ../../nbs/trainers/11_heads.ipynb #bc8965b9
 PENALTIES = (10.0, 1.0, 0.1, 0.01, 0.001)
 
+@dataclass(frozen=True)
+class DescentConfig:
+    "Settings of AdamW for a head with a hidden layer"
+    steps: int = 1000 # Largest number of steps; held-out rows that no longer improve end training earlier
+    batch_size: int = 512 # Rows per step
+    lr: float = 3e-3 # Peak learning rate
+
 def fit_head(
-    features: np.ndarray | Tensor, # (n, d), any length and width
+    features: np.ndarray | Tensor, # (n, d), need not have unit norm
     labels: Sequence, # (n,) strings or numbers; rows without a label are left out
-    valid: tuple[np.ndarray | Tensor, Sequence] | None = None, # Held-out features and labels: choose the best point and the temperature
-    hidden: int = 0, # Units of a hidden layer; 0 is a linear head
-    dropout: float = 0.0, # Share of hidden units left out
-    penalties: Sequence[float] = PENALTIES, # L2 strengths to choose from (linear); without held-out rows the middle one is taken
-    steps: int = 1000, # Steps of AdamW at most; held-out rows that get no better end them early (hidden layer)
-    batch_size: int = 512, # Rows a step (hidden layer)
-    lr: float = 3e-3, # Peak learning rate (hidden layer)
-    class_weight: str = "balanced", # balanced, or none for classes as frequent as they are
-    seed: int = 0, # Of weights and order
+    # Held-out features and labels, which select the best point and determine the temperature
+    valid: tuple[np.ndarray | Tensor, Sequence] | None = None,
+    hidden: int = 0, # Units of a hidden layer; 0 for a linear head
+    dropout: float = 0.0, # Dropout probability of hidden units
+    # Strengths of the L2 penalty to select from (linear head); without held-out rows the middle one is taken
+    penalties: Sequence[float] = PENALTIES,
+    class_weight: str = "balanced", # balanced: all classes count the same; none: as frequent as they are
+    seed: int = 0, # Of the initial weights and the order of rows
+    **descent, # Fields of `DescentConfig`, for a hidden layer: steps, batch_size, lr
 ) -> ClassificationHead: # In evaluation mode
-    "Fit a linear head or a small network on features; raises `InputError` for one class only or labels that do not fit"
+    "Fit a linear head or a small network on features; raises `InputError` for a single class or labels that do not fit"
+    known = [f.name for f in fields(DescentConfig)]
+    for name in descent.keys() - set(known): raise InputError(unknown_name("option", name, known))
     classes = class_names(labels)
-    x, y = _labelled(features, labels, classes)
-    held = _labelled(*valid, classes) if valid else None
+    x, y = _labeled(features, labels, classes)
+    held = _labeled(*valid, classes) if valid else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = ClassificationHead(x.shape[1], classes, hidden, dropout)
         head.mean, head.deviation = x.mean(0), x.var(0, correction=0).mean().sqrt().clamp(min=1e-6)
         weight = _weights(y, len(classes), class_weight)
-        best = (
-            _descend(head, x, y, held, weight, steps, batch_size, lr)
-            if hidden
-            else _solve(head, x, y, held, weight, penalties)
-        )
+        if hidden: best = _descend(head, x, y, held, weight, DescentConfig(**descent))
+        else: best = _solve(head, x, y, held, weight, penalties)
     if held: best.temperature.fill_(fit_head_temperature(best(held[0]), held[1]))
     return best.eval().requires_grad_(True)
 
-def _labelled(features: np.ndarray | Tensor, labels: Sequence, classes: list[str]) -> tuple[Tensor, Tensor]: # Unit-norm features, classes
-    "The rows that have a label"
+def _labeled(features: np.ndarray | Tensor, labels: Sequence, classes: list[str]) -> tuple[Tensor, Tensor]:
+    "Unit-norm features and class numbers of the rows that have a label"
     x, y = torch.as_tensor(features, dtype=torch.float32), label_ids(pd.Series(list(labels), dtype=object), classes)
     if len(x) != len(y): raise InputError(f"{len(x)} rows of features have {len(y)} labels.")
     return F.normalize(x[y >= 0], dim=-1), y[y >= 0]
 
 # %% ../../nbs/trainers/11_heads.ipynb #725a5f09
-PATH_ROWS = 20_000 # Rows that are enough to look for a penalty on
+PATH_ROWS = 20_000 # Rows that are enough to select a penalty
 
 def _walk(
-    head: ClassificationHead,
-    z: Tensor,
-    y: Tensor,
-    held: tuple | None,
-    weight: Tensor | None,
+    head: ClassificationHead, z: Tensor, y: Tensor, held: tuple | None, weight: Tensor | None,
     penalties: Sequence[float],
 ) -> tuple[ClassificationHead, int]:
-    "Solve for one penalty after another; the head that does best on held-out rows, and its place"
+    "Solve for one penalty after another; the head that does best on held-out rows, and its position"
     best, value, at = head, (-math.inf,), 0
+    settings = dict(max_iter=25, tolerance_grad=1e-5, tolerance_change=1e-7, line_search_fn="strong_wolfe")
     for i, penalty in enumerate(penalties):
-        settings = dict(max_iter=25, tolerance_grad=1e-5, tolerance_change=1e-7, line_search_fn="strong_wolfe")
         optimizer = torch.optim.LBFGS(head.layers.parameters(), **settings)
-        def closure() -> Tensor:
+        def closure(optimizer=optimizer, penalty=penalty) -> Tensor:
             optimizer.zero_grad()
             loss = F.cross_entropy(head.layers(z), y, weight) + penalty / 2 * head.layers.weight.square().sum()
             loss.backward()
@@ -209,15 +206,11 @@ def _walk(
     return best, at
 
 def _solve(
-    head: ClassificationHead,
-    x: Tensor,
-    y: Tensor,
-    held: tuple | None,
-    weight: Tensor | None,
+    head: ClassificationHead, x: Tensor, y: Tensor, held: tuple | None, weight: Tensor | None,
     penalties: Sequence[float],
 ) -> ClassificationHead:
     "The linear head with the penalty that does best on held-out rows"
-    z, path = head.standardise(x), sorted(penalties, reverse=True)
+    z, path = head.standardize(x), sorted(penalties, reverse=True)
     if not held: path = [path[len(path) // 2]]
     elif len(z) > PATH_ROWS:
         some = torch.randperm(len(z))[:PATH_ROWS]
@@ -226,13 +219,14 @@ def _solve(
     return _walk(head, z, y, held, weight, path)[0].requires_grad_(False)
 
 # %% ../../nbs/trainers/11_heads.ipynb #4529f3c2
-LOOKS = 20 # Times that held-out rows are looked at, on the whole way
-PATIENCE = 3 # Looks without a better one before the rate falls
+LOOKS = 20 # Number of times that held-out rows are evaluated if all steps are taken
+PATIENCE = 3 # Evaluations without improvement before the learning rate falls
 
 @dataclass
 class _Pace:
-    "A level rate with a short warm-up, and a fall to zero at the end"
+    "A constant learning rate after a short warm-up, and its fall to zero at the end"
     steps: int # At most
+
     def __post_init__(self) -> None:
         self.warmup, self.look = max(1, self.steps // 50), max(1, self.steps // LOOKS)
         self.fall, self.end = round(0.75 * self.steps), self.steps
@@ -244,7 +238,7 @@ class _Pace:
         if step < self.fall: self.fall, self.end = step, min(self.steps, step + max(self.look, step // 3))
 
 def _shuffled(z: Tensor, y: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    "Batches without end, every row once a round; what does not fill a batch sits out"
+    "Endless batches, every row once per round; rows that do not fill a batch are left out"
     size, rows, answers = min(size, len(z)), torch.empty_like(z), torch.empty_like(y)
     while True:
         order = torch.randperm(len(z))
@@ -254,20 +248,13 @@ def _shuffled(z: Tensor, y: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]
 
 # %% ../../nbs/trainers/11_heads.ipynb #dead3081
 def _descend(
-    head: ClassificationHead,
-    x: Tensor,
-    y: Tensor,
-    held: tuple | None,
-    weight: Tensor | None,
-    steps: int,
-    batch_size: int,
-    lr: float,
+    head: ClassificationHead, x: Tensor, y: Tensor, held: tuple | None, weight: Tensor | None, descent: DescentConfig
 ) -> ClassificationHead:
-    "The best point on the way down"
-    optimizer = torch.optim.AdamW(parameter_groups(head, 0.01), lr=lr, fused=True)
-    best, value, at, pace = head, (-math.inf,), 0, _Pace(steps)
-    for step, (rows, answers) in enumerate(_shuffled(head.standardise(x), y, batch_size)):
-        for group in optimizer.param_groups: group["lr"] = lr * pace.rate(step)
+    "The head that does best on held-out rows on the way down"
+    optimizer = torch.optim.AdamW(parameter_groups(head, 0.01), lr=descent.lr, fused=True)
+    best, value, at, pace = head, (-math.inf,), 0, _Pace(descent.steps)
+    for step, (rows, answers) in enumerate(_shuffled(head.standardize(x), y, descent.batch_size)):
+        for group in optimizer.param_groups: group["lr"] = descent.lr * pace.rate(step)
         F.cross_entropy(head.train().layers(rows), answers, weight).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -275,7 +262,8 @@ def _descend(
         if held and (done or (step + 1) % pace.look == 0):
             if (now := _recalls(head, *held)) > value: best, value, at = deepcopy(head), now, step
             elif step - at >= PATIENCE * pace.look: pace.slow_down(step + 1)
-        if done: return best.requires_grad_(False)
+        if done: break
+    return best.requires_grad_(False)
 
 # %% ../../nbs/trainers/11_heads.ipynb #5164744e
 class Classify(Objective):
@@ -283,8 +271,8 @@ class Classify(Objective):
     reads = "none"
 
     def __init__(self,
-        head: ClassificationHead, # Trains together with the image tower
-        weight: Tensor | None = None, # (classes,) weights in the loss; None weighs all the same
+        head: ClassificationHead, # Trained together with the image tower
+        weight: Tensor | None = None, # (classes,) weights in the loss; None weights all the same
     ) -> None:
         super().__init__()
         self.head, self.weight = head, weight
@@ -295,29 +283,29 @@ class Classify(Objective):
 
     def scores(self, images: Tensor) -> Tensor: return self.head.eval()(images)
 
-    def texts(self, batch) -> None: return None
+    def texts(self, batch: Batch) -> None: return None
 
 # %% ../../nbs/trainers/11_heads.ipynb #7401bd5e
 def train_head(
-    clip: ClipModel, # Gives the features; its image tower is changed in place if it is trained
+    clip: ClipModel, # Computes the features; its image tower is changed in place if it is trained
     train_rows: Manifest, # To fit on
-    valid_rows: Manifest, # To choose the best point, the epoch and the temperature by
-    label: str = "label", # Their label column; rows without a label are left out
+    valid_rows: Manifest, # To select the best point and the epoch, and to determine the temperature
+    label: str = "label", # Label column of both; rows without a label are left out
     backbone: str = "frozen", # frozen, or trained together with the head
-    out_dir: str | Path | None = None, # Receives `head/`, and `checkpoint/` of a trained tower; needed for the latter
-    cache: str | Path | None = None, # Folder that keeps features
-    hidden: int = 0, # Units of a hidden layer; 0 is a linear head
-    dropout: float = 0.0, # Share of hidden units left out
-    class_weight: str = "balanced", # balanced, or none for classes as frequent as they are
-    seed: int = 0, # Of everything
-    **options, # Fields of `Recipe` for a trained backbone: epochs, batch_size, lr, ...
-) -> tuple[ClassificationHead, Training | None]: # The head, and the history of a trained backbone
-    "Train a classification head; raises `InputError` for what the user can mend"
+    # Receives `head/`, and `checkpoint/` of a trained tower, which needs it
+    out_dir: str | Path | None = None,
+    cache: str | Path | None = None, # Folder of cached features
+    hidden: int = 0, # Units of a hidden layer; 0 for a linear head
+    dropout: float = 0.0, # Dropout probability of hidden units
+    class_weight: str = "balanced", # balanced: all classes count the same; none: as frequent as they are
+    **options, # seed, and for a trained backbone other fields of `TrainConfig`: epochs, batch_size, lr, ...
+) -> tuple[ClassificationHead, Training | None]: # The head, and the training run of a trained backbone
+    "Train a classification head; raises `InputError` for wrong input"
     if backbone not in ("frozen", "trained"):
         raise InputError(f"backbone={backbone!r}. {close_matches(backbone, ('frozen', 'trained'))}")
     if backbone == "trained" and out_dir is None:
         raise InputError("A trained backbone needs a folder for its checkpoint: out_dir=...")
-    classes = label_classes(train_rows, label)
+    seed, classes = options.get("seed", 0), label_classes(train_rows, label)
     features = lambda rows: embed(clip, rows, cache, texts=False).images
     known = [rows[rows[label].notna()] for rows in (train_rows, valid_rows)]
     held = features(known[1]), known[1][label]
@@ -337,15 +325,16 @@ def train_head(
 
 # %% ../../nbs/trainers/11_heads.ipynb #187b50b1
 def classify(
-    clip: ClipModel, # Gives the features
+    clip: ClipModel, # Computes the features
     head: ClassificationHead, # Classifies them
-    rows: Manifest, # To measure on
-    label: str = "label", # Their label column; rows without a label abstain
-    positive: str | None = None, # Of two classes, the one that sensitivity and AUROC refer to; None for the last
-    cache: str | Path | None = None, # Folder that keeps features
-    n_boot: int = 1000, # Resamples behind each interval
+    rows: Manifest, # To evaluate on
+    label: str = "label", # Its label column; rows without a label abstain
+    # Of two classes, the one that sensitivity and AUROC refer to; None for the last
+    positive: str | None = None,
+    cache: str | Path | None = None, # Folder of cached features
+    n_boot: int = 1000, # Number of bootstrap resamples for each interval
     seed: int = 0, # Of the resampling
-) -> Result: # Predictions hold a probability for each class
+) -> Result: # Its predictions hold a probability for each class
     "Classify images with a head; raises `InputError` for a head of another width or labels that it does not know"
     if head.width != clip.dim:
         raise InputError(f"The head reads features of width {head.width}, model {clip.spec!r} gives {clip.dim}.")

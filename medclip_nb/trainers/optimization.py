@@ -20,10 +20,10 @@ from ..core import InputError
 def parameter_groups(
     model: nn.Module, # Its parameters that require gradients are grouped
     weight_decay: float, # For matrices and convolutions
-    faster: str = "", # Part of the names of parameters that learn at a rate of their own; none
-    lr_scale: float = 1.0, # What multiplies their learning rate; kept in their groups
-) -> list[dict]: # For torch's optimisers
-    "Matrices decay; biases, norms and scales do not"
+    faster: str = "", # Parameters with this in their name have a learning rate of their own; empty for none
+    lr_scale: float = 1.0, # Factor on their learning rate; stored in their groups
+) -> list[dict]: # For torch's optimizers
+    "Parameter groups of an optimizer: matrices decay; biases, norms and scales do not"
     apart = lambda name: bool(faster) and lr_scale != 1 and faster in name
     trained = [(apart(name), p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
@@ -40,9 +40,9 @@ def parameter_groups(
 # %% ../../nbs/trainers/06_optimization.ipynb #b38d7f8e
 def warmup_cosine(
     step: int, # Counted from 0
-    steps: int, # Length of the training, T
+    steps: int, # Total number of steps, T
     warmup: int, # Steps of warm-up, W
-) -> float: # Factor for the peak learning rate, in [0, 1]
+) -> float: # Factor on the peak learning rate, in [0, 1]
     "Linear warm-up, then half a cosine down to zero"
     if step < warmup: return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -62,32 +62,31 @@ def clamp_scale(
     model: nn.Module, # Has a parameter `logit_scale`, the logarithm of the scale
     largest: float = 100.0, # Largest scale
 ) -> None:
-    "Hold the scale between 1 and `largest`"
+    "Keep the scale between 1 and `largest`"
     with torch.no_grad(): model.logit_scale.clamp_(0, math.log(largest))
 
 # %% ../../nbs/trainers/06_optimization.ipynb #2df8142f
 def set_checkpointing(
-    model: nn.Module, # open_clip's, with towers of any library
-    enable: bool = True, # Whether to recompute
+    model: nn.Module, # A model of open_clip, with towers from any library
+    enable: bool = True, # Whether to recompute activations
 ) -> None:
-    "Let towers recompute activations in the backward pass, or keep them; raises `InputError` for an image tower that cannot"
+    "Switch activation checkpointing of both towers on or off; raises `InputError` for an image tower without it"
     trunk, text = getattr(model.visual, "trunk", model.visual), getattr(model, "text", model).transformer
     try:
-        if hasattr(trunk, "attnpool"): raise NotImplementedError # open_clip's residual networks have the method, without effect
+        # open_clip's residual networks have the method, but it has no effect
+        if hasattr(trunk, "attnpool"): raise NotImplementedError
         trunk.set_grad_checkpointing(enable)
     except (AttributeError, AssertionError, NotImplementedError):
-        raise InputError(
-            f"checkpointing: the image tower ({type(trunk).__name__}) cannot recompute its activations; a chunk needs less memory too."
-        ) from None
+        raise InputError(f"checkpointing: the image tower ({type(trunk).__name__}) cannot recompute its activations; "
+                         "a chunk needs less memory too.") from None
     if hasattr(text, "config"): _set_hf_checkpointing(text, enable)
     else: text.grad_checkpointing = enable
 
 def _set_hf_checkpointing(encoder: nn.Module, enable: bool) -> None:
     "The same for an encoder of transformers, whose version 5 has another name for it"
-    way = "enable" if enable else "disable"
-    switch = getattr(encoder, f"activation_checkpointing_{way}", None) or getattr(
-        encoder, f"gradient_checkpointing_{way}"
-    )
+    state = "enable" if enable else "disable"
+    switch = getattr(encoder, f"activation_checkpointing_{state}", None)
+    switch = switch or getattr(encoder, f"gradient_checkpointing_{state}")
     switch(*[{"use_reentrant": False}] * enable)
 
 # %% ../../nbs/trainers/06_optimization.ipynb #7d711e08
@@ -99,9 +98,9 @@ def moving(
     return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
 
 def snapshot(
-    weights: Mapping[str, Tensor], # As `moving` gives them
+    weights: Mapping[str, Tensor], # From `moving`
 ) -> dict[str, Tensor]: # Copies in the same memory format
-    "A copy that stays as it is while training goes on"
+    "Copy weights, so that training does not change them"
     return {name: tensor.detach().clone() for name, tensor in weights.items()}
 
 @torch.no_grad()
@@ -109,19 +108,18 @@ def put(
     module: nn.Module, # Receives the weights
     weights: Mapping[str, Tensor], # All that `moving` names
 ) -> None:
-    "Write weights back; raises `InputError` where names differ"
+    "Write weights back into a module; raises `InputError` where names differ"
     own = moving(module)
     if own.keys() != weights.keys():
-        raise InputError(
-            f"The stored weights do not belong to this model: {sorted(own.keys() ^ weights.keys())[:3]} differ."
-        )
+        differ = sorted(own.keys() ^ weights.keys())[:3]
+        raise InputError(f"The stored weights do not belong to this model: {differ} differ.")
     for name, tensor in own.items(): tensor.copy_(weights[name])
 
 # %% ../../nbs/trainers/06_optimization.ipynb #fe9a3061
 class Average:
-    "Exponential moving average of what a training moves"
+    "Exponential moving average of the weights that training changes"
     def __init__(self,
-        module: nn.Module, # Watched
+        module: nn.Module, # Its weights are averaged
         decay: float, # Near 1, such as 0.99 or 0.999
     ) -> None:
         if not 0 < decay < 1: raise InputError(f"The decay of the average must lie between 0 and 1, got {decay}.")
@@ -129,7 +127,7 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        "Follow the weights by one step; whole numbers and their like are copied"
+        "Follow the weights by one step; tensors that are not floating point are copied"
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         for name, tensor in moving(self.module).items():
@@ -138,7 +136,7 @@ class Average:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        "The model has the averaged weights inside, its own again afterwards"
+        "Context in which the module has the averaged weights; its own return afterwards"
         own = snapshot(moving(self.module))
         put(self.module, self.weights)
         try: yield
@@ -149,7 +147,7 @@ def interpolate(
     start: Mapping[str, Tensor], # Weights before training
     end: Mapping[str, Tensor], # Weights after it
     alpha: float, # 0 is the start, 1 the end, both exactly
-) -> dict[str, Tensor]: # As many
+) -> dict[str, Tensor]: # With the names of `end`
     "Weights on the straight line from start to end"
     if alpha in (0, 1): return dict(end if alpha else start)
     fixed = lambda name, tensor: "lora_A" in name or not tensor.is_floating_point()

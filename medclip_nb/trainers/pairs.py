@@ -32,8 +32,8 @@ SIDE = re.compile(r"\b(left|right)(?=\b|ward|most)", re.I)
 
 def swap_sides(
     text: str, # A caption or an item
-) -> str: # What it would say of the mirror image
-    "Exchange left and right, in whatever case they are written"
+) -> str: # The text that is true of the mirrored image
+    "Exchange left and right, keeping upper and lower case"
     def other(found: re.Match) -> str:
         word = "right" if found[0].lower() == "left" else "left"
         return word.upper() if found[0].isupper() else word.capitalize() if found[0][0].isupper() else word
@@ -42,7 +42,7 @@ def swap_sides(
 # %% ../../nbs/trainers/04_pairs.ipynb #f2dfc649
 def label_ids(
     labels: pd.Series, # A label column
-    classes: list[str], # Names, as `label_classes` gives them
+    classes: list[str], # Names, from `label_classes`
 ) -> Tensor: # (rows,) position of each label in `classes`, -1 where there is none
     "Number the labels of a column; raises `InputError` for a label that is not a class"
     number = {name: i for i, name in enumerate(classes)} | {None: -1}
@@ -50,35 +50,32 @@ def label_ids(
     unseen = [i for i, name in enumerate(names) if name not in number]
     if unseen:
         first = unseen[0]
-        raise InputError(
-            f"{len(unseen)} rows have labels that training has not seen, first row {labels.index[first]} ({names[first]!r})."
-        )
+        raise InputError(f"{len(unseen)} rows have labels that training has not seen, first row "
+                         f"{labels.index[first]} ({names[first]!r}).")
     return torch.tensor([number[name] for name in names])
 
 # %% ../../nbs/trainers/04_pairs.ipynb #533791df
 TEXTS = ("caption", "items", "both", "none")
 
 def _pair_texts(rows: Manifest, texts: str) -> list[list[str]]:
-    "The texts of every row, one list a kind"
+    "The texts of every row, one list for each kind"
     if texts not in TEXTS: raise InputError(f"texts={texts!r}. {close_matches(texts, TEXTS)}")
     columns = {"both": ["caption", "items"], "none": []}.get(texts, [texts])
     for column in columns:
         if column not in rows:
-            raise InputError(
-                f"{rows.dataset}: no column {column!r} to take texts from. {close_matches(column, rows.columns)}"
-            )
+            raise InputError(f"{rows.dataset}: no column {column!r} to take texts from. "
+                             f"{close_matches(column, rows.columns)}")
     return [[" ".join(t) if isinstance(t, (list, np.ndarray)) else str(t) for t in rows[column]] for column in columns]
 
 # %% ../../nbs/trainers/04_pairs.ipynb #b4f53fe3
 def _images(clip: ClipModel, rows: Manifest, memory_mb: int) -> Dataset:
-    "What a model reads of a manifest: pictures, or studies"
+    "What a model reads of a manifest: images, or studies"
     if isinstance(clip, StudyModel):
         studies = ManifestStudies(rows, clip.preprocess)
         return StudyDataset(range(len(studies)), studies.__getitem__, memory_mb)
     if "series" in rows and "image" not in rows:
-        raise InputError(
-            f"{rows.dataset}: its rows are studies, and {clip.spec!r} reads pictures. Take a study model, see `study_model`."
-        )
+        raise InputError(f"{rows.dataset}: its rows are studies, and {clip.spec!r} reads images. "
+                         "Take a study model, see `study_model`.")
     return ImageDataset(rows.paths(), clip.preprocess, memory_mb, **rows.read)
 
 class Pairs(Dataset):
@@ -87,18 +84,18 @@ class Pairs(Dataset):
         clip: ClipModel, # Its preprocessing and tokenizer
         rows: Manifest, # Images or studies with captions, items or both
         texts: str = "caption", # caption, items, both or none
-        memory_mb: int = 0, # Megabytes of decoded images to keep
-        flip: float = 0.0, # Share of the images that `draw` says to mirror; those whose `plane` is sagittal never are
-        labels: Tensor | None = None, # (rows,) from `label_ids`; None knows no labels
-        long_text: str | None = None, # Texts beyond the context: truncate, chunks or interpolate; None does what the model does
-        num_series: int = 0, # Series of a study to draw anew each `epoch`; 0 takes them as they are
+        memory_mb: int = 0, # Megabytes of decoded images to keep in memory
+        flip: float = 0.0, # Share of images that `draw` marks to be mirrored; rows whose `plane` is sagittal never are
+        labels: Tensor | None = None, # (rows,) from `label_ids`; None for no labels
+        # Texts longer than the context: truncate, chunks or interpolate; None does what the model does
+        long_text: str | None = None,
+        num_series: int = 0, # Series of a study to draw in each `epoch`; 0 takes all, unchanged
         seed: int = 0, # Of that draw
     ) -> None:
         self.axis = clip.preprocess.left_right if isinstance(clip, StudyModel) else -1
         if flip and self.axis is None:
-            raise InputError(
-                f"flip={flip:g}, but the preprocessing does not say which axis runs from left to right. Give it an orientation without thick_first, or set mirror to 0."
-            )
+            raise InputError(f"flip={flip:g}, but the preprocessing does not say which axis runs from left to right. "
+                             "Give it an orientation without thick_first, or set flip to 0.")
         words = [w + [swap_sides(t) for t in w] if flip else w for w in _pair_texts(rows, texts)]
         self.rows, self.flip, self.num_series, self.seed, self.epoch = rows.index, flip, num_series, seed, 1
         self.images = _images(clip, rows, memory_mb)
@@ -106,40 +103,36 @@ class Pairs(Dataset):
         self.cut_share = cut_share(clip, sorted({text for w in words for text in w}))
         self.ids = [torch.from_numpy(pd.factorize(np.array(w, dtype=object))[0]) for w in words]
         self.labels = torch.full((len(rows),), -1) if labels is None else labels
-        self.has_sides = (
-            torch.tensor((rows["plane"] != "sagittal").tolist())
-            if "plane" in rows
-            else torch.ones(len(rows), dtype=torch.bool)
-        )
+        sides = (rows["plane"] != "sagittal").tolist() if "plane" in rows else [True] * len(rows)
+        self.has_sides = torch.tensor(sides, dtype=torch.bool)
 
     def __len__(self) -> int: return len(self.images)
+
     def __getitem__(self, i: int) -> tuple[Tensor | Study, int]:
         image = self.images[i]
-        return (
-            _drawn(image, self.num_series, self.seed, self.epoch, i)
-            if self.num_series and isinstance(image, Study)
-            else image
-        ), i
+        if self.num_series and isinstance(image, Study):
+            image = _drawn(image, self.num_series, self.seed, self.epoch, i)
+        return image, i
 
-    def draw(self, positions: Tensor, generator: torch.Generator) -> tuple[Tensor | Parts | None, Tensor, Tensor]:
-        "Tokens and ids of a batch's texts, of a kind drawn for the whole batch, and which images to mirror"
+    def draw(self,
+        positions: Tensor, # (n,) rows of a batch
+        generator: torch.Generator, # Source of randomness
+    ) -> tuple[Tensor | Parts | None, Tensor, Tensor]: # Tokens and ids of the texts; (n,) images to mirror
+        "Draw the kind of text for a whole batch, and which of its images to mirror"
         kind = int(torch.randint(len(self.tokens), (1,), generator=generator)) if self.tokens else None
         mirrored = (torch.rand(len(positions), generator=generator) < self.flip) & self.has_sides[positions]
+        if kind is None: return None, positions, mirrored
         chosen = positions + len(self) * mirrored
-        return (
-            (None, positions, mirrored)
-            if kind is None
-            else (self.tokens[kind][chosen], self.ids[kind][chosen], mirrored)
-        )
+        return self.tokens[kind][chosen], self.ids[kind][chosen], mirrored
 
 # %% ../../nbs/trainers/04_pairs.ipynb #566af2fe
 def epoch_batches(
     n: int, # Number of pairs
-    batch_size: int, # Pairs a batch; a smaller dataset is one batch
+    batch_size: int, # Pairs per batch; a smaller dataset is one batch
     seed: int, # With `epoch`, decides the order
     epoch: int, # Counted from 1
 ) -> list[list[int]]: # Full batches of positions
-    "Every pair once, in a new order each epoch; what does not fill a batch sits out"
+    "Batches of an epoch: every pair once, in a new order; pairs that do not fill a batch are left out"
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch)).tolist()
     size = min(batch_size, n)
     return [order[i:i + size] for i in range(0, n - size + 1, size)]
@@ -147,20 +140,20 @@ def epoch_batches(
 # %% ../../nbs/trainers/04_pairs.ipynb #19b84acd
 def share(
     n: int, # Size of the whole batch
-    rank: int, # Which process
+    rank: int, # Index of the process
     of: int, # Number of processes
-) -> slice: # Of positions in the batch
+) -> slice: # Positions in the batch
     "A process's part of a batch"
     return slice(n * rank // of, n * (rank + 1) // of)
 
 def varied(
-    augment: Augment, # Draws for every image that it is given
+    augment: Augment, # Draws once for every image of the batch
     images: Tensor, # This process's images
     n: int, # Size of the whole batch
     mine: slice, # This process's part of it, see `share`
-    generator: torch.Generator, # The same state in every process
+    generator: torch.Generator, # In the same state on every process
 ) -> Tensor: # As many as `images`
-    "Augment a part of a batch as it would be augmented in the whole"
+    "Augment a part of a batch exactly as it would be augmented within the whole"
     if len(images) == n: return augment(images, generator)
     whole = images.new_zeros(n, *images.shape[1:])
     whole[mine] = images
@@ -169,40 +162,40 @@ def varied(
 # %% ../../nbs/trainers/04_pairs.ipynb #e649cca4
 def image_features(
     clip: ClipModel, # The model
-    images: Tensor | StudyBatch, # Pixels, studies, or features (n, d) already
-) -> Tensor: # (n, d), not normalised
-    "Features of images; features stay as they are"
+    images: Tensor | StudyBatch, # Pixels, studies, or precomputed features (n, d)
+) -> Tensor: # (n, d), not normalized
+    "Features of images; precomputed features are returned as they are"
     return images.to(clip.device) if isinstance(images, Tensor) and images.ndim == 2 else clip.forward_images(images)
 
 def text_features(
     clip: ClipModel, # The model
-    texts: Tensor | Parts, # Tokens, parts, or features (n, d) already
-) -> Tensor: # (n, d), not normalised; of parts the mean of their unit features
-    "Features of texts; features stay as they are"
+    texts: Tensor | Parts, # Tokens, parts, or precomputed features (n, d)
+) -> Tensor: # (n, d), not normalized; for parts, the mean of their unit-norm features
+    "Features of texts; precomputed features are returned as they are"
     if isinstance(texts, Tensor) and texts.is_floating_point(): return texts.to(clip.device)
     return clip.forward_texts(texts)
 
 # %% ../../nbs/trainers/04_pairs.ipynb #bb77979e
 def _drawn(study: Study, n: int, *key: int) -> Study:
-    "Series of a study in an order that the key decides"
+    "Series of a study, drawn and ordered by a random key"
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     rows = draw_series(len(study.names), n, torch.Generator().manual_seed(int(seed)))
     return Study(study.volumes[rows], [study.names[j] for j in rows])
 
 def collate(
     found: list[tuple[Tensor | Study, int]], # Images or studies, each with its position
-) -> tuple[Tensor | StudyBatch, Tensor]: # Of all of them
-    "Put what `Pairs` gives side by side"
+) -> tuple[Tensor | StudyBatch, Tensor]: # A batch, and its positions
+    "Collate what `Pairs` returns; studies are padded"
     images, positions = zip(*found)
     return (pad_studies(images), torch.tensor(positions)) if isinstance(images[0], Study) else default_collate(found)
 
 # %% ../../nbs/trainers/04_pairs.ipynb #75beb96e
 def flip_images(
     images: Tensor | StudyBatch, # (n, ...), changed in place
-    mirrored: Tensor, # (n,) of bool, from `Pairs.draw`
-    axis: int = -1, # That runs from left to right, see `Pairs.axis`
+    mirrored: Tensor, # (n,) boolean, from `Pairs.draw`
+    axis: int = -1, # The axis from left to right, see `Pairs.axis`
 ) -> None:
-    "Show some of the images from behind"
+    "Mirror some of the images"
     pixels = images.volumes if isinstance(images, StudyBatch) else images
     pixels[mirrored] = pixels[mirrored].flip(axis)
 
@@ -210,14 +203,14 @@ def flip_images(
 def is_frozen(
     clip: ClipModel, # The model
     tower: str, # image or text
-) -> bool: # Whether none of its parameters trains
-    "Whether a tower stays as it is"
+) -> bool: # True if none of its parameters is trained
+    "Whether a tower is frozen as a whole"
     return not any(p.requires_grad for name, p in clip.model.named_parameters() if tower_of(name) == tower)
 
 @torch.no_grad()
 def keep_features(
     clip: ClipModel, # Computes them, in evaluation mode
-    pairs: Pairs, # Its pixels or tokens are replaced by features
+    pairs: Pairs, # Changed in place: its pixels or tokens are replaced by features
     tower: str, # image or text
     batch_size: int = 64, # Images or texts at once
     num_workers: int = 0, # Processes that decode images
@@ -229,7 +222,5 @@ def keep_features(
             batches = progress(loader, desc="features of the frozen image tower", unit="batch")
             pairs.images = torch.cat([image_features(clip, x).float().cpu() for x, _ in batches])
         else:
-            pairs.tokens = [
-                torch.cat([text_features(clip, t).float().cpu() for t in kind.split(batch_size)])
-                for kind in pairs.tokens
-            ]
+            encode = lambda tokens: text_features(clip, tokens).float().cpu()
+            pairs.tokens = [torch.cat([encode(part) for part in kind.split(batch_size)]) for kind in pairs.tokens]
