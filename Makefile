@@ -25,7 +25,7 @@ $(READY): requirements.lock settings.ini setup.py
 	@touch $@
 
 # The part of nbdev_install_hooks that belongs to this repository, kept in its .git: notebooks are merged cell by cell,
-# and those that a merge brings are trusted. Nothing is written into the home folder; a post-merge hook of one's own stays.
+# and those that a merge brings are trusted. Nothing is written into the home folder; another post-merge hook stays.
 hooks:
 	@if prefix=$$(git rev-parse --show-prefix 2>/dev/null) && [ -z "$$prefix" ]; then set -e; \
 	  git config --local merge.nbdev-merge.name 'resolve conflicts with nbdev_fix'; \
@@ -33,7 +33,8 @@ hooks:
 	  folder=$$(git rev-parse --git-common-dir); mkdir -p "$$folder/info" "$$folder/hooks"; \
 	  attributes="$$folder/info/attributes" hook="$$folder/hooks/post-merge"; \
 	  grep -qs 'merge=nbdev-merge' "$$attributes" || echo '*.ipynb merge=nbdev-merge' >> "$$attributes"; \
-	  test -e "$$hook" || { printf '#!/bin/sh\n"%s/nbdev_trust"\n' '$(CURDIR)/$(BIN)' > "$$hook"; chmod +x "$$hook"; }; \
+	  test -e "$$hook" || { printf '#!/bin/sh\ntrust="%s/nbdev_trust"\n! test -x "$$trust" || "$$trust"\n' '$(CURDIR)/$(BIN)' > "$$hook"; \
+	    chmod +x "$$hook"; }; \
 	fi
 
 reports: setup  ## Execute the starter suite into $(OUT)/starter and write its index.html
@@ -42,7 +43,7 @@ reports: setup  ## Execute the starter suite into $(OUT)/starter and write its i
 test: lint  ## Style and types, modules in step, notebooks clean, README current, library notebooks, pytest
 	@$(BIN)/python tests/repository.py
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --path nbs
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup  ## What takes long: fresh reports with their goals
 	@$(BIN)/python -m pytest -m slow
@@ -53,7 +54,7 @@ nb: setup  ## Run the tests of one notebook: make nb NB=nbs/00_core.ipynb
 
 lint: setup  ## Style (ruff) and types (pyrefly)
 	@$(BIN)/ruff check --quiet
-	@$(BIN)/pyrefly check --summary none
+	@$(BIN)/pyrefly check --summary=none
 
 lab: setup  ## Open the repository in JupyterLab (LAB="--no-browser --port 9999" passes options on)
 	@$(BIN)/jupyter lab --ServerApp.root_dir=. $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)

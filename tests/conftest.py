@@ -12,7 +12,6 @@ import pytest
 os.environ |= {"MEDCLIP_NB_BATCH": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler) # Ignored in what a shell runs in the background, and in what that starts
 ROOT = Path(__file__).resolve().parent.parent
-INSTALLED = dict(os.environ) # For processes whose kernels are not forked
 
 
 def pytest_configure(config):
@@ -23,6 +22,12 @@ def pytest_configure(config):
     os.environ["PYTHON_EXEC"] = forks.forked() # What torchrun starts
     os.environ["JUPYTER_PATH"] = os.pathsep.join([folder, *filter(None, [os.environ.get("JUPYTER_PATH")])])
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def pytest_collection_modifyitems(items):
+    "The files that take longest come first, so that two processes end together"
+    first = ["test_reports", "test_finetune", "test_item_training", "test_templates", "test_shards", "test_training", "test_readme"]
+    items.sort(key=lambda item: first.index(item.path.stem) if item.path.stem in first else len(first))
 
 
 @pytest.fixture(scope="session")

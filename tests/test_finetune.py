@@ -131,14 +131,16 @@ def kill_in_training(process, folder, kernel=False):
 
 
 def start(arguments):
-    return subprocess.Popen(arguments, text=True, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    "A process of its own, with a kernel of its own: forks die after those who stand for them"
+    own = {k: v for k, v in ENVIRONMENT.items() if k != "JUPYTER_PATH"}
+    return subprocess.Popen(arguments, text=True, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @pytest.mark.parametrize("kernel", [False, True], ids=["runner", "kernel"])
-def test_killed_and_resumed(command, table, whole, tmp_path, kernel):
+def test_killed_and_resumed(command, installed, table, whole, tmp_path, kernel):
     "kill -9 of the run or of its kernel, then --resume: every byte as if nothing had happened"
     out = tmp_path / "finetune"
-    (_, said), code = kill_in_training(start(call(command, table, out, **LONG)), tmp_path, kernel)
+    (_, said), code = kill_in_training(start(call(installed, table, out, **LONG)), tmp_path, kernel)
     if kernel: assert code == 1 and "the same run with --resume continues from it" in said
     assert not out.exists() and list(tmp_path.glob(".partial/finetune.state.*/*/state.pt"))
     refused = subprocess.run(call(command, table, out, "--resume", **{**LONG, "lr": 1e-3}), capture_output=True, text=True, env=ENVIRONMENT)
@@ -149,11 +151,11 @@ def test_killed_and_resumed(command, table, whole, tmp_path, kernel):
     assert not (tmp_path / ".partial").exists()
 
 
-def test_a_suite_goes_on_by_itself(command, table, whole, tmp_path):
+def test_a_suite_goes_on_by_itself(installed, table, whole, tmp_path):
     "The second call of a suite continues the training that died in the first"
     suite = tmp_path / "mine.yaml"
     suite.write_text(yaml.safe_dump({"name": "mine", "runs": [{"name": "finetune", "template": "finetune", "params": {**DEFAULTS, "data_root": str(table), **LONG}}]}, sort_keys=False))
-    arguments, folder = [command, "suite", str(suite), "--out", str(tmp_path)], tmp_path / "mine"
+    arguments, folder = [installed, "suite", str(suite), "--out", str(tmp_path)], tmp_path / "mine"
     kill_in_training(start(arguments), folder)
     before = next(folder.glob(".partial/finetune.state.*/*/state.pt")).stat()
     second = start(arguments)

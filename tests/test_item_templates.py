@@ -1,14 +1,13 @@
-"The published settings, and the templates that train on items and show where a model looks"
+"The published settings of the template that trains on items"
 import pytest
 
 from medclip_nb.core import InputError
 from medclip_nb.datasets import list_datasets
-from medclip_nb.evaluators import Result, list_protocols
+from medclip_nb.evaluators import list_protocols
 from medclip_nb.experiments import (
     check_parameters,
     parameter_files,
     read_parameters,
-    run,
     template_folder,
     template_parameters,
 )
@@ -47,48 +46,3 @@ def test_files_of_parameters_are_found_by_name():
     for name in parameter_files(): check_parameters("itemized", read_parameters(name))
     with pytest.raises(InputError, match="itemized-mri"): read_parameters("itemized-mrt")
     assert read_parameters(template_folder()/"params"/"itemized-mri.yaml") == read_parameters("itemized-mri")
-
-
-SMALL = {"n_studies": (14, 6, 8), "n_slices": 4, "seed": 171} # With every finding in each split
-TINY = dict(data_options=SMALL, limit=48, epochs=1, batch_size=16, lr=1e-3, labels=["finding"], tolerance_mm=4.8, pixel_mm=1.0, n_boot=50, strip_pattern=r", \d+ mm")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory): return str(tmp_path_factory.mktemp("data")/"starter")
-
-
-@pytest.fixture(scope="module")
-def trained(root, tmp_path_factory):
-    "An itemized and a plain model of a few steps"
-    out = tmp_path_factory.mktemp("trained")
-    for name, objective in (("itemized", "itemized"), ("plain", "clip")): run("itemized", TINY | {"data_root": root, "objective": objective}, out/name)
-    return out
-
-
-def test_itemized_template(trained):
-    for name, maps in (("itemized", "attention"), ("plain", "relevance")):
-        result = Result.load(trained/name)
-        assert result.details["objective"] == {"itemized": "itemized", "plain": "clip"}[name]
-        for metric in ("items/image_to_text_R@1", "items/image_to_text_COMPLETE@10", "finding/balanced_accuracy", f"places/{maps}_pointing_within", f"places/{maps}_iou"):
-            low, value, high = result.metrics.set_index("name").loc[metric, ["low", "value", "high"]]
-            assert 0 <= low <= value <= high <= 1, metric
-        assert (trained/name/"checkpoint").is_dir()
-    assert set(Result.load(trained/"itemized").predictions["task_label"]) == {"items", "finding", "places"}
-
-
-def test_maps_of_one_model_against_another(root, trained, tmp_path):
-    params = dict(data_root=root, data_options=SMALL, limit=24, model=str(trained/"itemized"/"checkpoint"), against=str(trained/"plain"/"checkpoint"), methods=["attention"], strip_pattern=r", \d+ mm",
-                  tolerance_mm=4.8, pixel_mm=1.0, n_boot=50, n_examples=1)
-    run("attention_maps", params, tmp_path/"maps")
-    names = set(Result.load(tmp_path/"maps").metrics["name"])
-    assert {"attention_pointing", "plain-relevance_pointing", "plain-similarity_pointing"} <= names
-
-
-def test_studies(root, tmp_path):
-    params = TINY | dict(model="starter-studies", data_root=root, data_options=SMALL | {"view": "studies"}, limit=10, batch_size=4, labels=[], findings=["haemorrhage", "infarct"], pixel_mm=0.0, tolerance_mm=8.0)
-    run("itemized", params, tmp_path/"studies")
-    result = Result.load(tmp_path/"studies")
-    assert {"findings/auroc_macro", "places/attention_pointing_within", "items/image_to_text_R@10"} <= set(result.metrics["name"])
-    run("attention_maps", dict(data_root=root, data_options=SMALL | {"view": "studies"}, model=str(tmp_path/"studies"/"checkpoint"), limit=4, methods=["attention"], n_boot=50, n_examples=1,
-                               tolerance_mm=8.0), tmp_path/"maps")
-    assert "attention_pointing" in set(Result.load(tmp_path/"maps").metrics["name"])

@@ -1,4 +1,4 @@
-"The main job: the starter suite at a small scale and, where time does not matter, as `make reports` makes it; what it must reach, in the committed reports too"
+"The main job: the starter suite at a small scale, as `make reports` makes it, and as it is committed; what it must reach"
 import json
 import os
 import re
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from medclip_nb.evaluators import Result
+
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ("audit", "zero-shot-untrained", "probe-untrained", "retrieval-untrained", "finetune", "zero-shot-trained", "probe-trained", "retrieval-trained",
         "few-shot", "robustness", *(f"{arm}-{seed}" for arm in ("plain", "itemized") for seed in range(3)), "maps", "studies", "studies-maps", "compare")
@@ -16,7 +18,7 @@ FILES = {"report.ipynb", "report.html", "metrics.json", "predictions.parquet", "
 
 
 def make_reports(out):
-    env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MPLBACKEND", "MAKEFLAGS", "MAKELEVEL")}
+    env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MPLBACKEND", "MAKEFLAGS", "MAKELEVEL", "JUPYTER_PATH", "PYTHON_EXEC")}
     return subprocess.run(["make", "reports", f"OUT={out}"], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
@@ -37,7 +39,7 @@ def call_suite(installed, folder):
 def small(installed, tmp_path_factory):
     "The same suite with one seed, few studies, one epoch and few resamples"
     folder, suite = tmp_path_factory.mktemp("small"), yaml.safe_load(SUITE.read_text(encoding="utf-8"))
-    data = {"n_studies": [14, 6, 8], "n_slices": 4, "seed": 171} # With every finding in each split
+    data = {"n_studies": [14, 6, 8], "n_slices": 4, "seed": 171, "workers": 1} # With every finding in each split
     suite["defaults"] |= {"data_options": data, "n_boot": 50}
     for run in suite["runs"]:
         params = run["params"] = dict(run.get("params", {}))
@@ -158,3 +160,26 @@ def test_the_small_suite_measures_what_the_whole_one_does(small):
         if path.parent.name != "few-shot": assert metrics.keys() == whole.keys(), path.parent.name
         assert metrics.keys() <= whole.keys()
         assert all(m["low"] <= m["high"] for m in metrics.values() if m["low"] is not None), path.parent.name
+
+
+def test_itemized_template(small):
+    for objective, run, maps in (("itemized", "itemized-0", "attention"), ("clip", "plain-0", "relevance")):
+        result = Result.load(small / run)
+        assert result.details["objective"] == objective
+        for name in ("items/image_to_text_R@1", "items/image_to_text_COMPLETE@10", "finding/balanced_accuracy",
+                     f"places/{maps}_pointing_within", f"places/{maps}_iou"):
+            low, value, high = result.metrics.set_index("name").loc[name, ["low", "value", "high"]]
+            assert 0 <= low <= value <= high <= 1, name
+        assert (small / run / "checkpoint").is_dir()
+    assert set(Result.load(small / "itemized-0").predictions["task_label"]) == {"items", "finding", "places"}
+
+
+def test_maps_of_one_model_against_another(small):
+    names = set(Result.load(small / "maps").metrics["name"])
+    assert {"attention_pointing", "plain-relevance_pointing", "plain-similarity_pointing"} <= names
+
+
+def test_studies(small):
+    names = set(Result.load(small / "studies").metrics["name"])
+    assert {"findings/auroc_macro", "places/attention_pointing_within", "items/image_to_text_R@10"} <= names
+    assert "attention_pointing" in set(Result.load(small / "studies-maps").metrics["name"])
