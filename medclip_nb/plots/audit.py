@@ -92,7 +92,7 @@ def caption_lengths(
     sns.histplot(x=lengths, discrete=discrete, ax=ax, color=PALETTE[0], edgecolor="white")
     if context:
         ax.axvline(context, color=WRONG, linewidth=1.5, label=f"context length: {context} {unit}")
-        ax.legend(loc="best")
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1)
     ax.set(xlabel=f"length ({unit})", ylabel="captions", title="Caption length")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
