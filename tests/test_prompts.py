@@ -143,7 +143,7 @@ def test_packs_travel_with_the_package(tmp_path):
     for name in ("setup.py", "settings.ini", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)
     for name in ("medclip_nb", "nbs/experiments", "data/cards", "data/prompts"): shutil.copytree(ROOT / name, tmp_path / name)
     subprocess.run([sys.executable, "setup.py", "-q", "build", "--build-lib", tmp_path / "installed"], cwd=tmp_path, check=True, capture_output=True)
-    code = "from medclip_nb.prompts import list_packs, load_pack, pack_folder; print(pack_folder(), len(list_packs()), load_pack('kather').id)"
+    code = "from medclip_nb.evaluators.prompts import list_packs, load_pack, pack_folder; print(pack_folder(), len(list_packs()), load_pack('kather').id)"
     done = subprocess.run([sys.executable, "-c", code], cwd="/", env={"PYTHONPATH": str(tmp_path / "installed")}, check=True, capture_output=True, text=True)
     assert done.stdout.split() == [f"{tmp_path}/installed/medclip_nb/prompt_packs", str(len(PACKS)), "kather@1"]
     assert pack_folder() == ROOT / "data" / "prompts"
