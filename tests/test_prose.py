@@ -1,0 +1,44 @@
+"The prose of the notebooks: lines that fit, links that lead somewhere, and plain words"
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+PAGES = [*NOTEBOOKS, *ROOT.glob("*.md"), ROOT / "data" / "README.md"]
+DIALECT = (r"held against", r"hangs? on", r"that there is not", r"(not|cannot) be told from", r"\brows? a (metric|class|label)\b",
+           r"\ba training (run )?(is|was|that|which) (asked|told|judged)", r"what was said")
+named = lambda path: path.relative_to(ROOT).as_posix()
+
+
+def texts(path: Path) -> list[str]:
+    "The pieces of prose of a page: markdown cells, or a whole file of markdown"
+    if path.suffix == ".md": return [path.read_text(encoding="utf-8")]
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
+
+
+def prose_lines(text: str) -> list[str]:
+    "Lines that can be wrapped: no tables, headings, descriptions, code, formulas or links"
+    outside = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    return [line for line in outside.splitlines() if not re.match(r"\s*(\||#|>|!\[|<|\$\$)", line) and "](" not in line]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_lines_fit(path):
+    assert [line for text in texts(path) for line in prose_lines(text) if len(line) > 120 and " " in line.strip()] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_links_lead_somewhere(path):
+    found = [m for text in texts(path) for m in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", text))]
+    inside = [m.partition("#")[0] for m in found if not re.match(r"[a-z][a-z+.-]*:|#", m)]
+    assert [m for m in inside if not (path.parent / m).exists()] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_words_are_plain(path):
+    text = " ".join(" ".join(texts(path)).split())
+    assert [m[0] for pattern in DIALECT if (m := re.search(pattern, text, re.I))] == []
