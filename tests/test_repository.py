@@ -77,6 +77,21 @@ def test_import_is_light(module):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []
 
 
+@pytest.mark.parametrize("line", [
+    "from medclip_nb.evaluators.results import Result",
+    "from medclip_nb.metrics import auroc, bootstrap, retrieval_metrics",
+    "from medclip_nb.plots import comparison, image_grid, metric_intervals, training_curves, use_style",
+    "from medclip_nb.experiments.overview import compare",
+    "from medclip_nb.images import read_image, StudyPreprocess, corrupt, ImageDataset",
+    "from medclip_nb.datasets import load_manifest",
+    "from medclip_nb.losses import clip_loss"])
+def test_import_needs_no_model_zoo(line):
+    code = f"{line}; import sys; print(*{{'open_clip', 'timm', 'torchvision', 'torchvision.models'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
 @pytest.mark.parametrize("path", **named(NOTEBOOKS))
 def test_notebook_names_no_place(path):
     text = json.dumps([(c["source"], [(o.get("text"), o.get("data", {}).get("text/plain"), o.get("data", {}).get("text/html"))
