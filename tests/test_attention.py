@@ -196,7 +196,7 @@ def test_attend_many_images(folder, tmp_path):
     (["images/0.png", "--texts", "a", "--out", "a.jpg"], ".png, .pdf or .svg"),
     (["--texts", "a"], "No image is given"), (["nowhere.png", "--texts", "a"], "nowhere.png: no such file"),
     (["images/0.png", "--texts", "a", "--mask", "masks/0.png"], "a value of 2 in the mask"),
-    (["images/0.png", "--texts", "a", "b", "--mask", "masks/1.png"], "A mask has one number a pixel of its image"),
+    (["images/0.png", "--texts", "a", "b", "--mask", "masks/1.png"], "A mask has one number per pixel of its image"),
     (["images/0.png", "images/1.png", "--texts", "a", "--mask", "masks/0.png"], "--mask is of one image"),
     (["images/0.png", "--texts", "a", "--model", "starter", "--method", "attention"],
      "has no text-conditioned pooling")])

@@ -134,7 +134,7 @@ def test_validate_tells_scripts(tmp_path):
     assert data("validate", *words, "--images", "decode")[0] == 0
     (tmp_path / "3.png").write_bytes(png(3)[:50])
     (tmp_path / "5.png").unlink()
-    command = [sys.executable, "-c", "from medclip_nb.cli import app; app()", "data", "validate", *map(str, words),
+    command = [sys.executable, "-c", "from medclip_nb.cli.main import app; app()", "data", "validate", *map(str, words),
                "--images", "decode", "--csv", str(tmp_path / "f.csv")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr and f"{N} rows: 2 errors" in done.stdout

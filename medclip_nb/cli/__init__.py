@@ -5,5 +5,9 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/cli/00_cli.ipynb #ddb28f8d
-__all__ = []
+# %% ../../nbs/cli/00_cli.ipynb #9cc96158
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
+    "main": ["app"],
+})

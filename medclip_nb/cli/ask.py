@@ -100,7 +100,7 @@ def encode_files(
 
 def _report(found: Mapping[str, Any], rows: Iterable[Sequence], header: Sequence[str], as_json: bool) -> None:
     "Answers on stdout, skipped files on stderr"
-    for one in found["skipped"]: _note(f"passed over: {one['message']}")
+    for one in found["skipped"]: _note(f"skipped: {one['message']}")
     total = len(found["images"]) + len(found["skipped"])
     if found["skipped"]: _note(f"{len(found['skipped'])} of {total} images could not be read")
     _note("research only, not for clinical use")

@@ -136,7 +136,7 @@ def info(
     typer.echo(f"{dataset}: {len(manifest)} rows\nsplits: {manifest.split_source}\n")
     _echo(_splits(manifest))
     typer.echo(text_table(_column_rows(manifest), ["column", "filled", "distinct", "first"]) + "\n")
-    _echo(skipped_table(manifest.skipped), "passed over by the reader")
+    _echo(skipped_table(manifest.skipped), "skipped by the reader")
 
 # %% ../../nbs/cli/02_data.ipynb #0a87b7f3
 def _splits(manifest: Any) -> Any:
@@ -186,7 +186,7 @@ def validate(
         kinds = summarize_issues(findings)
         _echo(kinds.drop(columns="remedy"))
         _echo(kinds[["kind", "remedy"]])
-    _echo(skipped_table(manifest.skipped), "passed over by the reader")
+    _echo(skipped_table(manifest.skipped), "skipped by the reader")
     errors = int((findings["severity"] == "error").sum())
     typer.echo(f"{len(manifest)} rows: {errors} errors, {len(findings) - errors} others")
     if errors: raise typer.Exit(1)

@@ -9,7 +9,7 @@ __all__ = []
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
-    "features": ["Embeddings", "Files", "embed", "feature_identity", "tower_hash"],
+    "features": ["Embeddings", "embed", "feature_identity", "tower_hash"],
     "maintenance": ["STORE_COLUMNS", "STORE_FILE", "prune", "stores"],
     "store": [
         "DAMAGE", "FeatureCache", "INDEX", "SETTLED", "SHARD_BYTES", "file_hashes", "fill", "index_of",

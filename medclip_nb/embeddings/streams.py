@@ -60,7 +60,8 @@ class ManifestImages(ImageDataset):
 
     def batches(self, parts: Sequence[Sequence[int]], num_workers: int = 0) -> Iterable[Tensor]: # (b, 3, h, w) each
         "Images at the positions of each part"
-        return DataLoader(self, batch_sampler=parts, num_workers=num_workers) if num_workers else prefetched(self, parts)
+        if not num_workers: return prefetched(self, parts)
+        return DataLoader(self, batch_sampler=parts, num_workers=num_workers)
 
 # %% ../../nbs/embeddings/02_streams.ipynb #24b0b1c8
 def _known(row: Mapping[str, Any]) -> dict[str, tuple]: # file_spacing and rescale, where they are known
