@@ -17,15 +17,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..core import InputError, close_matches, progress
 from ..datasets.manifest import Manifest
-from ..embeddings.streams import ManifestStudies
+from ..embeddings.streams import ManifestStudies, open_rows
 from ..evaluators.labels import named_labels
 from ..images.augmentation import Augment
-from ..images.loading import ImageDataset
-from ..images.studies import Study, StudyBatch, StudyDataset, draw_series, pad_studies
+from ..images.studies import Study, StudyBatch, draw_series, pad_studies
 from ..models.clip import ClipModel
 from ..models.freezing import tower_of
 from ..models.long_text import Parts, cut_share, tokenize
-from ..models.study_clip import StudyModel
 
 # %% ../../nbs/trainers/04_pairs.ipynb #e249ae20
 SIDE = re.compile(r"\b(left|right)(?=\b|ward|most)", re.I)
@@ -68,16 +66,6 @@ def _pair_texts(rows: Manifest, texts: str) -> list[list[str]]:
     return [[" ".join(t) if isinstance(t, (list, np.ndarray)) else str(t) for t in rows[column]] for column in columns]
 
 # %% ../../nbs/trainers/04_pairs.ipynb #b4f53fe3
-def _images(clip: ClipModel, rows: Manifest, memory_mb: int) -> Dataset:
-    "What a model reads of a manifest: images, or studies"
-    if isinstance(clip, StudyModel):
-        studies = ManifestStudies(rows, clip.preprocess)
-        return StudyDataset(range(len(studies)), studies.__getitem__, memory_mb)
-    if "series" in rows and "image" not in rows:
-        raise InputError(f"{rows.dataset}: its rows are studies, and {clip.spec!r} reads images. "
-                         "Take a study model, see `study_model`.")
-    return ImageDataset(rows.paths(), clip.preprocess, memory_mb, **rows.read)
-
 class Pairs(Dataset):
     "Image tensors or studies with their positions, and the tokens and ids of their texts"
     def __init__(self,
@@ -92,13 +80,13 @@ class Pairs(Dataset):
         num_series: int = 0, # Series of a study to draw in each `epoch`; 0 takes all, unchanged
         seed: int = 0, # Of that draw
     ) -> None:
-        self.axis = clip.preprocess.left_right if isinstance(clip, StudyModel) else -1
+        self.images = open_rows(clip, rows, memory_mb)
+        self.axis = clip.preprocess.left_right if isinstance(self.images, ManifestStudies) else -1
         if flip and self.axis is None:
             raise InputError(f"flip={flip:g}, but the preprocessing does not say which axis runs from left to right. "
                              "Give it an orientation without thick_first, or set flip to 0.")
         words = [w + [swap_sides(t) for t in w] if flip else w for w in _pair_texts(rows, texts)]
         self.rows, self.flip, self.num_series, self.seed, self.epoch = rows.index, flip, num_series, seed, 1
-        self.images = _images(clip, rows, memory_mb)
         self.tokens = [tokenize(clip, w, long_text or clip.long_text) for w in words]
         self.cut_share = cut_share(clip, sorted({text for w in words for text in w}))
         self.ids = [torch.from_numpy(pd.factorize(np.array(w, dtype=object))[0]) for w in words]
