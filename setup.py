@@ -26,9 +26,13 @@ setup(
     classifiers=["Programming Language :: Python :: 3", "Intended Audience :: Science/Research"],
     long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
     long_description_content_type="text/markdown",
-    packages=[*find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]), "medclip_nb.templates", "medclip_nb.cards", "medclip_nb.prompt_packs"],
-    package_dir={"medclip_nb.templates": "nbs/experiments", "medclip_nb.cards": "data/cards", "medclip_nb.prompt_packs": "data/prompts"},  # they travel with the package
-    package_data={"medclip_nb.templates": ["[a-z]*.ipynb", "suites/*.yaml", "params/*.yaml"], "medclip_nb.cards": ["*.yaml"], "medclip_nb.prompt_packs": ["*.yaml"]},
+    packages=[*find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]), "medclip_nb.templates",
+              "medclip_nb.cards", "medclip_nb.prompt_packs"],
+    # they travel with the package
+    package_dir={"medclip_nb.templates": "nbs/experiments", "medclip_nb.cards": "data/cards",
+                 "medclip_nb.prompt_packs": "data/prompts"},
+    package_data={"medclip_nb.templates": ["[a-z]*.ipynb", "suites/*.yaml", "params/*.yaml"],
+                  "medclip_nb.cards": ["*.yaml"], "medclip_nb.prompt_packs": ["*.yaml"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=words("requirements"),
     extras_require={"dev": words("dev_requirements"), "all": words("optional_requirements")},

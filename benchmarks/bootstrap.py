@@ -1,9 +1,11 @@
 """Bootstrap intervals of AUROC and F1 against a loop over scikit-learn, as ratios.
 
-    python benchmarks/bootstrap.py [--rows 10000] [--classes 9] [--resamples 1000] [--loop 20] [--rounds 3] [--threads 2]
+    python benchmarks/bootstrap.py [--rows 10000] [--classes 9] [--resamples 1000] [--loop 20] [--rounds 3]
+                                   [--threads 2]
 
-Both draw the same resamples and give macro AUROC (one against the rest), macro F1 and weighted F1 of each; ours gives the other classification metrics too. The loop
-is timed on `--loop` resamples and its time scaled to all of them; the values of these are compared. Every round times each way once, in turn, in one process.
+Both draw the same resamples and give macro AUROC (one against the rest), macro F1 and weighted F1 of each; ours gives
+the other classification metrics too. The loop is timed on `--loop` resamples and its time scaled to all of them; the
+values of these are compared. Every round times each way once, in turn, in one process.
 """
 import argparse
 import resource
@@ -24,7 +26,8 @@ def loop(y, p, classes, weights):
         rows = np.repeat(np.arange(len(y)), w)
         true, scores = y[rows], p[rows]
         out["auroc_macro"].append(roc_auc_score(true, scores, multi_class="ovr", labels=range(classes)))
-        for average in ("macro", "weighted"): out[f"f1_{average}"].append(f1_score(true, scores.argmax(1), average=average))
+        for average in ("macro", "weighted"):
+            out[f"f1_{average}"].append(f1_score(true, scores.argmax(1), average=average))
     return out
 
 
@@ -36,7 +39,8 @@ def measure(work):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, value in dict(rows=10_000, classes=9, resamples=1000, loop=20, rounds=3, threads=2).items(): parser.add_argument(f"--{name}", type=int, default=value)
+    for name, value in dict(rows=10_000, classes=9, resamples=1000, loop=20, rounds=3, threads=2).items():
+        parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     y = rng.integers(0, args.classes, args.rows)
@@ -46,17 +50,21 @@ def main():
     before, ours, theirs, share = peak(), [], [], args.loop / args.resamples
     with threadpool_limits(args.threads):
         for _ in range(args.rounds):
-            t, got = measure(lambda: classification_metrics(y, p, range(args.classes), bootstrap_weights(args.rows, args.resamples)))
+            t, got = measure(lambda: classification_metrics(y, p, range(args.classes),
+                                                            bootstrap_weights(args.rows, args.resamples)))
             ours.append(t)
             memory = peak() - before
             few = bootstrap_weights(args.rows, args.resamples)[:args.loop]
             t, expected = measure(lambda: loop(y, p, args.classes, few))
             theirs.append(t / share)
             for name, values in expected.items(): np.testing.assert_allclose(got[name][:args.loop], values, atol=1e-12)
-    print(f"rows={args.rows} classes={args.classes} resamples={args.resamples} threads={args.threads} rounds={args.rounds}; ours draws and scores, {memory:.0f} MB above the data")
+    print(f"rows={args.rows} classes={args.classes} resamples={args.resamples} threads={args.threads} "
+          f"rounds={args.rounds}; ours draws and scores, {memory:.0f} MB above the data")
     print(f"medclip_nb   min {min(ours):7.2f} s  median {statistics.median(ours):7.2f} s")
-    print(f"scikit-learn min {min(theirs):7.2f} s  median {statistics.median(theirs):7.2f} s (from {args.loop} resamples)"
-          f"  ratio: min {min(theirs) / min(ours):5.1f}  median {statistics.median(theirs) / statistics.median(ours):5.1f}")
+    print(f"scikit-learn min {min(theirs):7.2f} s  median {statistics.median(theirs):7.2f} s (from {args.loop} "
+          f"resamples)"
+          f"  ratio: min {min(theirs) / min(ours):5.1f}  median "
+          f"{statistics.median(theirs) / statistics.median(ours):5.1f}")
 
 
 if __name__ == "__main__": main()

@@ -1,12 +1,15 @@
 """A classification head on cached features, the whole Kather-size job, against what a user would pick, as ratios.
 
-    python benchmarks/heads.py [--rows 100000] [--width 512] [--classes 9] [--hidden 256] [--rounds 2] [--threads 2] [--scale 24]
+    python benchmarks/heads.py [--rows 100000] [--width 512] [--classes 9] [--hidden 256] [--rounds 2] [--threads 2]
+                               [--scale 24]
 
-Features are made: nine classes of six clusters each on a curved surface of `scale` dimensions, with noise, of unit length; rows / 14 of them choose the best
-point (penalty, step, temperature), as many measure it. The linear head stands against scikit-learn's LogisticRegression, once for each of the same five
-penalties, the best of which is taken; the hidden layer against scikit-learn's MLPClassifier with early stopping, and against the loop that one would write in
-PyTorch: a DataLoader of a TensorDataset, Adam at 1e-3, until five epochs in a row validate no better. Every round fits each once, in turn. Times are wall times;
-CPU seconds of the process are shown beside them, which a busy machine changes less.
+Features are made: nine classes of six clusters each on a curved surface of `scale` dimensions, with noise, of unit
+length; rows / 14 of them choose the best point (penalty, step, temperature), as many measure it. The linear head stands
+against scikit-learn's LogisticRegression, once for each of the same five penalties, the best of which is taken; the
+hidden layer against scikit-learn's MLPClassifier with early stopping, and against the loop that one would write in
+PyTorch: a DataLoader of a TensorDataset, Adam at 1e-3, until five epochs in a row validate no better. Every round fits
+each once, in turn. Times are wall times; CPU seconds of the process are shown beside them, which a busy machine changes
+less.
 """
 import argparse
 import statistics
@@ -29,11 +32,14 @@ from medclip_nb.trainers import PENALTIES, fit_head
 def make(rows, width, classes, scale):
     "Features and labels of three splits"
     draw, n = torch.Generator().manual_seed(0), rows + 2 * (rows // 14)
-    centres, mix = torch.randn(classes * 6, scale, generator=draw), torch.randn(scale, width, generator=draw) / scale**0.5
+    centres, mix = torch.randn(classes * 6, scale,
+                               generator=draw), torch.randn(scale, width, generator=draw) / scale**0.5
     kind = torch.randint(classes * 6, (n,), generator=draw)
     inside = (centres[kind] + 0.9 * torch.randn(n, scale, generator=draw)).tanh()
     x = F.normalize(inside @ mix + 0.15 * torch.randn(n, width, generator=draw), dim=-1)
-    return [(a.numpy(), b.numpy()) for a, b in zip(x.split([rows, rows // 14, rows // 14]), (kind % classes).split([rows, rows // 14, rows // 14]))]
+    return [(a.numpy(), b.numpy())
+            for a, b in zip(x.split([rows, rows // 14, rows // 14]),
+                            (kind % classes).split([rows, rows // 14, rows // 14]))]
 
 
 def scores(predict, held): return float((predict(held[0]) == held[1]).mean())
@@ -53,7 +59,8 @@ def scaled(some, train):
 
 
 def multilayer(train, valid, hidden):
-    model = MLPClassifier((hidden,), early_stopping=True, validation_fraction=1 / 14, n_iter_no_change=5, batch_size=1024, random_state=0)
+    model = MLPClassifier((hidden,), early_stopping=True, validation_fraction=1 / 14, n_iter_no_change=5,
+                          batch_size=1024, random_state=0)
     model.fit(*scaled(train, train))
     return lambda x: model.predict(scaled((x, None), train)[0])
 
@@ -83,13 +90,16 @@ def ours(train, valid, hidden):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, value in dict(rows=100_000, width=512, classes=9, hidden=256, rounds=2, threads=2, scale=24).items(): parser.add_argument(f"--{name}", type=int, default=value)
+    for name, value in dict(rows=100_000, width=512, classes=9, hidden=256, rounds=2, threads=2, scale=24).items():
+        parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
     train, valid, test = make(args.rows, args.width, args.classes, args.scale)
-    ways = {"linear: ours": lambda: ours(train, valid, 0), "linear: scikit-learn": lambda: logistic(train, valid), "hidden: ours": lambda: ours(train, valid, args.hidden),
-            "hidden: scikit-learn": lambda: multilayer(train, valid, args.hidden), "hidden: DataLoader loop": lambda: dataloader(train, valid, args.hidden)}
+    ways = {"linear: ours": lambda: ours(train, valid, 0), "linear: scikit-learn": lambda: logistic(train, valid),
+            "hidden: ours": lambda: ours(train, valid, args.hidden),
+            "hidden: scikit-learn": lambda: multilayer(train, valid, args.hidden),
+            "hidden: DataLoader loop": lambda: dataloader(train, valid, args.hidden)}
     wall, cpu, right = {w: [] for w in ways}, {w: [] for w in ways}, {}
     print(f"{args.rows} x {args.width}, {args.classes} classes, hidden layer of {args.hidden}, {args.threads} threads")
     with threadpool_limits(args.threads):
@@ -102,7 +112,8 @@ def main():
                 right[name] = scores(predict, test)
     for name in ways:
         ratio = [statistics.median(t[name]) / statistics.median(t[name.split(":")[0] + ": ours"]) for t in (wall, cpu)]
-        print(f"{name:24s} {statistics.median(wall[name]):7.1f} s  {statistics.median(cpu[name]):7.1f} CPU s  over ours {ratio[0]:5.2f} (CPU {ratio[1]:5.2f})  accuracy {right[name]:.4f}", flush=True)
+        print(f"{name:24s} {statistics.median(wall[name]):7.1f} s  {statistics.median(cpu[name]):7.1f} CPU s  over "
+              f"ours {ratio[0]:5.2f} (CPU {ratio[1]:5.2f})  accuracy {right[name]:.4f}", flush=True)
 
 
 if __name__ == "__main__": main()

@@ -1,12 +1,13 @@
 """A training step with LoRA against PEFT's own adapters on the fused attention of the same model, as ratios.
 
-    python benchmarks/lora_step.py [--model ViT-B-32] [--batch 8] [--rounds 3] [--rank 8] [--threads 2] [--device cpu] [--precision fp32]
+    python benchmarks/lora_step.py [--model ViT-B-32] [--batch 8] [--rounds 3] [--rank 8] [--threads 2]
+                                   [--device cpu] [--precision fp32]
 
-Both adapt queries, keys, values and outputs of every attention in both towers, at the same rank and precision, on the same images and
-captions, with the same loss and optimiser. (PEFT's adapter of a fused matrix has one thin matrix in for all three, so it trains
-fewer numbers at the same rank.) Every round times each way once, in turn, in one process; the ratios are of the minima and of
-the medians. "full context" keeps the padding of the captions and so shows what the split attention alone brings. The words of a caption
-are those of a short radiology report; `--words` sets how many.
+Both adapt queries, keys, values and outputs of every attention in both towers, at the same rank and precision, on the
+same images and captions, with the same loss and optimiser. (PEFT's adapter of a fused matrix has one thin matrix in for
+all three, so it trains fewer numbers at the same rank.) Every round times each way once, in turn, in one process; the
+ratios are of the minima and of the medians. "full context" keeps the padding of the captions and so shows what the
+split attention alone brings. The words of a caption are those of a short radiology report; `--words` sets how many.
 """
 import argparse
 import statistics
@@ -20,13 +21,15 @@ import torch
 from medclip_nb.losses import clip_loss
 from medclip_nb.models import add_lora, load_model
 
-WORDS = ("axial t2 weighted slice of the brain at the level of the lateral ventricles with a small ring enhancing lesion in the left frontal lobe "
+WORDS = ("axial t2 weighted slice of the brain at the level of the lateral ventricles with a small ring enhancing "
+         "lesion in the left frontal lobe "
          "surrounded by oedema and a mild mass effect on the adjacent sulci no midline shift is seen").split()
 
 
 def peft_fused(clip, rank):
     "PEFT on `nn.MultiheadAttention`, as its documentation has it"
-    model = peft.get_peft_model(deepcopy(clip.model), peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=r".*\.attn"))
+    model = peft.get_peft_model(deepcopy(clip.model),
+                                peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=r".*\.attn"))
     model.print_trainable_parameters()
     return model
 
@@ -54,7 +57,8 @@ def main():
     torch.manual_seed(0)
     clip = load_model(args.model, device=args.device, precision=args.precision)
     size = clip.model.visual.image_size
-    images = torch.randn(args.batch, 3, *(size if isinstance(size, tuple) else (size, size)), device=clip.device, dtype=clip.dtype)
+    images = torch.randn(args.batch, 3, *(size if isinstance(size, tuple) else (size, size)), device=clip.device,
+                         dtype=clip.dtype)
     captions = [" ".join((WORDS * 3)[i % 7:i % 7 + args.words - i % 5]) for i in range(args.batch)]
     tokens = clip.tokenizer(captions).to(clip.device)
     print(f"longest caption: {max(clip.token_counts(captions))} of {clip.context_length} tokens")
@@ -63,11 +67,15 @@ def main():
     full = replace(ours, model=deepcopy(ours.model))
     theirs = peft_fused(clip, args.rank)
     inner = theirs.base_model.model
-    steps = {"medclip_nb": make_step(ours.forward_images, ours.forward_texts, ours.model.logit_scale, ours.model.parameters(), images, tokens),
-             "medclip_nb, full context": make_step(full.model.encode_image, full.model.encode_text, full.model.logit_scale, full.model.parameters(), images, tokens),
-             "peft, fused attention": make_step(inner.encode_image, inner.encode_text, inner.logit_scale, theirs.parameters(), images, tokens)}
+    steps = {"medclip_nb": make_step(ours.forward_images, ours.forward_texts, ours.model.logit_scale,
+                                     ours.model.parameters(), images, tokens),
+             "medclip_nb, full context": make_step(full.model.encode_image, full.model.encode_text,
+                                                   full.model.logit_scale, full.model.parameters(), images, tokens),
+             "peft, fused attention": make_step(inner.encode_image, inner.encode_text, inner.logit_scale,
+                                                theirs.parameters(), images, tokens)}
     first = {name: step() for name, step in steps.items()}
-    assert max(first.values()) - min(first.values()) < (1e-4 if args.precision == "fp32" else 0.05), f"the ways do not compute the same loss: {first}"
+    assert max(first.values()) - min(first.values()) < (1e-4 if args.precision == "fp32"
+                                                        else 0.05), f"the ways do not compute the same loss: {first}"
 
     seconds = {name: [] for name in steps}
     for _ in range(args.rounds):
@@ -79,7 +87,9 @@ def main():
     base = seconds["medclip_nb"]
     print(f"{'':<26}{'fastest':>10}{'median':>10}{'ratio of fastest':>18}{'of medians':>12}")
     for name, found in seconds.items():
-        print(f"{name:<26}{min(found):>9.3f}s{statistics.median(found):>9.3f}s{min(found) / min(base):>17.2f}x{statistics.median(found) / statistics.median(base):>11.2f}x")
+        print(
+            f"{name:<26}{min(found):>9.3f}s{statistics.median(found):>9.3f}s{min(found) / min(base):>17.2f}x"
+            f"{statistics.median(found) / statistics.median(base):>11.2f}x")
 
 
 if __name__ == "__main__": main()

@@ -2,8 +2,9 @@
 
     python benchmarks/loss.py [--dim 512] [--rounds 20] [--threads 1]
 
-Both get raw features and return the gradients of features and scale; open_clip's come normalised from its model, so normalising is part of its time.
-Every round times each way once, in turn, in one process; the ratios are of the minima and of the medians.
+Both get raw features and return the gradients of features and scale; open_clip's come normalised from its model, so
+normalising is part of its time. Every round times each way once, in turn, in one process; the ratios are of the minima
+and of the medians.
 """
 import argparse
 import statistics
@@ -37,7 +38,8 @@ def measure(loss, inputs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, value in dict(dim=512, rounds=20, threads=1).items(): parser.add_argument(f"--{name}", type=int, default=value)
+    for name, value in dict(dim=512, rounds=20, threads=1).items():
+        parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -47,12 +49,14 @@ def main():
         inputs = [x.clone().requires_grad_() for x in inputs]
         for name, pair in ways(n).items():
             times = [[], []]
-            for a, b in zip(*(measure(loss, inputs)[1] for loss in pair)): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+            for a, b in zip(*(measure(loss, inputs)[1] for loss in pair)):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
             for _ in range(args.rounds):
                 for loss, t in zip(pair, times): t.append(measure(loss, inputs)[0])
             ours, theirs = times
             print(f"n={n:<5d} {name:15s} ours min {min(ours) * 1e3:7.2f} ms  open_clip min {min(theirs) * 1e3:7.2f} ms"
-                  f"  ratio: min {min(theirs) / min(ours):5.2f}  median {statistics.median(theirs) / statistics.median(ours):5.2f}")
+                  f"  ratio: min {min(theirs) / min(ours):5.2f}  median "
+                  f"{statistics.median(theirs) / statistics.median(ours):5.2f}")
 
 
 if __name__ == "__main__": main()

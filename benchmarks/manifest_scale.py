@@ -2,9 +2,9 @@
 
     python benchmarks/manifest_scale.py [--rows 1000000] [--rounds 3]
 
-The tables have the columns image, caption, label, group and split (five images a patient); one lacks the split, so that it is made by
-patient, and one lacks the patient as well. Every reading is a process of its own. Memory is the growth of the peak of resident memory
-(getrusage) over what it was when everything had been imported. The aim is 5 s and 1 GB.
+The tables have the columns image, caption, label, group and split (five images a patient); one lacks the split, so that
+it is made by patient, and one lacks the patient as well. Every reading is a process of its own. Memory is the growth of
+the peak of resident memory (getrusage) over what it was when everything had been imported. The aim is 5 s and 1 GB.
 """
 import argparse
 import json
@@ -66,9 +66,12 @@ def main():
             for _ in range(args.rounds):
                 for way, results in found.items(): results.append(measure(f"{folder}/{file}", way, kind))
             assert all(r["rows"] == args.rows for results in found.values() for r in results)
-            middle = {way: {k: statistics.median(r[k] for r in results) for k in ("seconds", "mb")} for way, results in found.items()}
-            ours, plain, prints = middle["manifest"], middle["pandas"], statistics.median(r["fingerprint"] for r in found["manifest"])
-            print(f"{file:14s} load_manifest {ours['seconds']:5.2f} s {ours['mb']:5.0f} MB   pandas {plain['seconds']:5.2f} s {plain['mb']:5.0f} MB"
+            middle = {way: {k: statistics.median(r[k] for r in results) for k in ("seconds", "mb")}
+                      for way, results in found.items()}
+            ours, plain, prints = middle["manifest"], middle["pandas"], statistics.median(
+                r["fingerprint"] for r in found["manifest"])
+            print(f"{file:14s} load_manifest {ours['seconds']:5.2f} s {ours['mb']:5.0f} MB   pandas "
+                  f"{plain['seconds']:5.2f} s {plain['mb']:5.0f} MB"
                   f"   ratio: time {ours['seconds'] / plain['seconds']:4.2f}  memory {ours['mb'] / plain['mb']:4.2f}"
                   f"   fingerprint {prints:4.2f} s   splits {found['manifest'][0]['source']}", flush=True)
 

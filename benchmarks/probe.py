@@ -2,9 +2,11 @@
 
     python benchmarks/probe.py [--n 20000] [--dim 512] [--classes 9] [--rounds 3] [--threads 2]
 
-Every round times each way once, in turn, in one process: our path over seven values of C; scikit-learn's LogisticRegression for each C from nothing, in
-single precision as it comes; and the same with `warm_start`. The ratios are of the minima and of the medians. Features are standardised, classes overlap and are not equally frequent.
-Accuracies are those on rows that were not fitted; the objective is scikit-learn's, in double precision, and must not be higher than its own.
+Every round times each way once, in turn, in one process: our path over seven values of C; scikit-learn's
+LogisticRegression for each C from nothing, in single precision as it comes; and the same with `warm_start`. The ratios
+are of the minima and of the medians. Features are standardised, classes overlap and are not equally frequent.
+Accuracies are those on rows that were not fitted; the objective is scikit-learn's, in double precision, and must not be
+higher than its own.
 """
 import argparse
 import statistics
@@ -36,7 +38,8 @@ def ours(x, y, classes): return logistic_path(torch.from_numpy(x), torch.from_nu
 
 
 def from_scratch(x, y, classes):
-    return {C: Linear(*map(torch.from_numpy, (m.coef_, m.intercept_))) for C in C_GRID for m in [LogisticRegression(C=C, max_iter=1000).fit(x, y)]}
+    return {C: Linear(*map(torch.from_numpy, (m.coef_, m.intercept_))) for C in C_GRID
+            for m in [LogisticRegression(C=C, max_iter=1000).fit(x, y)]}
 
 
 def warm(x, y, classes):
@@ -49,15 +52,18 @@ def warm(x, y, classes):
 
 def objective(x, y, C, model):
     weight, bias = (part.double().numpy() for part in model)
-    return -log_softmax(x.astype(float) @ weight.T + bias, axis=1)[np.arange(len(y)), y].mean() + (weight**2).sum() / (2 * C * len(y))
+    return (-log_softmax(x.astype(float) @ weight.T + bias, axis=1)[np.arange(len(y)), y].mean()
+            + (weight**2).sum() / (2 * C * len(y)))
 
 
-def accuracy(model, x, y): return float((model.scores(torch.from_numpy(x).to(model.weight)).argmax(1).numpy() == y).mean())
+def accuracy(model, x, y):
+    return float((model.scores(torch.from_numpy(x).to(model.weight)).argmax(1).numpy() == y).mean())
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, value in dict(n=20_000, dim=512, classes=9, rounds=3, threads=2).items(): parser.add_argument(f"--{name}", type=int, default=value)
+    for name, value in dict(n=20_000, dim=512, classes=9, rounds=3, threads=2).items():
+        parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(args.threads)
@@ -71,16 +77,21 @@ def main():
                 found[name] = way(x, y, args.classes)
                 times[name].append(time.perf_counter() - start)
                 print(f"  {name:12s} {times[name][-1]:8.2f} s", flush=True)
-    print(f"n={args.n} dim={args.dim} classes={args.classes} values of C={len(C_GRID)} threads={args.threads} rounds={args.rounds}")
+    print(f"n={args.n} dim={args.dim} classes={args.classes} values of C={len(C_GRID)} threads={args.threads} "
+          f"rounds={args.rounds}")
     for C in C_GRID:
-        values = {name: (accuracy(path[C], held_x, held_y), objective(x, y, C, path[C])) for name, path in found.items()}
-        print(f"C={C:<8g}" + "".join(f"  {name}: accuracy {a:.4f} objective {o:.5f}" for name, (a, o) in values.items()))
+        values = {name: (accuracy(path[C], held_x, held_y), objective(x, y, C, path[C]))
+                  for name, path in found.items()}
+        print(f"C={C:<8g}" + "".join(f"  {name}: accuracy {a:.4f} objective {o:.5f}"
+                                     for name, (a, o) in values.items()))
     best = {name: max(accuracy(model, held_x, held_y) for model in path.values()) for name, path in found.items()}
     print("accuracy of the best C: " + ", ".join(f"{name} {value:.4f}" for name, value in best.items()))
     assert abs(best["medclip_nb"] - best["from scratch"]) <= 0.002, "accuracies differ by more than 0.2 points"
-    for C in C_GRID: assert objective(x, y, C, found["medclip_nb"][C]) <= 1.001 * objective(x, y, C, found["from scratch"][C]), C
+    for C in C_GRID:
+        assert objective(x, y, C, found["medclip_nb"][C]) <= 1.001 * objective(x, y, C, found["from scratch"][C]), C
     for name, t in times.items():
-        print(f"{name:12s} min {min(t):7.2f} s  median {statistics.median(t):7.2f} s  ratio to medclip_nb: min {min(t) / min(times['medclip_nb']):5.2f}"
+        print(f"{name:12s} min {min(t):7.2f} s  median {statistics.median(t):7.2f} s  ratio to medclip_nb: min "
+              f"{min(t) / min(times['medclip_nb']):5.2f}"
               f"  median {statistics.median(t) / statistics.median(times['medclip_nb']):5.2f}")
 
 

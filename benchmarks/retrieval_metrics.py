@@ -3,9 +3,10 @@
     python benchmarks/retrieval_metrics.py [--n 5000] [--dim 512] [--rounds 5] [--threads 2]
     python benchmarks/retrieval_metrics.py --n 25000 --alone
 
-Every round times each way once, in turn, in one process; the ratios are of the minima and of the medians. The plain matrix
-product of the same size, done in tiles, shows what no exact method can go below. With --alone nothing else runs, for sizes whose whole
-matrix would not fit. Ours gives all metrics of both directions, mean average precision included; its peak memory is counted above what the features take.
+Every round times each way once, in turn, in one process; the ratios are of the minima and of the medians. The plain
+matrix product of the same size, done in tiles, shows what no exact method can go below. With --alone nothing else runs,
+for sizes whose whole matrix would not fit. Ours gives all metrics of both directions, mean average precision included;
+its peak memory is counted above what the features take.
 """
 import argparse
 import resource
@@ -16,7 +17,8 @@ import torch
 
 from medclip_nb.metrics import retrieval_metrics
 
-try: import faiss
+try:
+    import faiss
 except ImportError: faiss = None
 
 KS = (1, 5, 10, 50)
@@ -51,7 +53,8 @@ def product(images, texts, tile=512):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, value in dict(n=5000, dim=512, rounds=5, threads=2).items(): parser.add_argument(f"--{name}", type=int, default=value)
+    for name, value in dict(n=5000, dim=512, rounds=5, threads=2).items():
+        parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--alone", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -77,11 +80,13 @@ def main():
             way(images, texts)
             times[name].append(time.perf_counter() - start)
     ours = times["medclip_nb"]
-    print(f"n={args.n} dim={args.dim} threads={args.threads} rounds={args.rounds}; medclip_nb takes {memory:.2f} GB above the features")
+    print(f"n={args.n} dim={args.dim} threads={args.threads} rounds={args.rounds}; medclip_nb takes {memory:.2f} GB "
+          f"above the features")
     for name, t in times.items():
         spread = f"slowest/fastest {max(t) / min(t):.2f}"
         print(f"{name:15s} min {min(t) * 1e3:8.1f} ms  median {statistics.median(t) * 1e3:8.1f} ms  {spread}"
-              f"  ratio to medclip_nb: min {min(t) / min(ours):5.2f}  median {statistics.median(t) / statistics.median(ours):5.2f}")
+              f"  ratio to medclip_nb: min {min(t) / min(ours):5.2f}  median "
+              f"{statistics.median(t) / statistics.median(ours):5.2f}")
 
 
 if __name__ == "__main__": main()

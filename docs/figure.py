@@ -27,9 +27,13 @@ def main() -> None:
         best = found.loc[row, "best_texts"][0]
         ax.imshow(read_image(rows.loc[[row]].paths()[0]))
         ax.set_axis_off()
-        for line, (title, text, colour) in enumerate([("says the report", rows.loc[row, "caption"], "black"), ("ranked first", rows.loc[best, "caption"], plots.PALETTE[0])]):
-            ax.text(0, -0.04 - 0.25 * line, f"{title}:\n" + plots.wrapped(text, 48, 4), transform=ax.transAxes, va="top", fontsize=8, color=colour)
-        ax.set_title(f"right caption at rank {found.loc[row, 'image_to_text_rank']:.0f} of {rows['caption'].nunique()}", fontsize=9)
+        for line, (title, text,
+                   colour) in enumerate([("says the report", rows.loc[row, "caption"], "black"),
+                                         ("ranked first", rows.loc[best, "caption"], plots.PALETTE[0])]):
+            ax.text(0, -0.04 - 0.25 * line, f"{title}:\n" + plots.wrapped(text, 48, 4), transform=ax.transAxes,
+                    va="top", fontsize=8, color=colour)
+        ax.set_title(f"right caption at rank {found.loc[row, 'image_to_text_rank']:.0f} of {rows['caption'].nunique()}",
+                     fontsize=9)
     target = ROOT / "nbs" / "images" / "overview.png"
     target.parent.mkdir(exist_ok=True)
     figure.savefig(target, dpi=100, bbox_inches="tight")

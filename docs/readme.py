@@ -28,7 +28,8 @@ def code_block(cell: nbformat.NotebookNode) -> str:
     blocks = [f"```python\n{source}\n```"] if source else []
     for output in cell.outputs:
         text = output.get("text") or output.get("data", {}).get("text/plain", "")
-        if text and not any(k.startswith("image/") for k in output.get("data", {})): blocks.append(f"```\n{text.rstrip()}\n```")
+        if text and not any(k.startswith("image/") for k in output.get("data", {})):
+            blocks.append(f"```\n{text.rstrip()}\n```")
     return "\n\n".join(blocks)
 
 
@@ -41,7 +42,8 @@ def outside_fences(text: str) -> str:
 def readme(notebook: Path = ROOT / "nbs" / "index.ipynb") -> str:
     "The text of README.md"
     cells = [c for c in nbformat.read(notebook, 4).cells if not re.match(r"\s*#\s*\|\s*hide\b(?!_)", c.source)]
-    parts = [outside_fences(c.source) if c.cell_type == "markdown" else code_block(c) for c in cells if c.cell_type != "raw"]
+    parts = [outside_fences(c.source) if c.cell_type == "markdown" else code_block(c)
+             for c in cells if c.cell_type != "raw"]
     parts[0] = re.sub(r"\n+(- [\w-]+: .*\n?)+\Z", "", parts[0])  # nbdev's front matter
     return "\n\n".join([NOTE, *(p.strip() for p in parts if p.strip())]) + "\n"
 

@@ -10,7 +10,8 @@ import nbformat
 import pytest
 
 os.environ |= {"MEDCLIP_NB_BATCH": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler) # Ignored in what a shell runs in the background, and in what that starts
+# Ignored in what a shell runs in the background, and in what that starts
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -26,7 +27,8 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     "The files that take longest come first, so that two processes end together"
-    first = ["test_reports", "test_finetune", "test_item_training", "test_templates", "test_shards", "test_training", "test_readme"]
+    first = ["test_reports", "test_finetune", "test_item_training", "test_templates", "test_shards", "test_training",
+             "test_readme"]
     items.sort(key=lambda item: first.index(item.path.stem) if item.path.stem in first else len(first))
 
 
@@ -35,7 +37,8 @@ def make_template():
     "Write a template: its parameters cell, then the rest"
     def make(path, parameters, *cells):
         v4 = nbformat.v4
-        head = [v4.new_markdown_cell("# A stub\n\n> For tests"), v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
+        head = [v4.new_markdown_cell("# A stub\n\n> For tests"),
+                v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
         nbformat.write(v4.new_notebook(cells=[*head, *map(v4.new_code_cell, cells)]), path)
         return Path(path)
     return make

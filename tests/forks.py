@@ -1,9 +1,11 @@
-"""Commands and kernels that start at once: forked from a process that has imported the libraries, though not the package.
+"""Commands and kernels that start at once: forked from a process that has imported the libraries, though not the
+package.
 
-A fresh process spends most of its time importing PyTorch. `offer` writes into a folder the commands `medclip-nb` and `python`, and a
-Jupyter kernel `python3` for `JUPYTER_PATH`. Each is a client of a few lines, which asks the parent of all forks for one, hands it its own
-streams, working directory and environment, and stands for it: signals to the client reach the fork, and the death of either is that of
-both. The parent starts with the first client and goes when the session of tests that offered it is over. A fork's hash seed is 0.
+A fresh process spends most of its time importing PyTorch. `offer` writes into a folder the commands `medclip-nb` and
+`python`, and a Jupyter kernel `python3` for `JUPYTER_PATH`. Each is a client of a few lines, which asks the parent of
+all forks for one, hands it its own streams, working directory and environment, and stands for it: signals to the client
+reach the fork, and the death of either is that of both. The parent starts with the first client and goes when the
+session of tests that offered it is over. A fork's hash seed is 0.
 """
 import json
 import os
@@ -12,8 +14,10 @@ import signal
 import socket
 import sys
 
-LIBRARIES = ("torch", "torchvision", "open_clip", "torch._dynamo", "timm", "sklearn.linear_model", "sklearn.metrics", "sklearn.cluster", "scipy.stats",
-             "pandas", "pyarrow.parquet", "matplotlib.figure", "PIL.Image", "nibabel", "transformers", "safetensors.torch", "IPython",
+LIBRARIES = ("torch", "torchvision", "open_clip", "torch._dynamo", "timm", "sklearn.linear_model", "sklearn.metrics",
+             "sklearn.cluster", "scipy.stats",
+             "pandas", "pyarrow.parquet", "matplotlib.figure", "PIL.Image", "nibabel", "transformers",
+             "safetensors.torch", "IPython",
              "ipykernel.kernelapp", "typer", "papermill", "nbformat", "mistune", "bleach", "yaml")
 
 
@@ -21,10 +25,12 @@ def offer(folder: str) -> None:
     "Write the command and the specification of the kernel"
     words = [sys.executable, "-I", "-S", os.path.abspath(__file__), "client", folder, str(os.getpid())]
     os.makedirs(kernel := os.path.join(folder, "kernels", "python3"))
-    spec = {"argv": [*words, "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "Python 3", "language": "python"}
+    spec = {"argv": [*words, "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "Python 3",
+            "language": "python"}
     with open(os.path.join(kernel, "kernel.json"), "w", encoding="utf-8") as f: json.dump(spec, f)
     for name in ("medclip-nb", "python"):
-        with open(script := os.path.join(folder, name), "w", encoding="utf-8") as f: f.write(f'#!/bin/sh\nexec {shlex.join([*words, name])} "$@"\n')
+        with open(script := os.path.join(folder, name), "w", encoding="utf-8") as f:
+            f.write(f'#!/bin/sh\nexec {shlex.join([*words, name])} "$@"\n')
         os.chmod(script, 0o755)
 
 
@@ -34,21 +40,29 @@ def forked(name: str = "python") -> str:
 
 
 def run_together(worker, processes: int, *arguments: str) -> None:
-    "Call a function of a file of tests as `worker(rank, processes, *arguments)` in several processes, and wait for them"
+    """Call a function of a file of tests as `worker(rank, processes, *arguments)` in several processes, and wait for
+    them"""
     import subprocess
-    code = "import importlib, sys; sys.path.insert(0, sys.argv[1]); getattr(importlib.import_module(sys.argv[2]), sys.argv[3])(int(sys.argv[4]), int(sys.argv[5]), *sys.argv[6:])"
+    code = """
+import importlib, sys
+_, folder, module, name, rank, processes, *arguments = sys.argv
+sys.path.insert(0, folder)
+getattr(importlib.import_module(module), name)(int(rank), int(processes), *arguments)"""
     words = [forked(), "-c", code, os.path.dirname(os.path.abspath(__file__)), worker.__module__, worker.__name__]
-    started = [subprocess.Popen([*words, str(rank), str(processes), *map(str, arguments)], stderr=subprocess.PIPE, text=True) for rank in range(processes)]
+    started = [subprocess.Popen([*words, str(rank), str(processes), *map(str, arguments)], stderr=subprocess.PIPE,
+                                text=True) for rank in range(processes)]
     said = [process.communicate()[1] for process in started]
     assert all(process.returncode == 0 for process in started), "\n".join(said)
 
 
 def _start(folder: str, session: str) -> None:
     "Start the parent of all forks"
-    environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1",
+                   "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     if os.fork(): return
     os.setsid()
-    null, log = os.open(os.devnull, os.O_RDWR), os.open(os.path.join(folder, "log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    null, log = os.open(os.devnull, os.O_RDWR), os.open(os.path.join(folder, "log"),
+                                                        os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for old, new in ((null, 0), (log, 1), (log, 2)): os.dup2(old, new)
     os.closerange(3, 1024)
     os.execve(sys.executable, [sys.executable, __file__, "serve", folder, session], environment)
@@ -91,8 +105,10 @@ def _become(words: list[str], folder: str, environment: dict[str, str]) -> None:
     os.chdir(folder)
     sys.argv = words
     sys.path[0] = folder
-    sys.stdin, sys.stdout, sys.stderr = (open(fd, mode, encoding="utf-8", errors=errors, buffering=buffering, closefd=False)
-                                         for fd, mode, errors, buffering in ((0, "r", "strict", -1), (1, "w", "strict", -1), (2, "w", "backslashreplace", 1)))
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(fd, mode, encoding="utf-8", errors=errors, buffering=buffering, closefd=False)
+        for fd, mode, errors, buffering in ((0, "r", "strict", -1), (1, "w", "strict", -1),
+                                            (2, "w", "backslashreplace", 1)))
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     if environment.get("MPLBACKEND"): __import__("matplotlib").rcParams["backend"] = environment["MPLBACKEND"]
     {"medclip-nb": _command, "python": _interpret, "ipykernel_launcher": _kernel}[words[0]](words[1:])
@@ -103,7 +119,8 @@ def _command(words: list[str]) -> None:
     import importlib
     from configparser import ConfigParser
     sys.path.pop(0)
-    (settings := ConfigParser(delimiters=["="])).read(os.path.join(os.path.dirname(__file__), os.pardir, "settings.ini"), encoding="utf-8")
+    (settings := ConfigParser(delimiters=["="])).read(
+        os.path.join(os.path.dirname(__file__), os.pardir, "settings.ini"), encoding="utf-8")
     module, name = settings["DEFAULT"]["console_scripts"].split("=")[1].split(":")
     getattr(importlib.import_module(module), name)()
 

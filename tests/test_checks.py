@@ -1,4 +1,5 @@
-"Hostile and broken files, rows that cannot be used, leaks between splits, and an audit that shows all of it and runs none of it"
+"""Hostile and broken files, rows that cannot be used, leaks between splits, and an audit that shows all of it and runs
+none of it"""
 import json
 import os
 import pickle
@@ -37,7 +38,8 @@ from medclip_nb.datasets import (
 
 def picture(seed):
     "A smooth random picture, as distinct from others as two photographs"
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 6), dtype=np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 6), dtype=np.uint8)).resize(
+        (64, 64), Image.Resampling.BICUBIC)
 
 
 def manifest_of(root, rows):
@@ -58,13 +60,16 @@ def data(tmp_path):
 @pytest.fixture
 def good(data):
     "A manifest of the hundred, a quarter of them for testing"
-    return manifest_of(data, {"image": [f"{i}.png" for i in range(100)], "caption": [f"picture {i}" for i in range(100)],
-                              "label": ["ab"[i % 2] for i in range(100)], "group": [f"p{i // 2}" for i in range(100)], "split": ["train"] * 76 + ["test"] * 24})
+    return manifest_of(data,
+                       {"image": [f"{i}.png" for i in range(100)], "caption": [f"picture {i}" for i in range(100)],
+                        "label": ["ab"[i % 2] for i in range(100)], "group": [f"p{i // 2}" for i in range(100)],
+                        "split": ["train"] * 76 + ["test"] * 24})
 
 
 def bomb(path, width=50_000, height=50_000):
     chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+                     + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
 
 
 class Program:
@@ -115,13 +120,15 @@ def pydicom_file(name):
 def test_medical_files(tmp_path):
     import nibabel
     found = probe(pydicom_file("CT_small.dcm"), "decode", hashes=True)
-    assert (found.kind, found.format, found.width, found.height, found.frames) == ("", "DICOM", 128, 128, 1) and found.perceptual
+    assert ((found.kind, found.format, found.width, found.height, found.frames) == ("", "DICOM", 128, 128, 1)
+            and found.perceptual)
     (tmp_path / "ct.png").write_bytes(Path(pydicom_file("CT_small.dcm")).read_bytes())
     assert probe(tmp_path / "ct.png").kind == "wrong suffix"
     assert probe(pydicom_file("rtplan.dcm")).kind == "unreadable image"
     nibabel.save(nibabel.Nifti1Image(np.zeros((7, 5, 3), np.int16), np.eye(4)), tmp_path / "v.nii.gz")
     found = probe(tmp_path / "v.nii.gz", "decode")
-    assert (found.kind, found.format, found.width, found.height, found.frames, found.mode) == ("", "NIfTI", 7, 5, 3, "int16")
+    assert (found.kind, found.format, found.width, found.height, found.frames,
+            found.mode) == ("", "NIfTI", 7, 5, 3, "int16")
     np.savez(tmp_path / "v.npz", note=np.array("x"), image=np.zeros((3, 5, 7), np.uint8))
     found = probe(tmp_path / "v.npz", "decode")
     assert (found.kind, found.width, found.height, found.frames) == ("", 7, 5, 3)
@@ -159,9 +166,13 @@ def test_devices_and_pipes_do_not_hang(tmp_path):
 
 
 @pytest.mark.parametrize("name, kind, says", [
-    ("A.png", "wrong case", "a.png"), ("SUB/b.png", "wrong case", "sub/b.png"), ("a.png ", "path trap", "a.png"), ("sub\\b.png", "path trap", "sub/b.png"),
-    ("sub /b.png", "path trap", "sub/b.png"), ("Sub\\B.PNG", "path trap", "sub/b.png"), ("c.png", "missing image", "no such file"), ("sub", "a folder", "a folder"),
-    ("no/b.png", "missing image", "no such file"), ("dead.png", "missing image", "a link to a file that does not exist"), ("a.png/b.png", "missing image", "no such file")])
+    ("A.png", "wrong case", "a.png"), ("SUB/b.png", "wrong case", "sub/b.png"), ("a.png ", "path trap", "a.png"),
+    ("sub\\b.png", "path trap", "sub/b.png"),
+    ("sub /b.png", "path trap", "sub/b.png"), ("Sub\\B.PNG", "path trap", "sub/b.png"),
+    ("c.png", "missing image", "no such file"), ("sub", "a folder", "a folder"),
+    ("no/b.png", "missing image", "no such file"),
+    ("dead.png", "missing image", "a link to a file that does not exist"),
+    ("a.png/b.png", "missing image", "no such file")])
 def test_traps_of_case_and_path(tmp_path, name, kind, says):
     (tmp_path / "sub").mkdir()
     for place in ("a.png", "sub/b.png"): picture(0).save(tmp_path / place)
@@ -181,7 +192,8 @@ def test_odd_names_are_a_warning(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_no_bytes_make_probe_raise(tmp_path):
     "Files that begin like something and go on at random"
-    rng, starts = np.random.default_rng(0), [b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"PK\x03\x04", b"\x93NUMPY\x01\0", b"\0" * 128 + b"DICM", b"\x80\x04", b"GIF89a", b"RIFF"]
+    rng, starts = np.random.default_rng(0), [b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"PK\x03\x04",
+                                             b"\x93NUMPY\x01\0", b"\0" * 128 + b"DICM", b"\x80\x04", b"GIF89a", b"RIFF"]
     for number, start in enumerate(starts * 4):
         for suffix in (".png", ".dcm", ".nii.gz", ".pt", ".npz"):
             path = tmp_path / f"{number}{suffix}"
@@ -192,9 +204,11 @@ def test_no_bytes_make_probe_raise(tmp_path):
 # -- paths and archives
 
 def test_safe_paths_agree_with_safe_path():
-    odd = ["a.png", "a/b.png", "./a.png", "a//b.png", "a/./b.png", "a/../b.png", "..a.png", "a..png", ".hidden/x.png", "a b/c d.png", "ü/ß.png", "a\nb.png", "a/"]
+    odd = ["a.png", "a/b.png", "./a.png", "a//b.png", "a/./b.png", "a/../b.png", "..a.png", "a..png", ".hidden/x.png",
+           "a b/c d.png", "ü/ß.png", "a\nb.png", "a/"]
     assert safe_paths("root", odd, "t.csv") == [safe_path("root", p, "") for p in odd]
-    for bad in ("..", "../a", "a/../../b", "/a", "\\a", "c:\\a", "C:a", "a\0b", "", "  ", "..\\a", "a/..\\..\\..\\b", "file:///etc/passwd", None, 3.5, np.nan):
+    for bad in ("..", "../a", "a/../../b", "/a", "\\a", "c:\\a", "C:a", "a\0b", "", "  ", "..\\a", "a/..\\..\\..\\b",
+                "file:///etc/passwd", None, 3.5, np.nan):
         with pytest.raises(InputError, match="t.csv, row 3: "): safe_paths("root", ["a.png", bad], "t.csv")
         with pytest.raises(InputError, match="somewhere: "): safe_path("root", bad, "somewhere")
 
@@ -248,11 +262,14 @@ def test_findings_name_file_row_and_remedy(good, data):
     good.loc[7, "image"] = "none.png"
     found = validate(good)
     assert found.columns[:5].tolist() == ["severity", "kind", "row", "message", "remedy"]
-    assert found[["severity", "kind", "row"]].values.tolist() == [["error", "missing image", 7], ["error", "unreadable image", 4]]
+    assert found[["severity", "kind", "row"]].values.tolist() == [["error", "missing image", 7],
+                                                                  ["error", "unreadable image", 4]]
     assert f"{data}/none.png: no such file" in found.message[0] and "remove the row" in found.remedy[0]
     for kind in ("missing", "unreadable"): assert (summarize_issues(found).kind == f"{kind} image").sum() == 1
     assert datasets.validate is validate and datasets.check is check and datasets.drop_unusable is drop_unusable
-    with pytest.raises(InputError, match=r"toy in .*: row 7 \(counted from 0\): .*none.png: no such file \(1 more errors; .*\). Check the path"): check(good)
+    with pytest.raises(InputError,
+                       match=r"toy in .*: row 7 \(counted from 0\): .*none.png: no such file \(1 more errors; .*\). "
+                             r"Check the path"): check(good)
     with pytest.raises(InputError, match="images='some': use"): validate(good, "some")
 
 
@@ -264,7 +281,9 @@ def test_every_series_of_a_study(data):
     torch.save(torch.zeros(4, 8, 8), data / "a.pt")
     (data / "slices").mkdir()
     for i in range(3): picture(i).save(data / "slices" / f"{i}.png")
-    studies = manifest_of(data, {"series": [{"t1": "a.pt", "t2": "1.png"}, {"t1": "b.pt"}, {"ct": "slices"}], "items": [["x"], ["y"], [" "]], "split": ["train", "train", "test"]})
+    studies = manifest_of(data,
+                          {"series": [{"t1": "a.pt", "t2": "1.png"}, {"t1": "b.pt"}, {"ct": "slices"}],
+                           "items": [["x"], ["y"], [" "]], "split": ["train", "train", "test"]})
     found = validate(studies, "decode")
     assert found[["kind", "row"]].values.tolist() == [["empty items", 2], ["missing image", 1]]
     assert "series 't1'" in found.message[1]
@@ -275,14 +294,18 @@ def test_every_series_of_a_study(data):
 
 
 def test_captions(good):
-    good["caption"] = good["caption"].mask(good.index < 10, "no finding").mask(good.index == 20, " ").mask(good.index == 21, np.nan)
+    good["caption"] = good["caption"].mask(good.index < 10,
+                                           "no finding").mask(good.index == 20, " ").mask(good.index == 21, np.nan)
     good.loc[30:33, "caption"] = ["<script>alert(1)</script>", "=cmd|' /C calc'!A0", "a\x07b", "word " * 90]
     from medclip_nb.models import load_model
     clip = load_model("starter", device="cpu", precision="fp32")
     found = validate(good, "none", context=(clip.tokenizer, clip.context_length)).set_index("kind")
     assert found.row["empty caption"].tolist() == [20, 21]
-    assert found["count"]["identical captions"] == 10 and "the most frequent is that of 10" in found.message["identical captions"]
-    assert found.row["long captions"] == 33 and "1 captions (1.0%) are longer than the model's context of 77 tokens; the longest has 92" in found.message["long captions"]
+    assert (found["count"]["identical captions"] == 10
+            and "the most frequent is that of 10" in found.message["identical captions"])
+    assert (found.row["long captions"] == 33
+            and ("1 captions (1.0%) are longer than the model's context of 77 tokens; the longest has 92"
+                 in found.message["long captions"]))
     assert [found.row[f"{k} in captions"] for k in ("markup", "formula", "control characters")] == [30, 31, 32]
     assert set(found.severity.drop("empty caption")) == {"warning"}
 
@@ -306,10 +329,12 @@ def test_leaks_across_splits(good, data):
     (data / "5.png").write_bytes((data / "6.png").read_bytes())
     good.loc[97, "group"] = "p3"
     leaks = leak_table(good)
-    assert leaks[["kind", "row", "other_row"]].values.tolist() == [["same file", 99, 0], ["near duplicate", 98, 1], ["same group", 97, 6]]
+    assert leaks[["kind", "row", "other_row"]].values.tolist() == [["same file", 99, 0], ["near duplicate", 98, 1],
+                                                                   ["same group", 97, 6]]
     assert leaks.distance[1] <= 4
     found = validate(good, "decode").set_index("kind")
-    assert found.severity.to_dict() == {"same file across splits": "error", "group in several splits": "error", "same file twice": "warning", "near duplicate across splits": "warning"}
+    assert found.severity.to_dict() == {"same file across splits": "error", "group in several splits": "error",
+                                        "same file twice": "warning", "near duplicate across splits": "warning"}
     assert "99.png (test) and 0.png of row 0 (train) are the same file" in found.message["same file across splits"]
     assert "near duplicate across splits" not in set(validate(good, "header").kind)
     assert "same file across splits" in set(validate(good, "header").kind)
@@ -319,7 +344,8 @@ def test_leaks_across_splits(good, data):
 def mixtures(data):
     "A picture with more and more of another mixed in; the first is its own"
     parts = [np.asarray(picture(i), dtype=float) for i in (0, 77)]
-    for i, share in enumerate(np.linspace(0, 0.6, 25)): Image.fromarray(((1 - share) * parts[0] + share * parts[1]).astype(np.uint8)).save(data / f"{i}.png")
+    for i, share in enumerate(np.linspace(0, 0.6, 25)):
+        Image.fromarray(((1 - share) * parts[0] + share * parts[1]).astype(np.uint8)).save(data / f"{i}.png")
     return manifest_of(data, {"image": [f"{i}.png" for i in range(25)], "split": ["train"] + ["test"] * 24})
 
 
@@ -330,7 +356,8 @@ def test_near_within_the_tolerance_only(data, most):
     apart = [(facts.perceptual[0] ^ p).bit_count() for p in facts.perceptual]
     assert sum(d <= most for d in apart[1:]) and sum(d > most for d in apart)
     found = leak_table(mixed, facts, most, min_similarity=0)
-    assert found.row.tolist() == [i for i in range(1, 25) if apart[i] <= most] and found.distance.tolist() == [d for d in apart[1:] if d <= most]
+    assert (found.row.tolist() == [i for i in range(1, 25) if apart[i] <= most]
+            and found.distance.tolist() == [d for d in apart[1:] if d <= most])
     small = np.array([np.frombuffer(t, np.int8) for t in facts.thumbnail], dtype=float)
     alike = np.corrcoef(small)[0]
     strict = leak_table(mixed, facts, most)
@@ -343,11 +370,14 @@ def test_copies_are_told_from_likenesses(data):
     pose = np.asarray(picture(0).resize((128, 128)), dtype=float)
     rng = np.random.default_rng(0)
     def patient():
-        detail = np.asarray(Image.fromarray(rng.normal(0, 1, (12, 12)).astype(np.float32)).resize((128, 128), Image.Resampling.BICUBIC))
+        detail = np.asarray(
+            Image.fromarray(rng.normal(0, 1, (12, 12)).astype(np.float32)).resize((128, 128), Image.Resampling.BICUBIC))
         return Image.fromarray((pose + 30 * detail).clip(0, 255).astype(np.uint8))
     for i in range(40): patient().save(data / f"{i}.png")
     Image.open(data / "7.png").resize((100, 90)).point(lambda v: v * 0.8 + 10).save(data / "39.jpg", quality=70)
-    table = manifest_of(data, {"image": [*(f"{i}.png" for i in range(39)), "39.jpg"], "split": ["train"] * 20 + ["test"] * 20})
+    table = manifest_of(data,
+                        {"image": [*(f"{i}.png" for i in range(39)), "39.jpg"],
+                         "split": ["train"] * 20 + ["test"] * 20})
     assert len(leak_table(table, max_distance=12, min_similarity=0)) > 3
     assert leak_table(table, max_distance=12)[["row", "other_row"]].values.tolist() == [[39, 7]]
 
@@ -363,7 +393,8 @@ def test_banded_search_is_exact(most):
     place, distance = nearest_hashes(queries, gallery, most)
     near = brute.min(1) <= most
     assert near.any() and not near.all()
-    assert (place == np.where(near, brute.argmin(1), -1)).all() and (distance == np.where(near, brute.min(1), most + 1)).all()
+    assert ((place == np.where(near, brute.argmin(1), -1)).all()
+            and (distance == np.where(near, brute.min(1), most + 1)).all())
 
 
 # -- decisions
@@ -383,14 +414,17 @@ def test_above_the_share_the_list_is_shown(good, data):
     with pytest.raises(InputError) as error: drop_unusable(good)
     said = str(error.value)
     assert "30 of 100 rows cannot be used (30.0%, at most 1.0% may be left out)" in said and "raise max_bad" in said
-    assert said.count("0.png: no bytes in it") + said.count("2.png: no bytes in it") >= 6 and said.count("no bytes in it") == 20 and "and 10 more" in said
+    assert (said.count("0.png: no bytes in it") + said.count("2.png: no bytes in it") >= 6
+            and said.count("no bytes in it") == 20 and "and 10 more" in said)
     kept, _ = drop_unusable(good, max_bad=0.3)
     assert len(kept) == 70
 
 
 def test_what_concerns_all_rows_raises(good):
-    with pytest.raises(InputError, match="no column 'captio'. Did you mean 'caption'"): drop_unusable(good, ["image", "captio"])
-    with pytest.raises(InputError, match="group 'p0' is in train and test"): drop_unusable(good.assign(group=["p0"] * 2 + ["p1"] * 97 + ["p0"]), max_bad=1)
+    with pytest.raises(InputError, match="no column 'captio'. Did you mean 'caption'"):
+        drop_unusable(good, ["image", "captio"])
+    with pytest.raises(InputError, match="group 'p0' is in train and test"):
+        drop_unusable(good.assign(group=["p0"] * 2 + ["p1"] * 97 + ["p0"]), max_bad=1)
     with pytest.raises(InputError, match="one class only"): drop_unusable(good.assign(label="a"), labels=["label"])
     good.loc[5, "caption"] = ""
     assert len(drop_unusable(good)[0]) == 100 and len(drop_unusable(good, ["image", "caption"])[0]) == 99
@@ -408,10 +442,13 @@ def audit(command, tmp_path_factory):
     bomb(root / "2.png")
     pickle.dump(Program(root / "marker"), open(root / "3.png", "wb"))
     captions = [f"picture {i}" for i in range(40)]
-    captions[5:9] = ["<script>alert(1)</script><img src=x onerror=alert(2)>", '=HYPERLINK("http://x.example/","$y$")', "<b>bold</b> $5", "a\u202eb"]
-    pd.DataFrame({"image": [*(f"{i}.png" for i in range(40))], "caption": captions, "label": ["<i>a</i>", "b"] * 20, "group": [i // 2 for i in range(40)],
+    captions[5:9] = ["<script>alert(1)</script><img src=x onerror=alert(2)>", '=HYPERLINK("http://x.example/","$y$")',
+                     "<b>bold</b> $5", "a\u202eb"]
+    pd.DataFrame({"image": [*(f"{i}.png" for i in range(40))], "caption": captions, "label": ["<i>a</i>", "b"] * 20,
+                  "group": [i // 2 for i in range(40)],
                   "split": ["train"] * 30 + ["test"] * 10}).to_csv(root / "t.csv", index=False)
-    done = subprocess.run([command, "run", "data_audit", "-p", "dataset=csv", "-p", f"data_root={root / 't.csv'}", "--out", root / "run"], capture_output=True, text=True)
+    done = subprocess.run([command, "run", "data_audit", "-p", "dataset=csv", "-p", f"data_root={root / 't.csv'}",
+                           "--out", root / "run"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return root
 
@@ -427,4 +464,5 @@ def test_the_audit_escapes_what_it_shows(audit):
     for tag in ("<script>alert", "<img src=x", "<b>bold", "<i>a</i>"): assert tag not in page
     assert "onerror" not in page.replace("&lt;img src=x onerror", "")
     assert "&lt;script&gt;" in page and "HYPERLINK" in page
-    for kind in ("truncated image", "huge image", "unsafe pickle", "same file across splits", "markup in captions", "formula in captions"): assert kind in page
+    for kind in ("truncated image", "huge image", "unsafe pickle", "same file across splits", "markup in captions",
+                 "formula in captions"): assert kind in page

@@ -8,14 +8,18 @@ from typer.testing import CliRunner
 from medclip_nb.cli import doctor as diagnosis
 from medclip_nb.cli import main as cli
 
-PARAMETERS = 'n: int = 5  # How many\nname: str = "a"  # Kept as text\ndata_root: str  # Where the data are\nout_dir: str = "out"'
+PARAMETERS = '''n: int = 5  # How many
+name: str = "a"  # Kept as text
+data_root: str  # Where the data are
+out_dir: str = "out"'''
 SAVE = '''import json, pathlib
 if n > 5:
     from medclip_nb.core import InputError
     raise InputError("n is above 5")
 1 / n
 metrics = {"n": {"value": n, "low": None, "high": None, "n": 1}}
-_ = pathlib.Path(out_dir, "metrics.json").write_text(json.dumps({"schema": 1, "task": "stub", "metrics": metrics, "details": {"name": name}}))'''
+text = json.dumps({"schema": 1, "task": "stub", "metrics": metrics, "details": {"name": name}})
+_ = pathlib.Path(out_dir, "metrics.json").write_text(text)'''
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +49,8 @@ def test_run(stub, tmp_path):
     assert "n  3" in text and "report.html" in text
     found = json.loads((out / "metrics.json").read_text())
     assert found["metrics"]["n"]["value"] == 3 and found["details"]["name"] == "007"
-    assert call("compare", tmp_path, "--csv", tmp_path / "t.csv").split()[:9] == "run task dataset model metric value low high n".split()
+    assert call("compare", tmp_path, "--csv",
+                tmp_path / "t.csv").split()[:9] == "run task dataset model metric value low high n".split()
     assert (tmp_path / "t.csv").read_text().splitlines()[1] == "run,stub,,,n,3,,,1"
 
 
@@ -57,8 +62,10 @@ def test_run_that_fails(stub, tmp_path):
 
 
 @pytest.mark.parametrize("args, message", [
-    (["-p", "m=1"], "unknown parameter 'm'"), (["-p", "n=x"], "'n' must be int, not str 'x'"), (["-p", "n"], "-p 'n' is not name=value"),
-    ([], "'data_root' (str) has to be given: Where the data are"), (["-f", "nowhere.yaml"], "nowhere.yaml cannot be read"), (["--bad"], "--bad")])
+    (["-p", "m=1"], "unknown parameter 'm'"), (["-p", "n=x"], "'n' must be int, not str 'x'"),
+    (["-p", "n"], "-p 'n' is not name=value"),
+    ([], "'data_root' (str) has to be given: Where the data are"),
+    (["-f", "nowhere.yaml"], "nowhere.yaml cannot be read"), (["--bad"], "--bad")])
 def test_mistakes_end_with_2(stub, tmp_path, args, message):
     assert message in call("run", stub, *args, "--out", tmp_path / "run", code=2)
     assert not (tmp_path / "run").exists()
@@ -75,14 +82,17 @@ def test_other_mistakes_end_with_2(tmp_path):
 def test_parameters_are_listed(stub):
     lines = call("params", stub).splitlines()
     assert lines == call("run", stub, "--list").splitlines()
-    assert [line.split()[:3] for line in lines] == [["n", "int", "5"], ["name", "str", "'a'"], ["data_root", "str", "(required)"]]
+    assert [line.split()[:3] for line in lines] == [["n", "int", "5"], ["name", "str", "'a'"],
+                                                    ["data_root", "str", "(required)"]]
 
 
 def test_suite(stub, tmp_path):
     file = tmp_path / "s.yaml"
-    file.write_text(f"runs: [{{name: good, template: {stub}, params: {{data_root: x}}}}, {{name: bad, template: {stub}, params: {{data_root: x, n: 9}}}}]")
+    file.write_text(f"runs: [{{name: good, template: {stub}, params: {{data_root: x}}}}, "
+                    f"{{name: bad, template: {stub}, params: {{data_root: x, n: 9}}}}]")
     assert call("suite", file, "--out", tmp_path, "--dry-run").split() == ["good", "to", "run", "bad", "to", "run"]
-    assert "error: bad: n is above 5" in (text := call("suite", file, "--out", tmp_path, code=1)) and "good  done" in text
+    assert ("error: bad: n is above 5" in (text := call("suite", file, "--out", tmp_path, code=1))
+            and "good  done" in text)
     assert "good  kept" in call("suite", file, "--out", tmp_path, "--only", "good")
 
 
@@ -90,6 +100,7 @@ def test_doctor(monkeypatch):
     found = diagnosis.diagnose()
     assert {"python", "packages", "torch", "torchvision", "devices", "kernel", "free disk"} <= {r[1] for r in found}
     assert [r for r in found if r[0] == "fail" and r[1] not in ("templates",)] == []
-    broken = [("fail", "torchvision", "operator torchvision::nms does not exist", "a CPU build next to a CUDA build does this")]
+    broken = [("fail", "torchvision", "operator torchvision::nms does not exist",
+               "a CPU build next to a CUDA build does this")]
     monkeypatch.setattr(diagnosis, "diagnose", lambda: broken)
     assert "-> a CPU build next to a CUDA build" in call("doctor", code=1)

@@ -27,9 +27,11 @@ from medclip_nb.metrics import (
 
 def structural_components(positive, scores):
     "DeLong's covariance by the definition: the kernel of every pair, its row and column means"
-    kernel = np.array([[[1.0 if a > b else 0.5 if a == b else 0.0 for b in s[~positive]] for a in s[positive]] for s in scores])
+    kernel = np.array([[[1.0 if a > b else 0.5 if a == b else 0.0 for b in s[~positive]] for a in s[positive]]
+                       for s in scores])
     v, w = kernel.mean(2), kernel.mean(1)
-    s10, s01 = (np.array([[sum((x[r] - x[r].mean()) * (x[q] - x[q].mean())) / (x.shape[1] - 1) for q in range(len(x))] for r in range(len(x))]) for x in (v, w))
+    s10, s01 = (np.array([[sum((x[r] - x[r].mean()) * (x[q] - x[q].mean())) / (x.shape[1] - 1) for q in range(len(x))]
+                          for r in range(len(x))]) for x in (v, w))
     return kernel.mean((1, 2)), s10 / v.shape[1] + s01 / w.shape[1]
 
 
@@ -45,8 +47,10 @@ def test_delong_equals_structural_components(levels, seed):
     np.testing.assert_allclose(areas, expected[0], atol=1e-12)
     np.testing.assert_allclose(covariance, expected[1], atol=1e-12)
     one, two = delong(y, scores[0]), delong_test(y, scores[0], scores[1])
-    assert one["auroc"] == pytest.approx(sk.roc_auc_score(y, scores[0])) and one["variance"] == pytest.approx(covariance[0, 0])
-    assert two["z"] == pytest.approx((areas[1] - areas[0]) / np.sqrt(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]))
+    assert (one["auroc"] == pytest.approx(sk.roc_auc_score(y, scores[0]))
+            and one["variance"] == pytest.approx(covariance[0, 0]))
+    assert two["z"] == pytest.approx(
+        (areas[1] - areas[0]) / np.sqrt(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]))
     assert two["p"] == pytest.approx(2 * stats.norm.sf(abs(two["z"])))
 
 
@@ -74,7 +78,8 @@ def test_one_class_has_no_auroc(y):
 def test_perfect_models_do_not_differ(): assert delong_test([0, 0, 1, 1], [1, 2, 3, 4], [0, 0, 9, 9])["p"] == 1
 
 
-def test_no_variance_and_a_difference_is_undecided(): assert np.isnan(delong_test([0, 0, 1, 1], [1, 2, 3, 4], [4, 3, 2, 1])["p"])
+def test_no_variance_and_a_difference_is_undecided():
+    assert np.isnan(delong_test([0, 0, 1, 1], [1, 2, 3, 4], [4, 3, 2, 1])["p"])
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -83,13 +88,15 @@ def test_mcnemar_equals_scipy(seed):
     a, b = rng.random(60) < 0.6, rng.random(60) < 0.75
     lost, gained = (a & ~b).sum(), (~a & b).sum()
     exact, approximate = mcnemar(a, b), mcnemar(a, b, "continuity")
-    assert exact["p"] == pytest.approx(stats.binomtest(int(lost), int(lost + gained)).pvalue) and exact["method"] == "exact"
+    assert (exact["p"] == pytest.approx(stats.binomtest(int(lost), int(lost + gained)).pvalue)
+            and exact["method"] == "exact")
     assert approximate["p"] == pytest.approx(stats.chi2.sf(max(abs(lost - gained) - 1, 0)**2 / (lost + gained), 1))
     assert (exact["lost"], exact["gained"]) == (lost, gained)
 
 
 def test_mcnemar_reads_the_predictions_of_two_runs():
-    before, after = pd.Series([True, None, False, True], dtype=object), pd.Series([True, True, True, None], dtype=object)
+    before, after = pd.Series([True, None, False, True],
+                              dtype=object), pd.Series([True, True, True, None], dtype=object)
     assert mcnemar(before, after) == {"lost": 0, "gained": 1, "rows": 2, "statistic": 0.0, "p": 1.0, "method": "exact"}
 
 
@@ -120,7 +127,8 @@ def test_a_paired_table_is_one_bootstrap_after_another():
     metrics = lambda s, w: classification_metrics(y, s, range(3), w)
     table = paired_table(a, b, metrics, n=100, groups=np.arange(60) // 2)
     for name, row in table.drop(columns="p_holm").iterrows():
-        assert row.to_dict() == pytest.approx(paired_bootstrap(a, b, lambda s, w: metrics(s, w)[name], np.arange(60) // 2, n=100))
+        assert row.to_dict() == pytest.approx(
+            paired_bootstrap(a, b, lambda s, w: metrics(s, w)[name], np.arange(60) // 2, n=100))
     np.testing.assert_allclose(table["p_holm"], holm(table["p"]))
 
 
@@ -142,16 +150,21 @@ def test_units_without_a_group_stand_alone(): assert unit_count(["a", "a", None,
 @pytest.mark.parametrize("values", [[0.8, 0.82, 0.79, 0.85, 0.81], [1.0, 1.0, 1.0], [0.1, 0.9]])
 def test_seeds_have_a_students_interval(values):
     got = over_seeds(values)
-    assert (got["mean"], got["sd"], got["n"]) == (pytest.approx(np.mean(values)), pytest.approx(np.std(values, ddof=1)), len(values))
-    if got["sd"] > 0: assert (got["low"], got["high"]) == pytest.approx(stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values)))
+    assert (got["mean"], got["sd"], got["n"]) == (pytest.approx(np.mean(values)), pytest.approx(np.std(values, ddof=1)),
+                                                  len(values))
+    if got["sd"] > 0:
+        assert (got["low"], got["high"]) == pytest.approx(
+            stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values)))
     else: assert (got["low"], got["high"]) == (1, 1)
 
 
 @pytest.fixture
 def frame():
     rng = np.random.default_rng(0)
-    out = pd.DataFrame({"sex": rng.choice(["F", "M", None], 200), "age": rng.integers(20, 90, 200).astype(float), "group": np.arange(200) // 2,
-                        "correct": (rng.random(200) < 0.8).astype(object), "label": rng.integers(0, 2, 200), "score": rng.random(200)})
+    out = pd.DataFrame({"sex": rng.choice(["F", "M", None], 200), "age": rng.integers(20, 90, 200).astype(float),
+                        "group": np.arange(200) // 2,
+                        "correct": (rng.random(200) < 0.8).astype(object), "label": rng.integers(0, 2, 200),
+                        "score": rng.random(200)})
     out.loc[:4, "correct"] = None
     out.loc[5:9, "age"] = np.nan
     return out
@@ -160,15 +173,20 @@ def frame():
 def test_subgroups_are_their_own_bootstrap(frame):
     table = subgroup_table(frame, "sex")
     known = frame[frame["correct"].notna()]
-    assert table["rows"].tolist() == [195, *known["sex"].fillna("(missing)").value_counts().reindex(["F", "M", "(missing)"])]
+    assert table["rows"].tolist() == [195,
+                                      *known["sex"].fillna("(missing)").value_counts().reindex(["F", "M", "(missing)"])]
     women = known[known["sex"] == "F"]
-    assert table.loc["F", "value"] == pytest.approx(women["correct"].astype(float).mean()) and table.loc["F", "units"] == women["group"].nunique()
-    assert (table.loc["F", "low"], table.loc["F", "high"]) == pytest.approx(bootstrap(women["correct"].astype(float), groups=women["group"]))
+    assert (table.loc["F", "value"] == pytest.approx(women["correct"].astype(float).mean())
+            and table.loc["F", "units"] == women["group"].nunique())
+    assert (table.loc["F", "low"],
+            table.loc["F", "high"]) == pytest.approx(bootstrap(women["correct"].astype(float), groups=women["group"]))
 
 
 def test_subgroups_of_any_metric(frame):
-    table = subgroup_table(frame, "age", lambda rows, w: auroc(rows["label"], rows["score"], w), bins=[0, 50, 90], groups=None)
-    for name, rows in (("(0, 50]", frame[frame["age"] <= 50]), ("(50, 90]", frame[frame["age"] > 50])): assert table.loc[name, "value"] == pytest.approx(sk.roc_auc_score(rows["label"], rows["score"]))
+    table = subgroup_table(frame, "age", lambda rows, w: auroc(rows["label"], rows["score"], w), bins=[0, 50, 90],
+                           groups=None)
+    for name, rows in (("(0, 50]", frame[frame["age"] <= 50]), ("(50, 90]", frame[frame["age"] > 50])):
+        assert table.loc[name, "value"] == pytest.approx(sk.roc_auc_score(rows["label"], rows["score"]))
     assert table.loc["(missing)", "rows"] == 5 and table["rows"].iloc[1:].sum() == 200
 
 
@@ -179,7 +197,8 @@ def test_a_flag_under_thirty_units():
     assert few(rows(40, [i // 2 for i in range(40)])) and not few(rows(40, [i // 2 for i in range(40)]), groups=None)
 
 
-def test_equally_filled_ranges(frame): assert subgroup_table(frame, "age", "score", bins=4, n=10)["rows"].iloc[1:5].between(45, 55).all()
+def test_equally_filled_ranges(frame):
+    assert subgroup_table(frame, "age", "score", bins=4, n=10)["rows"].iloc[1:5].between(45, 55).all()
 
 
 @pytest.mark.parametrize("call, message", [

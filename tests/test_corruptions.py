@@ -56,7 +56,8 @@ def test_each_level_is_worse(name, seed):
 @pytest.mark.parametrize("name", CORRUPTIONS)
 @pytest.mark.parametrize("size", [(1, 1), (1, 90), (3, 2), (301, 40)])
 def test_any_size_and_extreme_pixels(name, size):
-    for pixels in (np.zeros((*size, 3)), np.full((*size, 3), 255), np.random.default_rng(0).integers(0, 256, (*size, 3))):
+    for pixels in (np.zeros((*size, 3)), np.full((*size, 3), 255),
+                   np.random.default_rng(0).integers(0, 256, (*size, 3))):
         image = Image.fromarray(pixels.astype(np.uint8))
         for level in (1, 5):
             out = Corrupt(name, level)(image)
@@ -81,7 +82,8 @@ from PIL import Image
 from medclip_nb.core import content_hash
 from medclip_nb.corruptions import CORRUPTIONS, corrupt
 print(*[content_hash(np.asarray(corrupt(Image.open(sys.argv[1]), name, 3, seed=5))) for name in CORRUPTIONS])"""
-    said = {subprocess.run([python, "-c", code, tmp_path / "picture.png"], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": "1"}).stdout
+    said = {subprocess.run([python, "-c", code, tmp_path / "picture.png"], capture_output=True, text=True, check=True,
+                           env={**os.environ, "PYTHONHASHSEED": "1"}).stdout
             for python in (sys.executable, forks.forked())}
     here = [content_hash(np.asarray(corrupt(picture(1), name, 3, seed=5))) for name in reversed(CORRUPTIONS)][::-1]
     assert [s.split() for s in said] == [here]
@@ -107,7 +109,9 @@ def test_lengths_are_relative_to_the_image():
 
 def test_blur_is_a_gaussian():
     image = picture(4, (200, 200))
-    mine, exact = np.asarray(corrupt(image, "blur", 4), float), gaussian_filter(np.asarray(image, float), (0.018 * 200, 0.018 * 200, 0), mode="nearest")
+    mine, exact = np.asarray(corrupt(image, "blur", 4),
+                             float), gaussian_filter(np.asarray(image, float), (0.018 * 200, 0.018 * 200, 0),
+                                                     mode="nearest")
     assert np.abs(mine - exact)[20:-20, 20:-20].max() < 2
 
 
@@ -115,7 +119,9 @@ def test_stain_shift_moves_two_amounts_and_nothing_else():
     rng = np.random.default_rng(0)
     amounts = np.stack([rng.uniform(0.2, 0.9, (40, 40)), rng.uniform(0.2, 0.6, (40, 40)), np.zeros((40, 40))], -1)
     image = Image.fromarray(np.round(255 * np.exp(-amounts @ stain_matrix())).astype(np.uint8))
-    separated = lambda picture: np.linalg.lstsq(stain_matrix().T, -np.log(np.maximum(np.asarray(picture, float), 1) / 255).reshape(-1, 3).T, rcond=None)[0].T.reshape(40, 40, 3)
+    separated = lambda picture: np.linalg.lstsq(stain_matrix().T,
+                                                -np.log(np.maximum(np.asarray(picture, float), 1) / 255).reshape(
+                                                    -1, 3).T, rcond=None)[0].T.reshape(40, 40, 3)
     before, after = separated(image), separated(corrupt(image, "stain_shift", 3))
     factors = np.log(np.median(after[..., :2] / before[..., :2], axis=(0, 1)))
     assert np.hypot(*factors) == pytest.approx(0.4, rel=0.05)
@@ -128,7 +134,8 @@ def test_a_grey_image_has_no_stain():
 
 
 def test_bad_names_levels_and_modes():
-    for arguments, said in ((("jpg", 3), "Did you mean 'jpeg'"), (("jpeg", 0), "levels 1 to 5"), (("jpeg", 2.5), "levels 1 to 5")):
+    for arguments, said in ((("jpg", 3), "Did you mean 'jpeg'"), (("jpeg", 0), "levels 1 to 5"),
+                            (("jpeg", 2.5), "levels 1 to 5")):
         with pytest.raises(InputError, match=said): corrupt(picture(0), *arguments)
     for mode in ("I;16", "F", "RGBA", "P"):
         with pytest.raises(InputError, match="images.read_image"): corrupt(Image.new(mode, (8, 8)), "blur")
@@ -156,7 +163,9 @@ def clip(): return load_model("starter")
 
 def test_features_of_each_corruption_are_kept_apart(squares, clip, tmp_path):
     rows = squares.part("test")
-    cases = [clip, *(corrupted(clip, c) for c in (Corrupt("noise", 1), Corrupt("noise", 2), Corrupt("noise", 1, seed=1), Corrupt("blur", 5)))]
+    cases = [clip, *(corrupted(clip, c)
+                     for c in (Corrupt("noise", 1), Corrupt("noise", 2), Corrupt("noise", 1, seed=1),
+                               Corrupt("blur", 5)))]
     found = [embed(c, rows, tmp_path, texts=False).images for c in cases]
     for i, a in enumerate(found):
         for b in found[:i]: assert np.abs(a - b).max() > 1e-3
@@ -171,7 +180,8 @@ def test_clean_is_the_classifier_itself(squares, clip):
         assert asked.value(f"clean/{metric}") == pytest.approx(zero_shot(clip, test).value(metric))
     probe = robustness(clip, test, corruptions=["noise", "jpeg"], levels=[2, 1], train=train, valid=valid, n_boot=50)
     assert probe.value("clean/accuracy") == linear_probe(clip, train, test, valid=valid).value("accuracy")
-    assert list(robustness_curves(probe)["level"]) == [0, 1, 2, 1, 2] and set(robustness_table(probe).index) == {"noise", "jpeg"}
+    assert (list(robustness_curves(probe)["level"]) == [0, 1, 2, 1, 2]
+            and set(robustness_table(probe).index) == {"noise", "jpeg"})
     again = robustness(clip, test, corruptions=["noise", "jpeg"], levels=[1, 2], train=train, valid=valid, n_boot=50)
     assert again.metrics.equals(probe.metrics) and again.predictions.equals(probe.predictions)
 
@@ -188,10 +198,14 @@ def test_a_table_without_the_column_is_refused(squares, clip):
 
 
 def test_read_options_reach_the_corrupted_image(tmp_path, clip):
-    for i in range(4): Image.fromarray((1000 + 100 * i + np.arange(64 * 64).reshape(64, 64) % 50).astype(np.uint16)).save(tmp_path / f"{i}.png")
-    (tmp_path / "table.csv").write_text("image,label,split\n" + "".join(f"{i}.png,{'ab'[i % 2]},test\n" for i in range(4)))
+    for i in range(4):
+        Image.fromarray((1000 + 100 * i + np.arange(64 * 64).reshape(64, 64) % 50).astype(np.uint16)).save(
+            tmp_path / f"{i}.png")
+    (tmp_path / "table.csv").write_text("image,label,split\n"
+                                        + "".join(f"{i}.png,{'ab'[i % 2]},test\n" for i in range(4)))
     manifest = load_manifest("csv", tmp_path)
     manifest.read = {"window": (1150, 500)}
     found = embed(corrupted(clip, Corrupt("contrast", 5)), manifest, texts=False).images
-    read = ImageDataset(manifest.paths(), corrupted_preprocess(clip.preprocess, Corrupt("contrast", 5)), window=(1150, 500))
+    read = ImageDataset(manifest.paths(), corrupted_preprocess(clip.preprocess, Corrupt("contrast", 5)),
+                        window=(1150, 500))
     assert np.abs(found - clip.encode_images(torch.stack([read[i] for i in range(4)])).numpy()).max() < 1e-5

@@ -54,7 +54,8 @@ def test_areas_of_a_class_use_its_labelled_rows_only():
     s[np.isnan(y)] = np.nan
     for c, (a, p) in enumerate(zip(*(x[0] for x in class_areas(y, s)))):
         known = np.isfinite(y[:, c])
-        assert (a, p) == pytest.approx((sk.roc_auc_score(y[known, c], s[known, c]), sk.average_precision_score(y[known, c], s[known, c])))
+        assert (a, p) == pytest.approx(
+            (sk.roc_auc_score(y[known, c], s[known, c]), sk.average_precision_score(y[known, c], s[known, c])))
 
 
 def test_many_classes_are_taken_some_at_a_time(monkeypatch):
@@ -70,7 +71,8 @@ def test_many_classes_are_taken_some_at_a_time(monkeypatch):
 
 def test_blocks_cover_every_resample_once():
     weights = bootstrap_weights(7, n=10)
-    for cells in (1, 20, 10**6): np.testing.assert_array_equal(np.concatenate(list(resample_blocks(weights, cells)), 1).T, weights)
+    for cells in (1, 20, 10**6):
+        np.testing.assert_array_equal(np.concatenate(list(resample_blocks(weights, cells)), 1).T, weights)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -78,12 +80,15 @@ def test_blocks_cover_every_resample_once():
 def test_thresholds_equal_a_search(rule, seed):
     rng = np.random.default_rng(seed)
     y, s = rng.random(60) < 0.4, rng.integers(0, 15, 60) / 10
-    gain = {"youden": lambda t: (s[y] >= t).mean() - (s[~y] >= t).mean(), "corner": lambda t: -np.hypot(1 - (s[y] >= t).mean(), (s[~y] >= t).mean()),
+    gain = {"youden": lambda t: (s[y] >= t).mean() - (s[~y] >= t).mean(),
+            "corner": lambda t: -np.hypot(1 - (s[y] >= t).mean(), (s[~y] >= t).mean()),
             "f1": lambda t: sk.f1_score(y, s >= t)}[rule]
     best = max(gain(t) for t in s)
     got = choose_threshold(y, s, rule)
     assert got.value == max(t for t in s if gain(t) >= best - 1e-12)
-    assert (got.sensitivity, got.specificity, got.f1) == pytest.approx((sk.recall_score(y, s >= got.value), sk.recall_score(~y, s < got.value), sk.f1_score(y, s >= got.value)))
+    assert (got.sensitivity, got.specificity,
+            got.f1) == pytest.approx((sk.recall_score(y, s >= got.value), sk.recall_score(~y, s < got.value),
+                                      sk.f1_score(y, s >= got.value)))
     assert (got.rows, got.positives, got.chosen_on, got.rule) == (60, y.sum(), "valid", rule)
 
 
@@ -124,7 +129,8 @@ def test_weights_equal_sample_weights(seed):
     for i, w in enumerate(weights):
         assert got["kappa"][i] == pytest.approx(sk.cohen_kappa_score(y, predicted, sample_weight=w))
         assert got["mcc"][i] == pytest.approx(sk.matthews_corrcoef(y, predicted, sample_weight=w))
-        assert got["average_precision_macro"][i] == pytest.approx(np.mean([sk.average_precision_score(y == c, p[:, c], sample_weight=w) for c in range(4)]))
+        assert got["average_precision_macro"][i] == pytest.approx(
+            np.mean([sk.average_precision_score(y == c, p[:, c], sample_weight=w) for c in range(4)]))
 
 
 def test_the_place_of_the_right_class():
@@ -138,12 +144,16 @@ def test_per_class_table_with_intervals():
     weights = bootstrap_weights(90, n=50)
     table = per_class_metrics(y, p, range(4), weights)
     for c in range(3):
-        for name, f in (("auroc", sk.roc_auc_score), ("average_precision", sk.average_precision_score)): assert table.loc[str(c), name] == pytest.approx(f(y == c, p[:, c]))
-        assert (table.loc[str(c), "auroc_low"], table.loc[str(c), "auroc_high"]) == pytest.approx(interval(auroc(y == c, p[:, c], weights)))
+        for name, f in (("auroc", sk.roc_auc_score), ("average_precision", sk.average_precision_score)):
+            assert table.loc[str(c), name] == pytest.approx(f(y == c, p[:, c]))
+        assert (table.loc[str(c), "auroc_low"],
+                table.loc[str(c), "auroc_high"]) == pytest.approx(interval(auroc(y == c, p[:, c], weights)))
         recalls = [sk.recall_score(y == c, p.argmax(1) == c, sample_weight=w) for w in weights]
         assert (table.loc[str(c), "recall_low"], table.loc[str(c), "recall_high"]) == pytest.approx(interval(recalls))
-    assert table.loc["3", "support"] == 0 and table.loc["3", ["recall", "auroc", "average_precision", "recall_low"]].isna().all()
-    pd.testing.assert_frame_equal(table[[c for c in table if not c.endswith(("_low", "_high"))]], per_class_metrics(y, p, range(4)))
+    assert (table.loc["3", "support"] == 0
+            and table.loc["3", ["recall", "auroc", "average_precision", "recall_low"]].isna().all())
+    pd.testing.assert_frame_equal(table[[c for c in table if not c.endswith(("_low", "_high"))]],
+                                  per_class_metrics(y, p, range(4)))
 
 
 @pytest.mark.parametrize("y, expected", [(["a"], 1.0), (["b"], 0.0)])
@@ -156,8 +166,10 @@ def test_one_row(y, expected):
 
 
 def test_resamples_that_draw_nothing_are_undefined():
-    got = classification_metrics(["a", "b", None], [[1, 0], [0, 1], [0, 1]], ["a", "b"], np.array([[0, 0, 3], [1, 1, 1]]))
-    for name, values in got.items(): assert (values[0] == 0 if name == "n" else np.isnan(values[0])) and np.isfinite(values[1]), name
+    got = classification_metrics(["a", "b", None], [[1, 0], [0, 1], [0, 1]], ["a", "b"],
+                                 np.array([[0, 0, 3], [1, 1, 1]]))
+    for name, values in got.items():
+        assert (values[0] == 0 if name == "n" else np.isnan(values[0])) and np.isfinite(values[1]), name
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -165,20 +177,27 @@ def test_multilabel_agrees_with_scikit_learn(seed):
     rng = np.random.default_rng(seed)
     y, s = (rng.random((70, 3)) < 0.4).astype(float), rng.normal(size=(70, 3)).round(1)
     names, weights = ["x", "y", "z"], bootstrap_weights(70, n=4, seed=seed)
-    got, many = multilabel_metrics(y, s, names, [0.0, 0.2, -0.3]), multilabel_metrics(y, s, names, [0.0, 0.2, -0.3], weights)
+    got, many = multilabel_metrics(y, s, names,
+                                   [0.0, 0.2, -0.3]), multilabel_metrics(y, s, names, [0.0, 0.2, -0.3], weights)
     called = s >= [0.0, 0.2, -0.3]
-    for name, f, x in (("auroc", sk.roc_auc_score, s), ("average_precision", sk.average_precision_score, s), ("f1", sk.f1_score, called), ("sensitivity", sk.recall_score, called)):
+    for name, f, x in (("auroc", sk.roc_auc_score, s), ("average_precision", sk.average_precision_score, s),
+                       ("f1", sk.f1_score, called), ("sensitivity", sk.recall_score, called)):
         assert got[f"{name}_macro"] == pytest.approx(f(y, x, average="macro")) and got[f"{name}_classes"] == 3
-        for i, w in enumerate(weights): assert many[f"{name}_macro"][i] == pytest.approx(f(y, x, average="macro", sample_weight=w))
-    assert got["balanced_accuracy_macro"] == pytest.approx(np.mean([sk.balanced_accuracy_score(y[:, c], called[:, c]) for c in range(3)]))
+        for i, w in enumerate(weights):
+            assert many[f"{name}_macro"][i] == pytest.approx(f(y, x, average="macro", sample_weight=w))
+    assert got["balanced_accuracy_macro"] == pytest.approx(
+        np.mean([sk.balanced_accuracy_score(y[:, c], called[:, c]) for c in range(3)]))
 
 
 def test_undefined_labels_are_skipped_and_counted():
     y = np.array([[1, 1, np.nan, 0], [0, 1, np.nan, 0], [1, np.nan, np.nan, 0]])
     got = multilabel_metrics(y, np.zeros((3, 4)), list("abcd"), thresholds=0.5)
-    assert [got[f"{m}_classes"] for m in ("auroc", "average_precision", "sensitivity", "specificity", "balanced_accuracy", "f1")] == [1, 2, 2, 2, 1, 2]
+    assert [got[f"{m}_classes"]
+            for m in ("auroc", "average_precision", "sensitivity", "specificity", "balanced_accuracy", "f1")] == [
+                1, 2, 2, 2, 1, 2]
     table = multilabel_table(y, np.zeros((3, 4)), list("abcd"))
-    assert table[["positives", "negatives", "unknown"]].to_numpy().tolist() == [[2, 1, 0], [2, 0, 1], [0, 0, 3], [0, 3, 0]]
+    assert table[["positives", "negatives", "unknown"]].to_numpy().tolist() == [
+        [2, 1, 0], [2, 0, 1], [0, 0, 3], [0, 3, 0]]
 
 
 def test_thresholds_come_by_name():
@@ -187,7 +206,9 @@ def test_thresholds_come_by_name():
     y[:, 2] = 0
     chosen = choose_thresholds(y, s, ["a", "b", "c"])
     got = multilabel_metrics(y[:, :2], s[:, :2], ["a", "b"], chosen)
-    assert got == multilabel_metrics(y[:, :2], s[:, :2], ["a", "b"], chosen["value"].to_dict()) == multilabel_metrics(y[:, :2], s[:, :2], ["a", "b"], chosen["value"][:2].tolist())
+    assert got == multilabel_metrics(y[:, :2], s[:, :2], ["a", "b"],
+                                     chosen["value"].to_dict()) == multilabel_metrics(
+                                         y[:, :2], s[:, :2], ["a", "b"], chosen["value"][:2].tolist())
     assert multilabel_metrics(y, s, ["a", "b", "c"], chosen)["specificity_classes"] == 2 # no threshold for c
     with pytest.raises(InputError, match="'d'"): multilabel_metrics(y, s, ["a", "b", "d"], chosen)
     with pytest.raises(InputError, match="2 thresholds for 3"): multilabel_metrics(y, s, ["a", "b", "c"], [0.1, 0.2])
@@ -204,13 +225,18 @@ def test_calibration_equals_a_loop(bins, classes):
         inside = (confidence > m / bins) & (confidence <= (m + 1) / bins)
         if inside.any(): ece += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
     order = np.argsort(confidence)
-    mass = sum(len(part) / 200 * abs(right[part].mean() - confidence[part].mean()) for part in np.split(order, [int(np.ceil(200 * k / bins)) for k in range(1, bins)]))
+    mass = sum(len(part) / 200 * abs(right[part].mean() - confidence[part].mean())
+               for part in np.split(order, [int(np.ceil(200 * k / bins)) for k in range(1, bins)]))
     assert (got["ece"], got["ece_equal_mass"]) == pytest.approx((ece, mass))
     assert got["nll"] == pytest.approx(sk.log_loss(y, p, labels=range(classes)))
-    assert got["brier"] == pytest.approx(sk.brier_score_loss(y, p[:, 1]) if classes == 2 else ((p - np.eye(classes)[y])**2).sum(1).mean())
+    assert got["brier"] == pytest.approx(sk.brier_score_loss(y, p[:, 1])
+                                         if classes == 2 else ((p - np.eye(classes)[y])**2).sum(1).mean())
     weights = bootstrap_weights(200, n=3)
     for i, w in enumerate(weights):
-        if bins == 7: assert calibration_metrics(y, p, range(classes), weights, bins)["nll"][i] == pytest.approx(sk.log_loss(y, p, labels=range(classes), sample_weight=w))
+        if bins == 7:
+            assert calibration_metrics(y, p, range(classes), weights,
+                                       bins)["nll"][i] == pytest.approx(
+                                           sk.log_loss(y, p, labels=range(classes), sample_weight=w))
 
 
 def test_certain_and_wrong_is_expensive_but_finite():

@@ -35,7 +35,8 @@ def png(i):
 
 def make_csv(root):
     for i in range(N): (root / f"{i}.png").write_bytes(png(i))
-    rows = [{"image": f"{i}.png", "caption": f"scan {i}", "label": "ab"[i % 2], "group": f"p{i // 2}"} for i in range(N)]
+    rows = [{"image": f"{i}.png", "caption": f"scan {i}", "label": "ab"[i % 2], "group": f"p{i // 2}"}
+            for i in range(N)]
     pd.DataFrame(rows).to_csv(root / "t.csv", index=False)
     return ["csv", "--root", root / "t.csv"]
 
@@ -44,7 +45,8 @@ def make_pairs(root):
     for split in ("train", "val"):
         (root / split / "imgs").mkdir(parents=True)
         for i in range(N): (root / split / "imgs" / f"{i}.png").write_bytes(png(i + 100 * (split == "val")))
-        (root / split / "img_text_pair.json").write_text(json.dumps([{"img": f"{i}.png", "caption": f"{split} {i}"} for i in range(N)]))
+        (root / split / "img_text_pair.json").write_text(
+            json.dumps([{"img": f"{i}.png", "caption": f"{split} {i}"} for i in range(N)]))
     return ["json-pairs", "--root", root]
 
 
@@ -54,24 +56,29 @@ def make_studies(root):
             for series in ("AX_T1", "COR T2"):
                 (folder := root / split / f"{split}{i}" / series).mkdir(parents=True)
                 torch.save(torch.rand(2, 4, 4), folder / "img.pt")
-        (root / f"{split}.json").write_text(json.dumps({f"{split}{i}": {"series": {"AX_T1": {}, "COR T2": {}}, "report": [f"finding {i}", "no mass"]} for i in range(n)}))
+        (root / f"{split}.json").write_text(
+            json.dumps({f"{split}{i}": {"series": {"AX_T1": {}, "COR T2": {}}, "report": [f"finding {i}", "no mass"]}
+                        for i in range(n)}))
     return ["study-json", "--root", root]
 
 
 def make_parquet(root):
-    pd.DataFrame({"image": [png(i) for i in range(N)], "text": [f"scan {i}" for i in range(N)], "label": list("ab") * (N // 2)}).to_parquet(root / "train-00000-of-00001.parquet")
+    pd.DataFrame({"image": [png(i) for i in range(N)], "text": [f"scan {i}" for i in range(N)],
+                  "label": list("ab") * (N // 2)}).to_parquet(root / "train-00000-of-00001.parquet")
     return ["parquet", "--root", root]
 
 
 def make_huggingface(root):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
-    datasets.Dataset.from_dict({"image": [{"bytes": png(i), "path": None} for i in range(N)], "label": [i % 2 for i in range(N)]}, features).save_to_disk(root / "hf")
+    datasets.Dataset.from_dict({"image": [{"bytes": png(i), "path": None} for i in range(N)],
+                                "label": [i % 2 for i in range(N)]}, features).save_to_disk(root / "hf")
     return ["huggingface", "--root", root / "hf"]
 
 
 MAKERS = [make_csv, make_pairs, make_studies, make_parquet, make_huggingface]
-files = lambda root: {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and ".images" not in p.parts}
+files = lambda root: {p.relative_to(root).as_posix()
+                      for p in root.rglob("*") if p.is_file() and ".images" not in p.parts}
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -102,7 +109,8 @@ def test_every_format_through_every_verb(tmp_path, make):
 
 def test_list_and_card():
     code, output = data("list")
-    assert code == 0 and all(name in output for name in ("json-pairs", "study-json", "parquet", "huggingface", "webdataset"))
+    assert (code == 0
+            and all(name in output for name in ("json-pairs", "study-json", "parquet", "huggingface", "webdataset")))
     for name in ("json-pairs", "study-json", "parquet", "huggingface", "webdataset"):
         code, output = data("info", name)
         assert code == 0 and "### Layout" in output and f"`{name}`" in output
@@ -110,11 +118,14 @@ def test_list_and_card():
 
 def test_splits_are_reproducible_and_used(tmp_path):
     words = make_csv(tmp_path)
-    for out, seed in (("a.csv", 1), ("b.csv", 1), ("c.csv", 2)): assert data("split", *words, "--out", tmp_path / out, "--seed", seed, "--fractions", "train=0.5,test=0.5")[0] == 0
+    for out, seed in (("a.csv", 1), ("b.csv", 1), ("c.csv", 2)):
+        assert data("split", *words, "--out", tmp_path / out, "--seed", seed, "--fractions",
+                    "train=0.5,test=0.5")[0] == 0
     a, b, c = ((tmp_path / f"{x}.csv").read_text() for x in "abc")
     assert a == b != c
     manifest = load_manifest("csv", tmp_path / "t.csv", splits=tmp_path / "a.csv")
-    assert manifest.split.value_counts().to_dict() == {"train": 12, "test": 12} and (manifest.groupby("group").split.nunique() == 1).all()
+    assert (manifest.split.value_counts().to_dict() == {"train": 12, "test": 12}
+            and (manifest.groupby("group").split.nunique() == 1).all())
     assert "12" in data("info", *words, "--splits", tmp_path / "a.csv")[1]
 
 
@@ -123,7 +134,8 @@ def test_validate_tells_scripts(tmp_path):
     assert data("validate", *words, "--images", "decode")[0] == 0
     (tmp_path / "3.png").write_bytes(png(3)[:50])
     (tmp_path / "5.png").unlink()
-    command = [sys.executable, "-c", "from medclip_nb.cli.main import app; app()", "data", "validate", *map(str, words), "--images", "decode", "--csv", str(tmp_path / "f.csv")]
+    command = [sys.executable, "-c", "from medclip_nb.cli.main import app; app()", "data", "validate", *map(str, words),
+               "--images", "decode", "--csv", str(tmp_path / "f.csv")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr and f"{N} rows: 2 errors" in done.stdout
     assert sorted(pd.read_csv(tmp_path / "f.csv").query("severity == 'error'").row) == [3, 5]
@@ -152,10 +164,13 @@ ERRORS = {
     "folder is there": (["shard", "csv", "--root", "t.csv", "--out", "."], "exists already"),
     "not shards": (["shard", "csv", "--root", "t.csv", "--out", ".", "--overwrite"], "is not a folder of shards"),
     "out of the folder": (["convert", "csv", "--root", "t.csv", "--out", "sub/new.csv"], "does not lie below"),
-    "wrong shares": (["split", "csv", "--root", "t.csv", "--out", "new.csv", "--fractions", "train=0.8"], "add up to 1"),
-    "no such column": (["split", "csv", "--root", "t.csv", "--out", "new.csv", "--stratify", "lable"], "has no column 'lable'. Did you mean 'label'"),
+    "wrong shares": (["split", "csv", "--root", "t.csv", "--out", "new.csv", "--fractions", "train=0.8"],
+                     "add up to 1"),
+    "no such column": (["split", "csv", "--root", "t.csv", "--out", "new.csv", "--stratify", "lable"],
+                       "has no column 'lable'. Did you mean 'label'"),
     "no splits file": (["info", "csv", "--root", "t.csv", "--splits", "none.csv"], "none.csv"),
-    "not writable": (["convert", "csv", "--root", "t.csv", "--out", "t.csv/new.csv", "--relative-to", "."], "cannot be written"),
+    "not writable": (["convert", "csv", "--root", "t.csv", "--out", "t.csv/new.csv", "--relative-to", "."],
+                     "cannot be written"),
 }
 
 
@@ -178,7 +193,8 @@ def test_a_full_disk_leaves_nothing_half(tmp_path, monkeypatch, out, before):
     if before: assert data(*command)[0] == 0
     held = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
     def full(*args, **kwargs): raise OSError(28, "No space left on device")
-    for where in ("pandas.DataFrame.to_csv", "pandas.DataFrame.to_parquet", "pathlib.Path.write_text", "medclip_nb.datasets.shards._add"): monkeypatch.setattr(where, full)
+    for where in ("pandas.DataFrame.to_csv", "pandas.DataFrame.to_parquet", "pathlib.Path.write_text",
+                  "medclip_nb.datasets.shards._add"): monkeypatch.setattr(where, full)
     code, output = data(*command)
     assert code == 2 and "cannot be written (No space left on device)" in output
     assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == held
@@ -197,6 +213,7 @@ def test_tables_elsewhere(tmp_path):
 
 
 def test_help_is_light():
-    code = "import medclip_nb.cli.data, sys; print(*{'torch', 'pandas', 'numpy', 'pyarrow', 'webdataset', 'datasets', 'PIL'} & set(sys.modules))"
+    code = ("import medclip_nb.cli.data, sys; "
+            "print(*{'torch', 'pandas', 'numpy', 'pyarrow', 'webdataset', 'datasets', 'PIL'} & set(sys.modules))")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []
     assert all(verb in data("--help")[1] for verb in ("list", "info", "validate", "split", "shard", "convert"))

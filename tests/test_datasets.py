@@ -51,7 +51,8 @@ def folder(tmp_path):
 
 def python(code, cwd=None, **env):
     "What a new process prints"
-    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=os.environ | env, capture_output=True, text=True, check=True).stdout
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=os.environ | env, capture_output=True, text=True,
+                          check=True).stdout
 
 
 def csv(folder, rows, **options):
@@ -62,8 +63,10 @@ def csv(folder, rows, **options):
 
 
 @pytest.mark.parametrize("path, says", [
-    ("../outside.png", "leads out of the folder"), ("a/../../outside.png", "leads out of the folder"), ("/etc/passwd", "absolute"),
-    ("C:\\x.png", "absolute"), ("https://example.org/x.png", "web address"), (" ", "empty"), ("..\\outside.png", "leads out")])
+    ("../outside.png", "leads out of the folder"), ("a/../../outside.png", "leads out of the folder"),
+    ("/etc/passwd", "absolute"),
+    ("C:\\x.png", "absolute"), ("https://example.org/x.png", "web address"), (" ", "empty"),
+    ("..\\outside.png", "leads out")])
 def test_paths_that_leave_the_folder(folder, path, says):
     with pytest.raises(InputError, match=f"t.csv, row 14: .*{says}.*image_root"): csv(folder, [{"image": path}])
 
@@ -71,11 +74,13 @@ def test_paths_that_leave_the_folder(folder, path, says):
 def test_absolute_paths(folder, tmp_path):
     assert csv(folder, [{"image": str(folder / "3.png")}]).image.tolist()[-1] == "3.png"
     table = tmp_path / "t.csv"
-    pd.DataFrame({"image": [str(folder / f"{i}.png") for i in range(4)] + [str(tmp_path / "outside.png")]}).to_csv(table, index=False)
+    pd.DataFrame({"image": [str(folder / f"{i}.png") for i in range(4)] + [str(tmp_path / "outside.png")]}).to_csv(
+        table, index=False)
     assert load_manifest("csv", table).image.tolist()[3:] == ["data/3.png", "outside.png"]
     everywhere = load_manifest("csv", table, image_root="/")
     assert [p.is_file() for p in everywhere.paths()] == [True] * 5
-    with pytest.raises(InputError, match="row 2: .*absolute"): load_manifest("csv", table, image_root=str(folder / "deeper"))
+    with pytest.raises(InputError, match="row 2: .*absolute"):
+        load_manifest("csv", table, image_root=str(folder / "deeper"))
     (tmp_path / "alias").symlink_to(folder)
     assert load_manifest("csv", table, image_root=str(tmp_path / "alias" / ".."), split_seed=1).image[0] == "data/0.png"
 
@@ -88,7 +93,9 @@ def test_links_out_of_the_folder(folder, tmp_path):
     (folder / "b" / "loop").symlink_to(folder)
     manifest = load_manifest("imagefolder", folder)
     assert len(manifest) == 13 and "a/inside.png" in set(manifest.image)
-    assert {s["row"]: s["kind"] for s in manifest.part("train").skipped} == {"a/secret.png": "link out of the folder", "b/loop": "link to a folder"}
+    assert {s["row"]: s["kind"]
+            for s in manifest.part("train").skipped} == {"a/secret.png": "link out of the folder",
+                                                         "b/loop": "link to a folder"}
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "a").symlink_to(folder / "a")
     with pytest.raises(InputError, match="1 link.s. are not followed; give the folder that they lead to"):
@@ -104,7 +111,8 @@ def test_texts_stay_texts(folder):
 
 def test_huge_cells_and_long_tables(tmp_path):
     text = "word " * 1_000_000
-    pd.DataFrame({"image": [f"{i}.png" for i in range(4)], "caption": [text, "b", text, "d"]}).to_csv(tmp_path / "t.csv", index=False)
+    pd.DataFrame({"image": [f"{i}.png" for i in range(4)], "caption": [text, "b", text, "d"]}).to_csv(
+        tmp_path / "t.csv", index=False)
     manifest = load_manifest("csv", tmp_path)
     assert manifest.caption[2] == text and manifest.caption[3] == "d"
     deep = "[" * 100_000
@@ -114,11 +122,14 @@ def test_huge_cells_and_long_tables(tmp_path):
 
 @pytest.mark.parametrize("content, says", [
     ("image,caption\na.png,caf\xe9\n".encode("latin-1"), "line 2 holds the byte 0xe9, which is not UTF-8"),
-    ("image,caption\na.png,b\n".encode("utf-16"), "line 1 holds the byte 0xff"), (b"", "No columns"), (b"image,caption\n", "no rows found"),
-    (b"image,caption\na.png,x\nb.png,y,z\n", "Expected 2 fields in line 3, saw 3"), (b"image,caption\na.png,x,y\nb.png,y,z\n", "line 2: more cells"),
+    ("image,caption\na.png,b\n".encode("utf-16"), "line 1 holds the byte 0xff"), (b"", "No columns"),
+    (b"image,caption\n", "no rows found"),
+    (b"image,caption\na.png,x\nb.png,y,z\n", "Expected 2 fields in line 3, saw 3"),
+    (b"image,caption\na.png,x,y\nb.png,y,z\n", "line 2: more cells"),
     (b'image,caption\na.png,"x\nb.png,y\n', "opened in line 2 is never closed"),
     (b"image;caption\na.png;x\n", "no column 'image'. It has 'image;caption'"),
-    (b"\x89PNG\r\n\x1a\n\0\0", "line 1 holds the byte 0x89"), (b"image,caption\n,x\n", "row 2: the image path is empty")])
+    (b"\x89PNG\r\n\x1a\n\0\0", "line 1 holds the byte 0x89"),
+    (b"image,caption\n,x\n", "row 2: the image path is empty")])
 def test_faulty_tables(tmp_path, content, says):
     (tmp_path / "t.csv").write_bytes(content)
     with pytest.raises(InputError, match="t.csv|no rows") as error: load_manifest("csv", tmp_path / "t.csv")
@@ -126,10 +137,12 @@ def test_faulty_tables(tmp_path, content, says):
 
 
 def test_tables_as_people_write_them(tmp_path):
-    for name, sep, text in (("a.csv", ";", "\ufeffimage;label\r\n1.png;x\r\n\r\n2.png;y\r\n"), ("a.tsv", None, "image\tlabel\n1.png\tx\n2.png\ty")):
+    for name, sep, text in (("a.csv", ";", "\ufeffimage;label\r\n1.png;x\r\n\r\n2.png;y\r\n"),
+                            ("a.tsv", None, "image\tlabel\n1.png\tx\n2.png\ty")):
         (tmp_path / name).write_text(text, encoding="utf-8", newline="")
         assert read_table(tmp_path / name, sep).values.tolist() == [["1.png", "x"], ["2.png", "y"]]
-    with pytest.raises(InputError, match="several tables .a.csv, a.tsv.; name one with the option 'table'"): load_manifest("csv", tmp_path)
+    with pytest.raises(InputError, match="several tables .a.csv, a.tsv.; name one with the option 'table'"):
+        load_manifest("csv", tmp_path)
     with pytest.raises(InputError, match="separator is one character"): read_table(tmp_path / "a.csv", sep=", ")
     (tmp_path / "p.csv").write_text("made by hand\n\nid,n\n1,2\n")
     assert read_table(tmp_path / "p.csv", skip=2, dtype=int).n.tolist() == [2]
@@ -138,8 +151,10 @@ def test_tables_as_people_write_them(tmp_path):
 def test_long_tables_are_read_as_they_stand(tmp_path):
     n = 150_000
     half = lambda a, b: [a] * (n // 2) + [b] * (n // 2)
-    table = pd.DataFrame({"image": [f"{i}.png" for i in range(n)], "code": half("007", "x"), "late": half("", "x"), "early": half("x", ""),
-                          "mixed": half("True", "1.50"), "number": half("1e5", "-0"), "big": half("123456789012345678901234567890", "1"),
+    table = pd.DataFrame({"image": [f"{i}.png" for i in range(n)], "code": half("007", "x"), "late": half("", "x"),
+                          "early": half("x", ""),
+                          "mixed": half("True", "1.50"), "number": half("1e5", "-0"),
+                          "big": half("123456789012345678901234567890", "1"),
                           "none": half("", ""), "flag": half("True", "false")})
     table.to_csv(tmp_path / "t.csv", index=False)
     found = read_table(tmp_path / "t.csv", columns=["none"])
@@ -156,19 +171,23 @@ def test_long_tables_are_read_as_they_stand(tmp_path):
 def test_skipped_and_labels_survive(tmp_path):
     @register("two labels")
     def reader(root):
-        table = pd.DataFrame({"image": [f"{i}.png" for i in range(60)], "x": ["present", "absent", None] * 20, "y": ["absent"] * 60})
+        table = pd.DataFrame(
+            {"image": [f"{i}.png" for i in range(60)], "x": ["present", "absent", None] * 20, "y": ["absent"] * 60})
         table.attrs = {"labels": ["x", "y"], "root": tmp_path / "elsewhere",
                        "skipped": [{"row": 7, "kind": "no image", "message": "row 7: lists no image"}]}
         return table
     try: manifest = load_manifest("two labels", tmp_path)
     finally: del READERS["two labels"]
     assert manifest.split_source == "made by image, stratified by x, y, seed 0"
-    parts = [manifest, manifest.part("train"), manifest.limited(3), with_validation(manifest), manifest.copy(), manifest.sort_values("x"),
+    parts = [manifest, manifest.part("train"), manifest.limited(3), with_validation(manifest), manifest.copy(),
+             manifest.sort_values("x"),
              manifest.reset_index(drop=True), pickle.loads(pickle.dumps(manifest)), manifest.assign(z=1)]
     for part in parts:
-        assert (part.labels, len(part.skipped), part.root, part.dataset) == (["x", "y"], 1, str(tmp_path / "elsewhere"), "two labels")
+        assert (part.labels, len(part.skipped), part.root,
+                part.dataset) == (["x", "y"], 1, str(tmp_path / "elsewhere"), "two labels")
     assert manifest[["image", "y"]].labels == ["y"] and manifest.attrs == {}
-    assert (Manifest({"image": ["a"]}).labels, Manifest({"label": ["a"]}).labels, Manifest({"a": [1]}).skipped) == ([], ["label"], [])
+    assert (Manifest({"image": ["a"]}).labels, Manifest({"label": ["a"]}).labels,
+            Manifest({"a": [1]}).skipped) == ([], ["label"], [])
 
 
 def test_fingerprint_does_not_depend_on_the_process(tmp_path):
@@ -183,7 +202,8 @@ def table_of_groups(n=4000, groups=900, seed=0):
     rng = np.random.default_rng(seed)
     label = rng.choice(["a", "b", "c"], groups, p=[.7, .2, .1])
     group = rng.integers(0, groups, n)
-    return pd.DataFrame({"image": [f"{i}.png" for i in range(n)], "group": [f"p{g}" for g in group], "label": label[group]})
+    return pd.DataFrame(
+        {"image": [f"{i}.png" for i in range(n)], "group": [f"p{g}" for g in group], "label": label[group]})
 
 
 @pytest.mark.parametrize("groups", [900, 20_000])
@@ -205,7 +225,8 @@ def test_splits_of_labels_that_are_all_different():
 
 @pytest.mark.parametrize("n", range(3, 9))
 def test_splits_of_a_few_groups(n):
-    table = pd.DataFrame({"group": [i % n for i in range(2 * n + 1)], "label": ["ab"[i % n % 2] for i in range(2 * n + 1)]})
+    table = pd.DataFrame(
+        {"group": [i % n for i in range(2 * n + 1)], "label": ["ab"[i % n % 2] for i in range(2 * n + 1)]})
     for seed in range(5):
         for stratify in (None, "label", ["label", "group"]):
             split = make_splits(table, stratify, seed=seed)
@@ -217,15 +238,21 @@ def test_splits_on_file(tmp_path):
     manifest.dataset = "toy"
     manifest["split"] = make_splits(manifest, "label")
     path = tmp_path / "new" / "splits.csv"
-    assert save_splits(manifest, path) == split_hash(manifest.sample(frac=1, random_state=0)) == split_hash(manifest[["group", "split"]])
-    assert re.match(r"# splits of toy by group: \d+ test, \d+ train, \d+ valid; hash [0-9a-f]{16}\ngroup,split\n", path.read_text())
+    assert save_splits(manifest,
+                       path) == split_hash(manifest.sample(frac=1, random_state=0)) == split_hash(
+                           manifest[["group", "split"]])
+    assert re.match(r"# splits of toy by group: \d+ test, \d+ train, \d+ valid; hash [0-9a-f]{16}\ngroup,split\n",
+                    path.read_text())
     before = path.read_bytes()
     save_splits(manifest.sample(frac=1, random_state=0), path)
     assert path.read_bytes() == before
     assert load_splits(manifest.drop(columns="split"), path)["split"].equals(manifest["split"])
-    for change, says in ((lambda s: s.replace("p1,", "q1,"), "was changed"), (lambda s: s.split("\n", 1)[1].replace("p1,", "q1,"), "'p1'"),
-                         (lambda s: s + "p1,test\n", "was changed"), (lambda s: s.split("\n", 1)[1] + "p1,test\n", "group 'p1' occurs twice"),
-                         (lambda s: "group,split\np1,\n", "row 2: an empty cell"), (lambda s: "group,fold\np1,1\n", "no column 'split'"),
+    for change, says in ((lambda s: s.replace("p1,", "q1,"), "was changed"),
+                         (lambda s: s.split("\n", 1)[1].replace("p1,", "q1,"), "'p1'"),
+                         (lambda s: s + "p1,test\n", "was changed"),
+                         (lambda s: s.split("\n", 1)[1] + "p1,test\n", "group 'p1' occurs twice"),
+                         (lambda s: "group,split\np1,\n", "row 2: an empty cell"),
+                         (lambda s: "group,fold\np1,1\n", "no column 'split'"),
                          (lambda s: "patient,split\np1,test\n", "splits by 'patient', a column which toy lacks")):
         path.write_text(change(before.decode()))
         with pytest.raises(InputError, match="splits.csv.*" + re.escape(says)): load_splits(manifest, path)
@@ -237,7 +264,8 @@ def test_odd_names_of_groups_in_splits(tmp_path):
     manifest = Manifest({"image": [f"{i}.png" for i in range(10)], "group": groups})
     manifest["split"] = make_splits(manifest)
     save_splits(manifest, tmp_path / "s.csv")
-    assert load_splits(manifest.assign(split="train"), tmp_path / "s.csv")["split"].tolist() == manifest["split"].tolist()
+    assert load_splits(manifest.assign(split="train"),
+                       tmp_path / "s.csv")["split"].tolist() == manifest["split"].tolist()
 
 
 @pytest.mark.parametrize("path", CARDS, ids=lambda p: p.stem)
@@ -254,7 +282,8 @@ def test_card_is_whole_and_its_reader_is_there(path):
 
 def test_every_reader_has_a_card():
     for path in (ROOT / "medclip_nb").rglob("*.py"):
-        if re.search(r"^@?register\(", path.read_text(encoding="utf-8"), re.M): importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        if re.search(r"^@?register\(", path.read_text(encoding="utf-8"), re.M):
+            importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
     ours = {n for n, (reader, _) in READERS.items() if reader.__module__.startswith("medclip_nb.")}
     assert ours == set(card_names()) == {p.stem for p in CARDS}
 
@@ -264,22 +293,27 @@ def test_listing_imports_no_reader():
 before = set(sys.modules)
 from medclip_nb.datasets import list_datasets, card
 names = list_datasets().name.tolist()
-heavy = {"torch", "pyarrow.dataset", "pydicom", "nibabel", "webdataset", "datasets", "PIL", "medclip_nb.datasets.starter"}
+heavy = {"torch", "pyarrow.dataset", "pydicom", "nibabel", "webdataset", "datasets", "PIL",
+         "medclip_nb.datasets.starter"}
 print(len(names) >= 3 and "starter" in names, sorted(heavy & set(sys.modules)))"""
     assert python(code) == "True []\n"
-    assert list_datasets().columns.tolist() == ["name", "title", "modality", "tasks", "license", "source", "description", "reader"]
+    assert list_datasets().columns.tolist() == ["name", "title", "modality", "tasks", "license", "source",
+                                                "description", "reader"]
 
 
 def test_cards_travel_with_the_package(tmp_path):
     for name in ("setup.py", "settings.ini", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)
-    for name in ("medclip_nb", "nbs/experiments", "data/cards", "data/prompts"): shutil.copytree(ROOT / name, tmp_path / name)
-    subprocess.run([sys.executable, "setup.py", "-q", "build", "--build-lib", tmp_path / "installed"], cwd=tmp_path, check=True, capture_output=True)
+    for name in ("medclip_nb", "nbs/experiments", "data/cards", "data/prompts"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    subprocess.run([sys.executable, "setup.py", "-q", "build", "--build-lib", tmp_path / "installed"], cwd=tmp_path,
+                   check=True, capture_output=True)
     code = """from importlib import resources
 from medclip_nb.datasets import card, card_folder, card_names
 print(*sorted(p.name for p in resources.files("medclip_nb.cards").iterdir() if p.name.endswith(".yaml")), sep=",")
 print(card_folder(), card("starter")["modality"], len(card_names()))"""
     listed, used = python(code, cwd="/", PYTHONPATH=str(tmp_path / "installed")).splitlines()
-    assert listed.split(",") == [p.name for p in CARDS] and used == f"{tmp_path}/installed/medclip_nb/cards MRI {len(CARDS)}"
+    assert (listed.split(",") == [p.name for p in CARDS]
+            and used == f"{tmp_path}/installed/medclip_nb/cards MRI {len(CARDS)}")
 
 
 def test_broken_card(tmp_path, monkeypatch):
@@ -288,7 +322,8 @@ def test_broken_card(tmp_path, monkeypatch):
     text = (tmp_path / "cards" / "csv.yaml").read_text()
     for change, says in (("module: medclip_nb.nowhere", "lost.yaml: there is no module 'medclip_nb.nowhere'"),
                          ("module: medclip_nb.core", "lost.yaml: module 'medclip_nb.core' registers no reader 'lost'")):
-        (tmp_path / "cards" / "lost.yaml").write_text(text.replace("name: csv", "name: lost").replace("module: medclip_nb.datasets.readers.basic", change))
+        (tmp_path / "cards" / "lost.yaml").write_text(
+            text.replace("name: csv", "name: lost").replace("module: medclip_nb.datasets.readers.basic", change))
         with pytest.raises(InputError, match=says): load_manifest("lost", tmp_path)
     (tmp_path / "cards" / "lost.yaml").write_text("!!python/object/apply:os.system ['touch evil']")
     with pytest.raises(InputError, match="lost.yaml: not YAML"): list_datasets()
@@ -299,7 +334,8 @@ def test_broken_card(tmp_path, monkeypatch):
 
 def test_a_hundred_thousand_rows_take_no_time(tmp_path):
     n = 100_000
-    pd.DataFrame({"image": [f"p{i // 2}/{i}.png" for i in range(n)], "caption": [f"text {i}" for i in range(n)], "label": ["a", "b"] * (n // 2),
+    pd.DataFrame({"image": [f"p{i // 2}/{i}.png" for i in range(n)], "caption": [f"text {i}" for i in range(n)],
+                  "label": ["a", "b"] * (n // 2),
                   "group": [f"p{i // 2}" for i in range(n)]}).to_csv(tmp_path / "t.csv", index=False)
     start = time.perf_counter()
     manifest = load_manifest("csv", tmp_path)

@@ -39,10 +39,15 @@ def run(seed, skill, rows=120, patients=40, classes=("no", "yes"), task="zero_sh
     scores[np.arange(rows), truth] += skill
     p = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
     predicted = np.array(classes)[p.argmax(1)]
-    table = pd.DataFrame({"row": range(rows), "image": [f"{split}/{i}.png" for i in range(rows)], "group": [f"p{i % patients}" for i in range(rows)], "label": np.array(classes)[truth],
-                          "predicted": predicted, "correct": predicted == np.array(classes)[truth], **{f"p({c})": p[:, i] for i, c in enumerate(classes)}})
-    metrics = metric_table({"accuracy": table.correct.mean(), "balanced_accuracy": 0.5}, {"accuracy": [], "balanced_accuracy": []}, rows)
-    return Result(task, metrics, table, {"classes": list(classes), "chance": 1 / len(classes), **({"positive": classes[-1]} if len(classes) == 2 else {})})
+    table = pd.DataFrame({"row": range(rows), "image": [f"{split}/{i}.png" for i in range(rows)],
+                          "group": [f"p{i % patients}" for i in range(rows)], "label": np.array(classes)[truth],
+                          "predicted": predicted, "correct": predicted == np.array(classes)[truth],
+                          **{f"p({c})": p[:, i] for i, c in enumerate(classes)}})
+    metrics = metric_table({"accuracy": table.correct.mean(), "balanced_accuracy": 0.5},
+                           {"accuracy": [], "balanced_accuracy": []}, rows)
+    return Result(task, metrics, table,
+                  {"classes": list(classes), "chance": 1 / len(classes),
+                   **({"positive": classes[-1]} if len(classes) == 2 else {})})
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -50,8 +55,11 @@ def test_each_test_says_what_it_should(seed):
     a, b = run(seed, 0.8), run(seed + 50, 1.4)
     found = paired_tests(a, b, n_boot=300).set_index(["metric", "test"])
     x, y = a.predictions, b.predictions
-    assert set(found.index) == {("accuracy", "paired bootstrap"), ("accuracy", "McNemar"), ("balanced_accuracy", "paired bootstrap"), ("auroc", "paired bootstrap"), ("auroc", "DeLong")}
-    score = lambda p: {"accuracy": p.correct.mean(), "balanced_accuracy": balanced_accuracy_score(p.label, p.predicted), "auroc": roc_auc_score(p.label == "yes", p["p(yes)"])}
+    assert set(found.index) == {("accuracy", "paired bootstrap"), ("accuracy", "McNemar"),
+                                ("balanced_accuracy", "paired bootstrap"), ("auroc", "paired bootstrap"),
+                                ("auroc", "DeLong")}
+    score = lambda p: {"accuracy": p.correct.mean(), "balanced_accuracy": balanced_accuracy_score(p.label, p.predicted),
+                       "auroc": roc_auc_score(p.label == "yes", p["p(yes)"])}
     for (metric, test), row in found.iterrows():
         assert (row.before, row.after) == pytest.approx((score(x)[metric], score(y)[metric])), (metric, test)
         assert row.difference == pytest.approx(row.after - row.before)
@@ -60,7 +68,8 @@ def test_each_test_says_what_it_should(seed):
     assert found.loc[("accuracy", "McNemar"), "p"] == pytest.approx(binomtest(int(gained), int(gained + lost)).pvalue)
     short = paired_differences(a, b, n_boot=300)
     assert [d["metric"] for d in short] == ["accuracy"]
-    assert (short[0]["value"], short[0]["low"], short[0]["high"]) == tuple(found.loc[("accuracy", "paired bootstrap"), ["difference", "low", "high"]])
+    assert (short[0]["value"], short[0]["low"],
+            short[0]["high"]) == tuple(found.loc[("accuracy", "paired bootstrap"), ["difference", "low", "high"]])
 
 
 def test_order_of_rows_does_not_matter_and_a_run_equals_itself():
@@ -96,7 +105,9 @@ def test_unknown_labels_abstain():
     found = paired_tests(a, b, 50)
     assert (found["rows"] == 115).all()
     known = a.predictions.iloc[5:]
-    assert found.set_index(["metric", "test"]).loc[("auroc", "DeLong"), "before"] == pytest.approx(roc_auc_score(known.label == "yes", known["p(yes)"]))
+    assert found.set_index(["metric", "test"]).loc[("auroc", "DeLong"),
+                                                   "before"] == pytest.approx(
+                                                       roc_auc_score(known.label == "yes", known["p(yes)"]))
 
 
 def test_several_labels_and_robustness_are_kept_apart():
@@ -106,7 +117,9 @@ def test_several_labels_and_robustness_are_kept_apart():
     worse = []
     for s in (1, 2):
         r = run(s, 1)
-        r.predictions = pd.concat([r.predictions.assign(corruption=c, level=n) for c, n in (("clean", 0), ("jpeg", 1), ("jpeg", 2))], ignore_index=True).drop(columns=["p(no)", "p(yes)"])
+        r.predictions = pd.concat(
+            [r.predictions.assign(corruption=c, level=n) for c, n in (("clean", 0), ("jpeg", 1), ("jpeg", 2))],
+            ignore_index=True).drop(columns=["p(no)", "p(yes)"])
         worse.append(r)
     assert len(paired_rows(*worse)) == 360
     counts = paired_tests(*worse, 50).set_index(["metric", "test"])["rows"]
@@ -144,18 +157,22 @@ def test_subgroups_by_hand():
     assert balanced == pytest.approx(balanced_accuracy_score(p.label[::3], p.predicted[::3]))
     assert len(by.loc["age"]) == 5 and by.loc["age"]["rows"].tolist() == [120, 30, 30, 30, 30]
     few = subgroups(result, table_of(result, site=["A"] * 100 + ["B"] * 20), ["site"], n_boot=50)
-    assert few[~few.few & (few.metric == "accuracy")].subgroup.tolist() == ["all", "A"] and "site B (20)" in small_subgroups(few)
+    assert (few[~few.few & (few.metric == "accuracy")].subgroup.tolist() == ["all", "A"]
+            and "site B (20)" in small_subgroups(few))
 
 
 def test_subgroups_of_another_table_are_refused():
     result = run(1, 1.0)
     with pytest.raises(InputError, match="Did you mean 'sex'"): subgroups(result, table_of(result, sex="f"), ["sx"])
-    with pytest.raises(InputError, match="120 of 120 predictions are not of this table"): with_columns(result, table_of(run(1, 1, split="valid"), sex="f"), ["sex"])
+    with pytest.raises(InputError, match="120 of 120 predictions are not of this table"):
+        with_columns(result, table_of(run(1, 1, split="valid"), sex="f"), ["sex"])
 
 
 def write(folder, name, result, template="zero_shot.ipynb", **parameters):
     result.save(folder / name)
-    (folder / name / "run.json").write_text(json.dumps({"template": template, "parameters": {"dataset": "csv", "model": "starter", "out_dir": name, **parameters}}))
+    (folder / name / "run.json").write_text(
+        json.dumps({"template": template,
+                    "parameters": {"dataset": "csv", "model": "starter", "out_dir": name, **parameters}}))
 
 
 def test_seeds_are_gathered(tmp_path):
@@ -166,11 +183,14 @@ def test_seeds_are_gathered(tmp_path):
     write(tmp_path, "eval-low", run(9, 1), seed=0, checkpoint="../tune-low-0/checkpoint")
     write(tmp_path, "eval-0-again", run(0, 1), seed=0, checkpoint="../tune-0/checkpoint")
     groups = seed_groups(tmp_path)
-    assert sorted(map(sorted, groups.values())) == [["eval-0", "eval-1", "eval-2"], ["tune-0", "tune-1", "tune-2"], ["tune-low-0", "tune-low-1", "tune-low-2"]]
+    assert sorted(map(sorted, groups.values())) == [["eval-0", "eval-1", "eval-2"], ["tune-0", "tune-1", "tune-2"],
+                                                    ["tune-low-0", "tune-low-1", "tune-low-2"]]
     found = over_runs(compare(tmp_path), groups).set_index(["group", "metric"])
     name = next(k for k, names in groups.items() if "eval-1" in names)
     values = [run(seed, 1).predictions.correct.mean() for seed in range(3)]
-    assert found.loc[(name, "accuracy"), ["mean", "sd", "n"]].tolist() == pytest.approx([np.mean(values), np.std(values, ddof=1), 3], rel=1e-5)
+    assert found.loc[(name, "accuracy"),
+                     ["mean", "sd", "n"]].tolist() == pytest.approx([np.mean(values), np.std(values, ddof=1), 3],
+                                                                    rel=1e-5)
 
 
 def test_groups_with_one_prefix_are_all_there(tmp_path):
@@ -194,25 +214,30 @@ def test_any_pairing_against_brute_force(seed):
             places = np.empty(scores.shape[1], int)
             places[np.argsort(-scores[i])] = 1 + np.arange(scores.shape[1])
             mine = np.sort(places[own[i]])
-            assert row["positives"] == own[i].sum() and row["rank"] == mine[0] and row[f"found@{k}"] == (mine <= k).sum()
+            assert (row["positives"] == own[i].sum() and row["rank"] == mine[0]
+                    and row[f"found@{k}"] == (mine <= k).sum())
             assert row["average_precision"] == pytest.approx(np.mean(np.arange(1, len(mine) + 1) / mine))
 
 
 def test_several_captions_and_shared_captions():
-    rows = Manifest({"image": ["a", "a", "b", "c", "c"], "caption": ["x", "y", "x", "z", "z"], "study": [1, 1, 1, 2, 2]})
+    rows = Manifest({"image": ["a", "a", "b", "c", "c"], "caption": ["x", "y", "x", "z", "z"],
+                     "study": [1, 1, 1, 2, 2]})
     image, text, right = caption_pairs(rows)
     assert image.tolist() == [0, 0, 1, 2, 2] and text.tolist() == [0, 1, 0, 2, 2]
     assert right.toarray().tolist() == [[True, True, False], [True, False, False], [False, False, True]]
     assert caption_pairs(rows, merge_duplicates=False)[2].toarray().sum() == 5
     assert caption_pairs(rows, pair_column="study")[2].toarray()[:2, :2].all()
-    with pytest.raises(InputError, match="row 4 has an empty study"): caption_pairs(rows.assign(study=[1, 1, 1, 2, None]), pair_column="study")
+    with pytest.raises(InputError, match="row 4 has an empty study"):
+        caption_pairs(rows.assign(study=[1, 1, 1, 2, None]), pair_column="study")
 
 
 @pytest.mark.parametrize("chunk", [3, 10, 100])
 def test_best_answers_do_not_depend_on_the_chunk(chunk):
-    v, t = (torch.nn.functional.normalize(torch.randn(n, 16, generator=torch.Generator().manual_seed(n)), dim=1).numpy() for n in (41, 29))
+    v, t = (torch.nn.functional.normalize(torch.randn(n, 16, generator=torch.Generator().manual_seed(n)), dim=1).numpy()
+            for n in (41, 29))
     texts, images = best_answers(v, t, 6, chunk)
-    assert (texts == np.argsort(-v @ t.T, axis=1)[:, :6]).all() and (images == np.argsort(-t @ v.T, axis=1)[:, :6]).all()
+    assert ((texts == np.argsort(-v @ t.T, axis=1)[:, :6]).all()
+            and (images == np.argsort(-t @ v.T, axis=1)[:, :6]).all())
 
 
 def test_chance_is_the_mean_over_random_orders():
@@ -231,9 +256,13 @@ def test_compare_template_on_hand_made_runs(command, tmp_path):
     for seed in range(2): write(reports, f"after-{seed}", run(seed, 2.0), seed=seed)
     write(reports, "before", run(9, 0.3), seed=0, checkpoint="x")
     rows = run(0, 1).predictions
-    rows[["image", "label"]].assign(split="test", site=["A"] * 100 + ["B"] * 20).to_csv(tmp_path / "table.csv", index=False)
-    done = subprocess.run([command, "run", "compare", "-p", f"reports_dir={reports}", "-p", "pairs=[[before, after-0]]", "-p", "subgroups=[site]", "-p", "n_boot=200",
-                           "-p", "dataset=csv", "-p", f"data_root={tmp_path / 'table.csv'}", "--out", str(tmp_path / "out")], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    rows[["image", "label"]].assign(split="test",
+                                    site=["A"] * 100 + ["B"] * 20).to_csv(tmp_path / "table.csv", index=False)
+    done = subprocess.run([command, "run", "compare", "-p", f"reports_dir={reports}", "-p", "pairs=[[before, after-0]]",
+                           "-p", "subgroups=[site]", "-p", "n_boot=200",
+                           "-p", "dataset=csv", "-p", f"data_root={tmp_path / 'table.csv'}", "--out",
+                           str(tmp_path / "out")], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert {"before -> after-0: accuracy", "before -> after-0: auroc"} <= set(found["metrics"])

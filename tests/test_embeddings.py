@@ -1,4 +1,5 @@
-"Features on disk: killed and continued, written by two at once, damaged at random, shared by processes, from the command line"
+"""Features on disk: killed and continued, written by two at once, damaged at random, shared by processes, from the
+command line"""
 import multiprocessing
 import os
 import signal
@@ -31,9 +32,11 @@ N = 23
 def table(tmp_path_factory):
     "Pictures, two of them the same, and captions of many lengths, some of them the same"
     root, rng = tmp_path_factory.mktemp("table"), np.random.default_rng(0)
-    for i in range(N): Image.fromarray(np.random.default_rng(i % (N - 1)).integers(0, 255, (40, 40), np.uint8)).save(root / f"{i}.png")
+    for i in range(N):
+        Image.fromarray(np.random.default_rng(i % (N - 1)).integers(0, 255, (40, 40), np.uint8)).save(root / f"{i}.png")
     captions = [" ".join(["a small lesion"] * rng.integers(1, 9)) + " ." * (i % 5) for i in range(N)]
-    pd.DataFrame({"image": [f"{i}.png" for i in range(N)], "caption": captions, "split": ["train", "test", "test"] * 7 + ["test"] * 2}).to_csv(root / "table.csv", index=False)
+    pd.DataFrame({"image": [f"{i}.png" for i in range(N)], "caption": captions,
+                  "split": ["train", "test", "test"] * 7 + ["test"] * 2}).to_csv(root / "table.csv", index=False)
     return root / "table.csv"
 
 
@@ -83,9 +86,11 @@ def test_killed_and_continued(table, weights, whole, tmp_path):
     kept = len(shards())
     assert 3 <= kept < N - 1
     found = embed(load_model("starter", weights, "cpu"), load_manifest("csv", table), tmp_path)
-    assert found.counts["images"] == {"found": kept + 1, "computed": N - 1 - kept, "repeated": 0}, "the last picture is the first again"
+    assert found.counts["images"] == {"found": kept + 1, "computed": N - 1 - kept,
+                                      "repeated": 0}, "the last picture is the first again"
     is_whole(found, whole)
-    assert embed(load_model("starter", weights, "cpu"), load_manifest("csv", table), tmp_path).counts["images"]["found"] == N
+    assert embed(load_model("starter", weights, "cpu"), load_manifest("csv", table),
+                 tmp_path).counts["images"]["found"] == N
 
 
 def test_what_a_kill_leaves_behind_is_cleaned_up_later(tmp_path):
@@ -113,7 +118,9 @@ def write_many(seed, folder):
     for keys in drawn_keys(seed):
         store = FeatureCache(folder, save_every=0)
         parts = lambda positions: (positions[i:i + 3] for i in range(0, len(positions), 3))
-        found = store.fill(keys, lambda positions: ((part, np.array([row(keys[i]) for i in part])) for part in parts(positions)))
+        found = store.fill(keys,
+                           lambda positions: ((part, np.array([row(keys[i]) for i in part]))
+                                              for part in parts(positions)))
         np.testing.assert_array_equal(found, [row(k) for k in keys])
 
 
@@ -135,7 +142,8 @@ def test_damage_is_never_believed(tmp_path, seed):
     "Any change of any file: the answers stay right, and what was lost is computed once"
     rng, keys = np.random.default_rng(seed), [str(i) for i in range(30)]
     compute = lambda positions: np.array([row(keys[i]) for i in positions])
-    for part in (slice(10), slice(20), slice(30)): FeatureCache(tmp_path).fill(keys[part], lambda positions: np.array([row(keys[part][i]) for i in positions]))
+    for part in (slice(10), slice(20), slice(30)):
+        FeatureCache(tmp_path).fill(keys[part], lambda positions: np.array([row(keys[part][i]) for i in positions]))
     paths = sorted(tmp_path.glob("*.npy"))
     path = paths[rng.integers(len(paths))]
     content = bytearray(path.read_bytes())
@@ -173,7 +181,9 @@ before = peak()
 out = FeatureCache(sys.argv[1]).fill(keys, None)
 print(peak() - before, out.nbytes / 2**20)
 """
-    used, size = map(float, subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True).stdout.split())
+    used, size = map(float,
+                     subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True,
+                                    check=True).stdout.split())
     assert size < used < size + 3 * 32, f"{used:.0f} MB for an answer of {size:.0f} MB"
 
 
@@ -197,7 +207,8 @@ def test_hashes_of_files_are_never_stale(tmp_path, seed):
 
 def run_together(rank, world, folder, table, weights):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world,
+                            timeout=timedelta(seconds=60))
     through = {"images": 0, "texts": 0}
     clip, manifest = load_model("starter", weights, "cpu"), load_manifest("csv", table)
     encode = {"images": clip.encode_images, "texts": clip.encode_texts}
@@ -211,7 +222,8 @@ def run_together(rank, world, folder, table, weights):
         before = dict(through)
         found = embed(clip, rows, cache, batch_size=4)
         return found, {k: through[k] - before[k] for k in through}
-    found = {"no cache": call(None), "first": call(f"{folder}/cache"), "again": call(f"{folder}/cache"), "few": call(None, manifest.iloc[3:4]), "no rows": call(None, manifest.iloc[:0])}
+    found = {"no cache": call(None), "first": call(f"{folder}/cache"), "again": call(f"{folder}/cache"),
+             "few": call(None, manifest.iloc[3:4]), "no rows": call(None, manifest.iloc[:0])}
     if rank == 0: embed(clip, manifest.iloc[:9], f"{folder}/own0", together=False)
     found["own disks"] = call(f"{folder}/own{rank}")
     found["own disks again"] = call(f"{folder}/own{rank}", manifest.iloc[::-1])
@@ -274,7 +286,8 @@ def command(*words):
 
 @pytest.mark.parametrize("ending", ["npz", "parquet", "npy"])
 def test_embed_writes_rows_in_order(table, weights, whole, tmp_path, ending):
-    words = ["embed", "csv", table, "--model", "starter", "--checkpoint", weights, "--device", "cpu", "--split", "test", "--limit", "9", "--out", tmp_path / f"f.{ending}"]
+    words = ["embed", "csv", table, "--model", "starter", "--checkpoint", weights, "--device", "cpu", "--split", "test",
+             "--limit", "9", "--out", tmp_path / f"f.{ending}"]
     code, said = command(*words, *(["--only", "images"] if ending == "npy" else []))
     assert code == 0, said
     if ending == "npz":
@@ -282,7 +295,8 @@ def test_embed_writes_rows_in_order(table, weights, whole, tmp_path, ending):
         images, texts, rows, names = found["image_features"], found["text_features"], found["row"], found["image"]
     elif ending == "parquet":
         found = pd.read_parquet(tmp_path / "f.parquet")
-        images, texts, rows, names = np.stack(found["image_features"]), np.stack(found["text_features"]), found["row"].to_numpy(), found["image"]
+        images, texts, rows, names = np.stack(found["image_features"]), np.stack(found["text_features"]), found[
+            "row"].to_numpy(), found["image"]
     else:
         found = pd.read_csv(tmp_path / "f.csv")
         images, texts, rows, names = np.load(tmp_path / "f.npy"), None, found["row"].to_numpy(), found["image"]
@@ -296,10 +310,14 @@ def test_embed_writes_rows_in_order(table, weights, whole, tmp_path, ending):
     assert (code, {p.name: p.read_bytes() for p in tmp_path.iterdir()}) == (2, before) and "is there already" in said
 
 
-@pytest.mark.parametrize("words, says", [([], "--out FILE, --cache FOLDER"), (["--out", "f.pkl"], "must end in .npz, .parquet or .npy"),
-    (["--out", "f.npy"], "holds one array, and there are two"), (["--out", "f.npz", "--only", "image"], "Did you mean 'images'"),
-    (["--out", "f.npz", "--split", "valid"], "has no rows in split 'valid'"), (["--out", "f.npz", "--precision", "fp8"], "Unknown precision"),
-    (["--out", "f.npz", "--long-text", "cut"], "Unknown long_text")])
+@pytest.mark.parametrize("words, says",
+                         [([], "--out FILE, --cache FOLDER"),
+                          (["--out", "f.pkl"], "must end in .npz, .parquet or .npy"),
+(["--out", "f.npy"], "holds one array, and there are two"),
+                          (["--out", "f.npz", "--only", "image"], "Did you mean 'images'"),
+(["--out", "f.npz", "--split", "valid"], "has no rows in split 'valid'"),
+                          (["--out", "f.npz", "--precision", "fp8"], "Unknown precision"),
+(["--out", "f.npz", "--long-text", "cut"], "Unknown long_text")])
 def test_embed_says_what_is_wrong(table, tmp_path, monkeypatch, words, says):
     monkeypatch.chdir(tmp_path)
     code, said = command("embed", "csv", table, "--model", "starter", *words)
@@ -314,7 +332,8 @@ def test_embed_and_the_care_of_its_cache(table, weights, tmp_path, monkeypatch):
     code, said = command(*words)
     assert code == 0 and f"images    {N}    128    {N}            0         0" in said, said
     code, said = command("cache", "ls", tmp_path / "cache")
-    assert code == 0 and "4 stores" in said and said.count("bf16") == 1 and max(map(len, said.splitlines())) <= 100, said
+    assert code == 0 and "4 stores" in said and said.count("bf16") == 1 and max(
+        map(len, said.splitlines())) <= 100, said
     keep = tmp_path / "cache" / "notes.txt"
     keep.write_text("mine")
     outside = tmp_path / "outside"
@@ -322,21 +341,28 @@ def test_embed_and_the_care_of_its_cache(table, weights, tmp_path, monkeypatch):
     (outside / "meta.json").write_text("{}")
     (outside / f"{'a' * 16}.npy.damaged").write_text("not ours")
     (tmp_path / "cache" / "link").symlink_to(outside)
-    assert command("cache", "gc", tmp_path / "cache", "--older-than", "0.5")[1].endswith("0.0 kB in 0 files were freed\n")
+    assert command("cache", "gc", tmp_path / "cache", "--older-than",
+                   "0.5")[1].endswith("0.0 kB in 0 files were freed\n")
     for store in (tmp_path / "cache").glob("*/meta.json"): os.utime(store, (0, 0))
     code, said = command("cache", "gc", tmp_path / "cache", "--older-than", "30", "--dry-run")
     assert code == 0 and "would be freed" in said and "not used for" in said and len(stores(tmp_path / "cache")) == 4
     assert command("cache", "gc", tmp_path / "cache", "--older-than", "30", "--model", "starter")[0] == 0
     assert stores(tmp_path / "cache")["kind"].tolist() == ["files"]
     assert command("cache", "gc", tmp_path / "cache", "--older-than", "30")[0] == 0
-    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == ["link", "notes.txt"] and len(list(outside.iterdir())) == 2
-    assert command("cache", "gc", tmp_path / "nowhere") == (2, f"error: {tmp_path}/nowhere: no such folder. Give the folder that features are kept in.\n")
+    assert (sorted(p.name for p in (tmp_path / "cache").iterdir()) == ["link", "notes.txt"]
+            and len(list(outside.iterdir())) == 2)
+    assert command("cache", "gc", tmp_path / "nowhere") == (2,
+                                                            f"error: {tmp_path}/nowhere: no such folder. Give the "
+                                                            f"folder that features are kept in.\n")
 
 
 def test_embed_on_several_processes(table, weights, whole, tmp_path):
-    words = [forks.forked(), "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29500 + os.getpid() % 1000), "--no-python", forks.forked("medclip-nb")]
-    words += ["embed", "csv", table, "--model", "starter", "--checkpoint", weights, "--device", "cpu", "--out", tmp_path / "f.npz"]
+    words = [forks.forked(), "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
+             str(29500 + os.getpid() % 1000), "--no-python", forks.forked("medclip-nb")]
+    words += ["embed", "csv", table, "--model", "starter", "--checkpoint", weights, "--device", "cpu", "--out",
+              tmp_path / "f.npz"]
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("computed") == 1, "one of them speaks"
-    with np.load(tmp_path / "f.npz", allow_pickle=False) as found: np.testing.assert_allclose(found["image_features"], whole.images, atol=2e-6)
+    with np.load(tmp_path / "f.npz", allow_pickle=False) as found:
+        np.testing.assert_allclose(found["image_features"], whole.images, atol=2e-6)

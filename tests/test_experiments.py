@@ -14,7 +14,8 @@ from medclip_nb.core import InputError
 from medclip_nb.experiments import RunError, compare, plan_suite, run, run_suite
 
 SAVE = '''metrics = {"value": {"value": value, "low": value - 1, "high": value + 1, "n": 7}}
-text = json.dumps({"schema": 1, "task": "stub", "metrics": metrics, "details": {"license": "CC0 <1>", "where": out_dir}})
+details = {"license": "CC0 <1>", "where": out_dir}
+text = json.dumps({"schema": 1, "task": "stub", "metrics": metrics, "details": details})
 _ = pathlib.Path(out_dir, "metrics.json").write_text(text)'''
 PARAMETERS = '''value: float = 1.0
 mode: str = ""  # What goes wrong
@@ -55,15 +56,18 @@ pd.DataFrame({"caption": ["<script>alert(1)</script>"]}).style.highlight_max()''
     template = make_template(tmp_path / "noisy.ipynb", 'value: float = 1.0\nout_dir: str = "out"', noisy, show, SAVE)
     a, b = tmp_path / "here" / "noisy", tmp_path / "there" / "noisy"
     for out in (a, b): run(template, {"value": "2"}, out, quiet=True)
-    for name in ("report.ipynb", "report.html", "metrics.json"): assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    for name in ("report.ipynb", "report.html", "metrics.json"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
     text, page = (a / "report.ipynb").read_text(), (a / "report.html").read_text()
     assert str(tmp_path) not in text + page + (a / "metrics.json").read_text() + (a / "run.json").read_text()
     assert '"out_dir": "."' in text and '"value": 2.0' in text and "ipykernel" not in text
     assert "<script" not in page and "&lt;script&gt;" in page and 'alt="Figure 1: ' in page
     assert not re.search(r"(src|href)=[\"']?(https?:)?//", page)
     record = json.loads((a / "run.json").read_text())
-    assert record["parameters"] == {"value": 2.0} and record["artefacts"].keys() == {"metrics.json", "report.html", "report.ipynb"}
-    png = next(o["data"]["image/png"] for c in json.loads(text)["cells"] for o in c.get("outputs", []) if "image/png" in o.get("data", {}))
+    assert (record["parameters"] == {"value": 2.0}
+            and record["artefacts"].keys() == {"metrics.json", "report.html", "report.ipynb"})
+    png = next(o["data"]["image/png"] for c in json.loads(text)["cells"]
+               for o in c.get("outputs", []) if "image/png" in o.get("data", {}))
     assert base64.b64decode("".join(png)).startswith(b"\x89PNG")
 
 
@@ -71,9 +75,11 @@ def test_failures_leave_the_old_run_whole(stub, tmp_path):
     out = tmp_path / "run"
     run(stub, {"value": 3}, out, quiet=True)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    with pytest.raises(InputError, match="^a.csv, row 3: <b>no image</b>. Remove the row.$"): run(stub, {"mode": "input"}, out, quiet=True)
+    with pytest.raises(InputError, match="^a.csv, row 3: <b>no image</b>. Remove the row.$"):
+        run(stub, {"mode": "input"}, out, quiet=True)
     assert finished(tmp_path) == ["run"]
-    with pytest.raises(RunError, match=r"KeyError: 'a bug'\nin this cell:\n    import json(.|\n)*run.failed/report.ipynb"):
+    with pytest.raises(RunError,
+                       match=r"KeyError: 'a bug'\nin this cell:\n    import json(.|\n)*run.failed/report.ipynb"):
         run(stub, {"mode": "bug"}, out, quiet=True)
     assert "a bug" in (tmp_path / "run.failed" / "report.ipynb").read_text()
     with pytest.raises(RunError, match="ran out of memory"): run(stub, {"mode": "die"}, out, quiet=True)
@@ -88,12 +94,14 @@ def test_what_is_no_run_is_not_replaced(stub, tmp_path):
     (tmp_path / "data" / "a.png").touch()
     for out in (tmp_path, tmp_path / "data", tmp_path / "data" / "a.png"):
         with pytest.raises(InputError, match="not the folder of a run"): run(stub, {}, out, quiet=True)
-    with pytest.raises(InputError, match="cannot be written"): run(stub, {}, tmp_path / "data" / "a.png" / "b", quiet=True)
+    with pytest.raises(InputError, match="cannot be written"):
+        run(stub, {}, tmp_path / "data" / "a.png" / "b", quiet=True)
     assert (tmp_path / "data" / "a.png").exists()
 
 
 @pytest.mark.parametrize("params, message", [
-    ({"valu": 1}, "unknown parameter 'valu'. Did you mean 'value'"), ({"value": "high"}, "'value' must be float, not str 'high'"),
+    ({"valu": 1}, "unknown parameter 'valu'. Did you mean 'value'"),
+    ({"value": "high"}, "'value' must be float, not str 'high'"),
     ({"mode": 7}, "'mode' must be str, not int 7. Put it in quotes"), ({"out_dir": "x"}, "--out")])
 def test_parameters_are_strict(stub, tmp_path, params, message):
     with pytest.raises(InputError, match=re.escape(message)): run(stub, params, tmp_path / "run")
@@ -101,7 +109,9 @@ def test_parameters_are_strict(stub, tmp_path, params, message):
 
 
 def start(code, stub, **popen):
-    return subprocess.Popen([sys.executable, "-c", f"import sys\nfrom medclip_nb.experiments import run, run_suite\n{code}", str(stub)], **popen)
+    return subprocess.Popen(
+        [sys.executable, "-c", f"import sys\nfrom medclip_nb.experiments import run, run_suite\n{code}", str(stub)],
+        **popen)
 
 
 def wait_for(path, process):
@@ -114,7 +124,8 @@ def wait_for(path, process):
 
 def test_kill_leaves_nothing_and_is_swept_up(stub, tmp_path):
     marker = tmp_path / "x.marker"
-    process = start(f"run(sys.argv[1], {{'mode': 'wait {marker}'}}, {str(tmp_path / 'run')!r})", stub, stderr=subprocess.DEVNULL)
+    process = start(f"run(sys.argv[1], {{'mode': 'wait {marker}'}}, {str(tmp_path / 'run')!r})", stub,
+                    stderr=subprocess.DEVNULL)
     wait_for(marker, process)
     process.kill()
     process.wait()
@@ -174,7 +185,8 @@ def test_suite_goes_on_after_failures_and_resumes(study, tmp_path):
 
 def test_interrupted_suite_goes_on(stub, tmp_path, command):
     marker, file = tmp_path / "x.marker", tmp_path / "two.yaml"
-    text = "runs:\n  - {name: one, template: STUB}\n  - {name: two, template: STUB, params: {mode: MODE}}\n".replace("STUB", str(stub))
+    text = "runs:\n  - {name: one, template: STUB}\n  - {name: two, template: STUB, params: {mode: MODE}}\n".replace(
+        "STUB", str(stub))
     file.write_text(text.replace("MODE", f"wait {marker}"))
     process = subprocess.Popen([command, "suite", file, "--out", tmp_path], stderr=subprocess.PIPE, text=True)
     wait_for(marker, process)

@@ -25,10 +25,12 @@ TEXTS = ["a lesion", "an axial slice of a normal brain"]
 
 def hf_model(folder, act="quick_gelu", eos=49407, **text):
     from transformers import CLIPConfig, CLIPModel
-    size = {"hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 3, "hidden_act": act}
+    size = {"hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 3,
+            "hidden_act": act}
     torch.manual_seed(0)
     words = size | {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "eos_token_id": eos} | text
-    model = CLIPModel(CLIPConfig(vision_config=size | {"image_size": 32, "patch_size": 16}, text_config=words, projection_dim=24)).eval()
+    model = CLIPModel(CLIPConfig(vision_config=size | {"image_size": 32, "patch_size": 16}, text_config=words,
+                                 projection_dim=24)).eval()
     for p in model.parameters():
         if p.ndim > 1: torch.nn.init.normal_(p, std=0.2)
     model.save_pretrained(folder)
@@ -40,7 +42,8 @@ def same(clip, theirs, eps=1e-5):
     with torch.no_grad():
         a, b = clip.forward_images(images), theirs.get_image_features(pixel_values=images).pooler_output
         c, d = clip.forward_texts(tokens), theirs.get_text_features(input_ids=tokens).pooler_output
-    assert (a - b).abs().max() < eps and (c - d).abs().max() < eps and abs(clip.logit_scale - theirs.logit_scale.exp().item()) < 1e-4
+    assert ((a - b).abs().max() < eps and (c - d).abs().max() < eps
+            and abs(clip.logit_scale - theirs.logit_scale.exp().item()) < 1e-4)
     return max((a - b).abs().max().item(), (c - d).abs().max().item())
 
 
@@ -60,12 +63,14 @@ def test_hugging_face_in_and_out(act, eos, tmp_path):
     back = exports.export(out, "open_clip", tmp_path / "back")
     plain, _ = open_clip.create_model_from_pretrained(f"local-dir:{back}")
     images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad(): assert (plain.eval().encode_image(images, normalize=True) - clip.encode_images(images)).abs().max() < 1e-6
+    with torch.no_grad():
+        assert (plain.eval().encode_image(images, normalize=True) - clip.encode_images(images)).abs().max() < 1e-6
 
 
 def test_pickled_and_sharded_hugging_face_weights(tmp_path):
     theirs = hf_model(tmp_path / "hf")
-    state = {k: v for k, v in theirs.state_dict().items()} | {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+    state = {k: v for k, v in theirs.state_dict().items()} | {
+        "text_model.embeddings.position_ids": torch.arange(77)[None]}
     (tmp_path / "hf" / "model.safetensors").unlink()
     torch.save(state, tmp_path / "hf" / "pytorch_model.bin")
     same(load_model(str(tmp_path / "hf")), theirs)
@@ -84,7 +89,8 @@ def test_wrong_activation_is_refused(tmp_path):
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "open_clip_config.json").write_text(json.dumps(config))
     for weights in (tmp_path / "hf", folder):
-        with pytest.raises(InputError, match="was trained with quick_gelu, and model .* computes gelu"): load_model(str(tmp_path / "plain"), checkpoint=weights)
+        with pytest.raises(InputError, match="was trained with quick_gelu, and model .* computes gelu"):
+            load_model(str(tmp_path / "plain"), checkpoint=weights)
 
 
 def test_tag_decides_the_activation(monkeypatch, tmp_path):
@@ -105,7 +111,9 @@ def test_training_checkpoints(suffix, tmp_path):
     state = {f"module._orig_mod.{k}": v for k, v in clip.model.state_dict().items()}
     path = tmp_path / f"epoch_3.{suffix}"
     if suffix == "safetensors": safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, path)
-    else: torch.save({"epoch": 3, "name": "run", "state_dict": state, "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(1e-4)}]}}, path)
+    else:
+        torch.save({"epoch": 3, "name": "run", "state_dict": state,
+                    "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(1e-4)}]}}, path)
     assert load_model("starter", checkpoint=path).weights_hash() == clip.weights_hash()
 
 
@@ -130,7 +138,8 @@ def test_what_does_not_fit_is_named_and_changes_nothing(tmp_path):
     before = clip.weights_hash()
     short = {k: v for k, v in state.items() if k != "visual.trunk.position"}
     long = state | {"text.positional_embedding": torch.zeros(100, 64)}
-    for wrong, message in ((short, "missing visual.trunk.position"), (state | {"head.weight": torch.zeros(1)}, "unexpected head.weight"),
+    for wrong, message in ((short, "missing visual.trunk.position"),
+                           (state | {"head.weight": torch.zeros(1)}, "unexpected head.weight"),
                            (long, r"wrong shape text.positional_embedding \(100, 64\) for \(77, 64\)")):
         safetensors.torch.save_file(wrong, tmp_path / "w.safetensors")
         with pytest.raises(InputError, match=message): load_checkpoint(clip, tmp_path / "w.safetensors")
@@ -158,20 +167,26 @@ def test_swapped_towers_save_and_load(tmp_path):
     saved = save_checkpoint(load_model("ViT-S-32-alt"), tmp_path / "vit")
     clip = swap_towers(str(saved), "scratch", dim=256)
     source = load_model(str(saved))
-    assert torch.equal(clip.model.visual.transformer.resblocks[0].attn.in_proj_weight, source.model.visual.transformer.resblocks[0].attn.in_proj_weight)
+    assert torch.equal(clip.model.visual.transformer.resblocks[0].attn.in_proj_weight,
+                       source.model.visual.transformer.resblocks[0].attn.in_proj_weight)
     again = load_model(str(save_checkpoint(clip, tmp_path / "swapped")))
-    assert again.weights_hash() == clip.weights_hash() and torch.equal(again.encode_texts(TEXTS), clip.encode_texts(TEXTS))
+    assert (again.weights_hash() == clip.weights_hash()
+            and torch.equal(again.encode_texts(TEXTS), clip.encode_texts(TEXTS)))
     plain, _ = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'swapped'}")
     images = torch.randn(1, 3, 224, 224)
-    with torch.no_grad(): assert (plain.eval().encode_image(images, normalize=True) - clip.encode_images(images)).abs().max() < 1e-6
+    with torch.no_grad():
+        assert (plain.eval().encode_image(images, normalize=True) - clip.encode_images(images)).abs().max() < 1e-6
 
 
 def test_towers_of_two_activations(tmp_path):
     for act in ("quick_gelu", "gelu"): hf_model(tmp_path / act, act)
-    with pytest.raises(InputError, match="different activations"): swap_towers(str(tmp_path / "gelu"), str(tmp_path / "quick_gelu"))
-    clip, source = swap_towers(str(tmp_path / "quick_gelu"), str(tmp_path / "quick_gelu"), dim=24), load_model(str(tmp_path / "quick_gelu"))
+    with pytest.raises(InputError, match="different activations"):
+        swap_towers(str(tmp_path / "gelu"), str(tmp_path / "quick_gelu"))
+    clip, source = swap_towers(str(tmp_path / "quick_gelu"), str(tmp_path / "quick_gelu"),
+                               dim=24), load_model(str(tmp_path / "quick_gelu"))
     images = torch.randn(1, 3, 32, 32)
-    assert (clip.encode_images(images) - source.encode_images(images)).abs().max() < 1e-6 and (clip.encode_texts(TEXTS) - source.encode_texts(TEXTS)).abs().max() < 1e-6
+    assert ((clip.encode_images(images) - source.encode_images(images)).abs().max() < 1e-6
+            and (clip.encode_texts(TEXTS) - source.encode_texts(TEXTS)).abs().max() < 1e-6)
 
 
 def test_card_of_the_committed_run(tmp_path):
@@ -179,8 +194,10 @@ def test_card_of_the_committed_run(tmp_path):
     if not (run / "metrics.json").is_file(): pytest.skip("the starter suite has not run")
     card = huggingface_hub.ModelCard.load(exports.export(run, "card", tmp_path / "card", name="starter") / "README.md")
     metrics = json.loads((run / "metrics.json").read_text())["metrics"]
-    assert {r.metric_type: r.metric_value for r in card.data.eval_results} == {k: m["value"] for k, m in metrics.items()}
-    assert all(f"| {name} |" in card.text for name in metrics) and "Not for clinical use" in card.text and str(ROOT) not in card.content
+    assert {r.metric_type: r.metric_value
+            for r in card.data.eval_results} == {k: m["value"] for k, m in metrics.items()}
+    assert (all(f"| {name} |" in card.text for name in metrics) and "Not for clinical use" in card.text
+            and str(ROOT) not in card.content)
 
 
 def test_command(tmp_path):
@@ -188,9 +205,11 @@ def test_command(tmp_path):
     hf_model(tmp_path / "hf")
     done = call(tmp_path / "hf", "--to", "open_clip", "--out", tmp_path / "out", "--name", "tiny", "--license", "mit")
     assert (done.exit_code, done.output) == (0, f"written: {tmp_path / 'out'}\n")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"README.md", "open_clip_config.json", "open_clip_model.safetensors"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"README.md", "open_clip_config.json",
+                                                              "open_clip_model.safetensors"}
     assert huggingface_hub.ModelCard.load(tmp_path / "out" / "README.md").data.license == "mit"
-    for args, message in (((tmp_path / "none", "--to", "open_clip"), "no such run"), ((tmp_path / "hf", "--to", "onnx"), "Unknown layout 'onnx'"),
+    for args, message in (((tmp_path / "none", "--to", "open_clip"), "no such run"),
+                          ((tmp_path / "hf", "--to", "onnx"), "Unknown layout 'onnx'"),
                           ((tmp_path / "hf", "--to", "card"), "to make a card from")):
         failed = call(*args, "--out", tmp_path / "x")
         assert failed.exit_code == 2 and message in failed.output and "Traceback" not in failed.output
@@ -201,10 +220,14 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
         self.server.calls.append((self.path, body))
-        answer = {"/api/validate-yaml": {"errors": [], "warnings": []}, "/api/repos/create": {"url": "https://huggingface.co/lab/tiny", "name": "lab/tiny"}}.get(self.path)
+        answer = {"/api/validate-yaml": {"errors": [], "warnings": []},
+                  "/api/repos/create": {"url": "https://huggingface.co/lab/tiny", "name": "lab/tiny"}}.get(self.path)
         if self.path.endswith("/preupload/main"):
-            answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]}
-        reply = json.dumps(answer or {"success": True, "commitOid": "0" * 40, "commitUrl": "https://huggingface.co/lab/tiny/commit/0"}).encode()
+            answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                                for f in json.loads(body)["files"]]}
+        reply = json.dumps(answer
+                           or {"success": True, "commitOid": "0" * 40,
+                               "commitUrl": "https://huggingface.co/lab/tiny/commit/0"}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(reply)))
@@ -231,11 +254,14 @@ def test_request_to_the_hub(hub, tmp_path):
     api = huggingface_hub.HfApi(endpoint=f"http://127.0.0.1:{hub.server_address[1]}", token="none")
     exports.push(out, "lab/tiny", message="First", api=api)
     created = json.loads(next(body for path, body in hub.calls if path == "/api/repos/create"))
-    assert (created["name"], created.get("organization"), created.get("visibility", created.get("private"))) in (("tiny", "lab", True), ("tiny", "lab", "private"))
+    assert (created["name"], created.get("organization"),
+            created.get("visibility", created.get("private"))) in (("tiny", "lab", True), ("tiny", "lab", "private"))
     card = json.loads(next(body for path, body in hub.calls if path == "/api/validate-yaml"))
     assert "Not for clinical use" in card["content"] and card["repoType"] == "model"
     (commit,) = [body for path, body in hub.calls if path == "/api/models/lab/tiny/commit/main"]
     header, *files = [json.loads(line) for line in commit.splitlines()]
     assert header["value"]["summary"] == "First"
-    assert {f["key"] for f in files} == {"file"} and sorted(f["value"]["path"] for f in files) == ["README.md", "open_clip_config.json", "open_clip_model.safetensors"]
+    assert ({f["key"] for f in files} == {"file"}
+            and sorted(f["value"]["path"] for f in files) == ["README.md", "open_clip_config.json",
+                                                              "open_clip_model.safetensors"])
     for f in files: assert base64.b64decode(f["value"]["content"]) == (out / f["value"]["path"]).read_bytes()

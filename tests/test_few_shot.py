@@ -38,7 +38,8 @@ def squares(tmp_path_factory):
 
 def made(classes=4, shots=3, d=16, seed=0, scale=20.0):
     torch.manual_seed(seed)
-    return Support(F.normalize(torch.randn(classes * shots, d), dim=1), torch.arange(classes * shots) % classes, F.normalize(torch.randn(classes, d), dim=1), scale, shots, False)
+    return Support(F.normalize(torch.randn(classes * shots, d), dim=1), torch.arange(classes * shots) % classes,
+                   F.normalize(torch.randn(classes, d), dim=1), scale, shots, False)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -85,7 +86,9 @@ def test_blended_probe_keeps_good_texts_and_survives_useless_ones():
     x = F.normalize(centres[y] + 0.35 * torch.randn(500, 64), dim=1)
     def accuracy(texts, shots):
         support = Support(x[:5 * shots], y[:5 * shots], texts, 50.0, shots, False)
-        return {name: float((next(iter(FEW_SHOT_METHODS[name](support)(x[250:]).values())).argmax(1) == y[250:]).float().mean()) for name in FEW_SHOT_METHODS}
+        return {name: float(
+            (next(iter(FEW_SHOT_METHODS[name](support)(x[250:]).values())).argmax(1) == y[250:]).float().mean())
+                for name in FEW_SHOT_METHODS}
     named = float(((x[250:] @ centres.T).argmax(1) == y[250:]).float().mean())
     good, useless = accuracy(centres, 1), accuracy(F.normalize(torch.randn(5, 64), dim=1), 16)
     assert good["blended_probe"] > good["linear_probe"] and good["blended_probe"] > 0.9 * named
@@ -95,8 +98,10 @@ def test_blended_probe_keeps_good_texts_and_survives_useless_ones():
 def test_without_temperature_the_cache_is_the_sum_over_keys():
     support = made()
     found = tip_adapter(support, alpha=2.0, beta=3.0)(support.features)[2.0, 3.0]
-    by_hand = np.array([[20 * float(t @ f) + 2 * sum(np.exp(-3 * (1 - float(k @ f))) for k, c in zip(support.features, support.codes) if c == j)
-                         for j, t in enumerate(support.texts)] for f in support.features])
+    by_hand = np.array([
+        [20 * float(t @ f) + 2 * sum(np.exp(-3 * (1 - float(k @ f)))
+                                     for k, c in zip(support.features, support.codes) if c == j)
+         for j, t in enumerate(support.texts)] for f in support.features])
     np.testing.assert_allclose(found, by_hand, atol=1e-3)
 
 
@@ -114,7 +119,8 @@ def test_every_method_answers_with_finite_scores_for_every_class():
         for tune in (False, True):
             support.tune = tune
             for name, method in FEW_SHOT_METHODS.items():
-                for scores in method(support)(support.features).values(): assert scores.shape == (classes * shots, classes) and torch.isfinite(scores).all(), name
+                for scores in method(support)(support.features).values():
+                    assert scores.shape == (classes * shots, classes) and torch.isfinite(scores).all(), name
 
 
 def test_interval_over_draws(squares):
@@ -123,7 +129,8 @@ def test_interval_over_draws(squares):
     values = [d["f1_macro"] for d in found.details["draws"]]
     row = found.metrics.set_index("name").loc["tip_adapter@1/f1_macro"]
     assert row["value"] == pytest.approx(np.mean(values)) and row["n"] == 4
-    if np.ptp(values) > 0: assert (row["low"], row["high"]) == pytest.approx(stats.t.interval(0.95, 3, np.mean(values), stats.sem(values)))
+    if np.ptp(values) > 0:
+        assert (row["low"], row["high"]) == pytest.approx(stats.t.interval(0.95, 3, np.mean(values), stats.sem(values)))
     assert np.isnan(few_shot(clip, train, test, shots=(1,), seeds=(0,), methods=["knn"], n_boot=5).metrics["low"][0])
 
 
@@ -137,7 +144,8 @@ def test_curves_are_reproducible_and_follow_the_draws(squares):
         part = draws[(draws.method == row.method) & (draws.shots == row.shots)]
         assert row.value == pytest.approx(part.balanced_accuracy.mean()) and row.n == 2
     assert sorted(curve_table(a).shots.unique()) == [1, 4]
-    assert a.value("zero_shot/balanced_accuracy") == pytest.approx(zero_shot(clip, test, n_boot=5).value("balanced_accuracy"))
+    assert a.value("zero_shot/balanced_accuracy") == pytest.approx(
+        zero_shot(clip, test, n_boot=5).value("balanced_accuracy"))
 
 
 def test_saves_loads_and_joins(squares, tmp_path):
@@ -170,13 +178,16 @@ def test_settings_are_chosen_on_validation_rows_only(squares):
     plain, tuned = (few_shot(clip, train, test, shots=(2,), seeds=(0,), valid=v, n_boot=5) for v in (None, valid))
     assert {d["setting"] for d in plain.details["draws"]} == {""} and plain.details["tuned_on"] == "nothing"
     assert {d["method"] for d in tuned.details["draws"] if d["setting"]} == {"linear_probe", "tip_adapter", "knn"}
-    turned = few_shot(clip, train, test.assign(label=test.label.map({"dark": "bright", "bright": "dark"})), shots=(2,), seeds=(0,), valid=valid, n_boot=5)
+    turned = few_shot(clip, train, test.assign(label=test.label.map({"dark": "bright", "bright": "dark"})), shots=(2,),
+                      seeds=(0,), valid=valid, n_boot=5)
     assert [d["setting"] for d in turned.details["draws"]] == [d["setting"] for d in tuned.details["draws"]]
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"shots": ()}, "shots must be"), ({"shots": (0, 1)}, "shots must be"), ({"seeds": ()}, "seeds must be"), ({"seeds": (1, 1)}, "seeds must be"),
-    ({"methods": ["lp++"]}, "Unknown few-shot method"), ({"label": "lable"}, "Did you mean 'label'"), ({"prompts": {"drak": "x"}}, "Did you mean 'dark'"),
+    ({"shots": ()}, "shots must be"), ({"shots": (0, 1)}, "shots must be"), ({"seeds": ()}, "seeds must be"),
+    ({"seeds": (1, 1)}, "seeds must be"),
+    ({"methods": ["lp++"]}, "Unknown few-shot method"), ({"label": "lable"}, "Did you mean 'label'"),
+    ({"prompts": {"drak": "x"}}, "Did you mean 'dark'"),
     ({"templates": ["a square"]}, "has no {}")])
 def test_bad_options_are_named(squares, options, message):
     clip, train, valid, test = squares
@@ -207,17 +218,24 @@ def table(tmp_path_factory):
         pixels = rng.normal(80, 5, (64, 72))
         pixels[20:44, 20:44] += [-60, 120][bright]
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:03d}.png")
-        rows.append({"image": f"{i:03d}.png", "label": ["dark <b>", "bright"][bright], "group": f"patient {i // 4}", "caption": f"no. {i}", "size": ["small", "large", "huge"][i % 3]})
+        rows.append({"image": f"{i:03d}.png", "label": ["dark <b>", "bright"][bright], "group": f"patient {i // 4}",
+                     "caption": f"no. {i}", "size": ["small", "large", "huge"][i % 3]})
     pd.DataFrame(rows).to_csv(folder / "table.csv", index=False)
     return folder / "table.csv"
 
 
-@pytest.mark.parametrize("extra", [["-p", "shots=[1, 2]", "-p", "seeds=[0, 1]"], ["-p", "labels=['label', 'size']", "-p", "shots=[1, 4, 64]", "-p", "seeds=[0]", "-p", "tune=true"]])
+@pytest.mark.parametrize("extra",
+                         [["-p", "shots=[1, 2]", "-p", "seeds=[0, 1]"],
+                          ["-p", "labels=['label', 'size']", "-p", "shots=[1, 4, 64]", "-p", "seeds=[0]", "-p",
+                           "tune=true"]])
 def test_template_on_an_own_table(command, table, tmp_path, extra):
-    done = subprocess.run([command, "run", "few_shot", "-p", "dataset=csv", "-p", f"data_root={table}", "-p", "device=cpu", *extra, "--out", str(tmp_path / "run")],
+    done = subprocess.run([command, "run", "few_shot", "-p", "dataset=csv", "-p", f"data_root={table}", "-p",
+                           "device=cpu", *extra, "--out", str(tmp_path / "run")],
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
     assert done.returncode == 0, done.stdout + done.stderr
-    found, report = json.loads((tmp_path / "run" / "metrics.json").read_text()), (tmp_path / "run" / "report.html").read_text()
+    found, report = json.loads((tmp_path / "run" / "metrics.json").read_text()), (
+        tmp_path / "run" / "report.html").read_text()
     assert all(name in found["metrics"] for name in found["details"]["headline"]) and len(found["details"]["headline"])
-    assert "<b>" not in report.replace("<b></b>", "") and "Not for clinical use" in report.replace("not for clinical use", "Not for clinical use")
+    assert ("<b>" not in report.replace("<b></b>", "")
+            and "Not for clinical use" in report.replace("not for clinical use", "Not for clinical use"))
     if "tune=true" in extra: assert "64 shots" in report

@@ -40,7 +40,8 @@ def table(tmp_path_factory):
         pixels = rng.normal(80, 5, (64, 72))
         pixels[20:44, 36 * right + 6:36 * right + 30] += [-60, 120][bright]
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:03d}.png")
-        rows.append({"image": f"{i:03d}.png", "shade": ["dark", "bright"][bright], "number": bright, "group": f"patient {i // 4}",
+        rows.append({"image": f"{i:03d}.png", "shade": ["dark", "bright"][bright], "number": bright,
+                     "group": f"patient {i // 4}",
                      "caption": f"A {['dark', 'bright'][bright]} square on the {['left', 'right'][right]}"})
     pd.DataFrame(rows).to_csv(folder / "table.csv", index=False)
     pd.DataFrame(rows).drop(columns="caption").to_csv(folder / "images.csv", index=False)
@@ -48,12 +49,17 @@ def table(tmp_path_factory):
 
 
 @pytest.mark.parametrize("params, metric, files", [
-    ({"objective": "labels", "label": "shade", "wise_ft": True, "ema": 0.5, "patience": 1}, "image_to_text_R@10", {"history.jsonl", "checkpoint"}),
-    ({"mode": "lora", "towers": "[text]", "rank": 4, "alpha": 2}, "text_to_image_R@10", {"history.jsonl", "checkpoint"}),
-    ({"mode": "locked-image", "objective": "siglip", "augment": False, "schedule": "linear"}, "image_to_text_R@1", {"history.jsonl", "checkpoint"}),
-    ({"mode": "locked-text", "objective": "prompts", "label": "shade", "templates": "['a {} square']"}, "balanced_accuracy", {"history.jsonl", "checkpoint"}),
+    ({"objective": "labels", "label": "shade", "wise_ft": True, "ema": 0.5, "patience": 1}, "image_to_text_R@10",
+     {"history.jsonl", "checkpoint"}),
+    ({"mode": "lora", "towers": "[text]", "rank": 4, "alpha": 2}, "text_to_image_R@10",
+     {"history.jsonl", "checkpoint"}),
+    ({"mode": "locked-image", "objective": "siglip", "augment": False, "schedule": "linear"}, "image_to_text_R@1",
+     {"history.jsonl", "checkpoint"}),
+    ({"mode": "locked-text", "objective": "prompts", "label": "shade", "templates": "['a {} square']"},
+     "balanced_accuracy", {"history.jsonl", "checkpoint"}),
     ({"mode": "head", "label": "number", "hidden": 8}, "balanced_accuracy", {"head"}),
-    ({"mode": "head", "label": "shade", "backbone": "trained", "max_steps": 3, "table": "images.csv"}, "balanced_accuracy", {"history.jsonl", "checkpoint", "head"})],
+    ({"mode": "head", "label": "shade", "backbone": "trained", "max_steps": 3, "table": "images.csv"},
+     "balanced_accuracy", {"history.jsonl", "checkpoint", "head"})],
     ids=["full, labels, WiSE", "lora", "locked-image, siglip", "locked-text, prompts", "head", "head and tower"])
 def test_modes(command, table, tmp_path, params, metric, files):
     found, page = run(command, table.with_name(params.pop("table", table.name)), tmp_path / "out", **params)
@@ -75,7 +81,8 @@ def bert(tmp_path_factory):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"a dark bright square on the left right".split()]
     folder.mkdir()
     (folder / "vocab.txt").write_text("\n".join(words))
-    config = transformers.BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, max_position_embeddings=7)
+    config = transformers.BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                     intermediate_size=64, max_position_embeddings=7)
     transformers.BertModel(config).save_pretrained(folder)
     transformers.BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     return folder
@@ -84,16 +91,21 @@ def bert(tmp_path_factory):
 def test_other_towers(command, table, bert, tmp_path):
     "Two towers from two libraries: one folder afterwards, which everything can load, wherever it is moved"
     from medclip_nb.models import load_model
-    found, page = run(command, table, tmp_path / "out", image_tower="timm:test_resnet", text_tower=f"hf:{bert}", embed_dim=24, long_text="chunks", epochs=1)
+    found, page = run(command, table, tmp_path / "out", image_tower="timm:test_resnet", text_tower=f"hf:{bert}",
+                      embed_dim=24, long_text="chunks", epochs=1)
     assert found["details"]["towers"] == "timm:test_resnet + tiny-bert" and found["details"]["embed_dim"] == 24
-    assert found["details"]["long_text"] == "chunks" and found["details"]["cut_share"] == 1 and "100.0% of the different training texts" in page
+    assert (found["details"]["long_text"] == "chunks" and found["details"]["cut_share"] == 1
+            and "100.0% of the different training texts" in page)
     checkpoint = shutil.move(tmp_path / "out" / "checkpoint", tmp_path / "moved")
     shutil.move(bert, bert.with_name("gone"))
     try:
         clip = load_model(str(checkpoint), device="cpu")
-        assert (clip.dim, clip.context_length, clip.long_text) == (24, 7, "chunks") and clip.config["model_cfg"]["vision_cfg"]["timm_model_name"] == "test_resnet"
-        given = {k: v for k, v in DEFAULTS.items() if k in ("dataset", "device", "n_boot")} | {"data_root": table, "model": checkpoint}
-        done = subprocess.run([command, "run", "retrieval", *(x for k, v in given.items() for x in ("-p", f"{k}={v}")), "--out", str(tmp_path / "retrieval")], capture_output=True, text=True, env=ENVIRONMENT)
+        assert ((clip.dim, clip.context_length, clip.long_text) == (24, 7, "chunks")
+                and clip.config["model_cfg"]["vision_cfg"]["timm_model_name"] == "test_resnet")
+        given = {k: v for k, v in DEFAULTS.items()
+                 if k in ("dataset", "device", "n_boot")} | {"data_root": table, "model": checkpoint}
+        done = subprocess.run([command, "run", "retrieval", *(x for k, v in given.items() for x in ("-p", f"{k}={v}")),
+                               "--out", str(tmp_path / "retrieval")], capture_output=True, text=True, env=ENVIRONMENT)
         assert done.returncode == 0, done.stdout + done.stderr
         elsewhere = json.loads((tmp_path / "retrieval" / "metrics.json").read_text())["metrics"]
         assert elsewhere["image_to_text_R@1"] == found["metrics"]["image_to_text_R@1"]
@@ -104,10 +116,12 @@ def test_scratch_beside_the_image_tower_of_the_model(command, table, tmp_path):
     from medclip_nb.models import load_model
     run(command, table, tmp_path / "out", text_tower="scratch", max_steps=2)
     clip = load_model(str(tmp_path / "out" / "checkpoint"), device="cpu")
-    assert clip.dim == 128 and clip.config["model_cfg"]["vision_cfg"]["timm_model_name"] == "medclip_starter" and clip.config["model_cfg"]["text_cfg"]["width"] == 256
+    assert (clip.dim == 128 and clip.config["model_cfg"]["vision_cfg"]["timm_model_name"] == "medclip_starter"
+            and clip.config["model_cfg"]["text_cfg"]["width"] == 256)
 
 
-RESULTS = ("report.ipynb", "report.html", "metrics.json", "predictions.parquet", "history.jsonl", "checkpoint/open_clip_model.safetensors", "checkpoint/training.json")
+RESULTS = ("report.ipynb", "report.html", "metrics.json", "predictions.parquet", "history.jsonl",
+           "checkpoint/open_clip_model.safetensors", "checkpoint/training.json")
 LONG = {"epochs": 4, "batch_size": 8, "save_every": 1, "flip": 0.5, "ema": 0.9, "lr": 3e-3}
 
 
@@ -126,7 +140,8 @@ def kill_in_training(process, folder, kernel=False):
     while not (epochs() >= 1 and list(folder.glob(".partial/finetune.state.*/*/state.pt"))):
         assert process.poll() is None and time.monotonic() < end, process.communicate()
         time.sleep(0.01)
-    os.kill(next(c.pid for c in psutil.Process(process.pid).children(recursive=True) if "ipykernel_launcher" in c.cmdline()) if kernel else process.pid, signal.SIGKILL)
+    os.kill(next(c.pid for c in psutil.Process(process.pid).children(recursive=True)
+                 if "ipykernel_launcher" in c.cmdline()) if kernel else process.pid, signal.SIGKILL)
     return process.communicate(timeout=120), process.returncode
 
 
@@ -143,9 +158,11 @@ def test_killed_and_resumed(command, installed, table, whole, tmp_path, kernel):
     (_, said), code = kill_in_training(start(call(installed, table, out, **LONG)), tmp_path, kernel)
     if kernel: assert code == 1 and "the same run with --resume continues from it" in said
     assert not out.exists() and list(tmp_path.glob(".partial/finetune.state.*/*/state.pt"))
-    refused = subprocess.run(call(command, table, out, "--resume", **{**LONG, "lr": 1e-3}), capture_output=True, text=True, env=ENVIRONMENT)
+    refused = subprocess.run(call(command, table, out, "--resume", **{**LONG, "lr": 1e-3}), capture_output=True,
+                             text=True, env=ENVIRONMENT)
     assert refused.returncode == 2 and "the run that was killed differs in parameter lr" in refused.stderr
-    done = subprocess.run(call(command, table, out, "--resume", **LONG), capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run(call(command, table, out, "--resume", **LONG), capture_output=True, text=True,
+                          env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in RESULTS: assert (out / name).read_bytes() == whole[name], name
     assert not (tmp_path / ".partial").exists()
@@ -154,13 +171,16 @@ def test_killed_and_resumed(command, installed, table, whole, tmp_path, kernel):
 def test_a_suite_goes_on_by_itself(installed, table, whole, tmp_path):
     "The second call of a suite continues the training that died in the first"
     suite = tmp_path / "mine.yaml"
-    suite.write_text(yaml.safe_dump({"name": "mine", "runs": [{"name": "finetune", "template": "finetune", "params": {**DEFAULTS, "data_root": str(table), **LONG}}]}, sort_keys=False))
+    suite.write_text(yaml.safe_dump(
+        {"name": "mine", "runs": [{"name": "finetune", "template": "finetune",
+                                   "params": {**DEFAULTS, "data_root": str(table), **LONG}}]}, sort_keys=False))
     arguments, folder = [installed, "suite", str(suite), "--out", str(tmp_path)], tmp_path / "mine"
     kill_in_training(start(arguments), folder)
     before = next(folder.glob(".partial/finetune.state.*/*/state.pt")).stat()
     second = start(arguments)
     end = time.monotonic() + 240
-    while not [p for p in folder.glob(f".partial/finetune.state.{second.pid}/*/state.pt") if p.stat().st_ino == before.st_ino]:
+    while not [p for p in folder.glob(f".partial/finetune.state.{second.pid}/*/state.pt")
+               if p.stat().st_ino == before.st_ino]:
         assert second.poll() is None and time.monotonic() < end, "the state was not taken over"
         time.sleep(0.005)
     said = second.communicate(timeout=300)
@@ -168,10 +188,14 @@ def test_a_suite_goes_on_by_itself(installed, table, whole, tmp_path):
     for name in RESULTS: assert (folder / "finetune" / name).read_bytes() == whole[name], name
 
 
-@pytest.mark.parametrize("params, message", [({"mode": "lorra"}, "Did you mean 'lora'"), ({"mode": "head"}, "needs a label column"),
-                                             ({"objective": "siglipp"}, "Did you mean 'siglip'"), ({"mode": "lora"}, "has no layers for targets"),
-                                             ({"image_tower": "timm:test_resnets"}, "Did you mean 'test_resnet"), ({"text_tower": "timm:test_vit"}, "is an image tower"),
-                                             ({"text_tower": "hf:no/such/folder"}, "could not be found"), ({"image_tower": "RN50x9"}, "Unknown model 'RN50x9'"),
-                                             ({"image_weights": "w.pth"}, "w.pth"), ({"long_text": "chunk"}, "Did you mean 'chunks'")])
+@pytest.mark.parametrize("params, message",
+                         [({"mode": "lorra"}, "Did you mean 'lora'"), ({"mode": "head"}, "needs a label column"),
+                          ({"objective": "siglipp"}, "Did you mean 'siglip'"),
+                          ({"mode": "lora"}, "has no layers for targets"),
+                          ({"image_tower": "timm:test_resnets"}, "Did you mean 'test_resnet"),
+                          ({"text_tower": "timm:test_vit"}, "is an image tower"),
+                          ({"text_tower": "hf:no/such/folder"}, "could not be found"),
+                          ({"image_tower": "RN50x9"}, "Unknown model 'RN50x9'"),
+                          ({"image_weights": "w.pth"}, "w.pth"), ({"long_text": "chunk"}, "Did you mean 'chunks'")])
 def test_mistakes_are_one_message(command, table, tmp_path, params, message):
     assert message in run(command, table, tmp_path / "out", code=2, **params)

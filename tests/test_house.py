@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "medclip_nb"
-WINGS = ("images", "datasets", "models", "losses", "metrics", "embeddings", "evaluators", "trainers", "plots", "experiments",
+WINGS = ("images", "datasets", "models", "losses", "metrics", "embeddings", "evaluators", "trainers", "plots",
+         "experiments",
          "cli")
 ORDER = ("core", "distributed", *WINGS)
 SHORT = {"pooling": "models.pooling", "volumes": "models.volume_encoder"}  # Modules that hand on another one
@@ -74,7 +75,8 @@ def test_face_hands_on_every_public_name(name):
     for module, names in modules.items():
         defined = importlib.import_module(f"medclip_nb.{module}")
         for n in names: assert getattr(face, n) is getattr(defined, n), f"{module}.{n}"
-    assert not {m.rpartition(".")[2] for m in modules} & set(face.__all__), "a module must not bear the name of a function"
+    assert not {m.rpartition(".")[2]
+                for m in modules} & set(face.__all__), "a module must not bear the name of a function"
 
 
 def test_public_name_means_one_thing():

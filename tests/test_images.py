@@ -19,8 +19,10 @@ SHIPPED = Path(pydicom.__file__).parent / "data/test_files"
 GREYS = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 
 
-@pytest.mark.parametrize("suffix, modes", [("png", "1 L LA P RGB RGBA I;16"), ("jpg", "L RGB CMYK"), ("tif", "1 L LA P RGB RGBA CMYK I;16 I F"),
-                                           ("bmp", "1 L P RGB"), ("webp", "RGB RGBA"), ("gif", "L P RGB")])
+@pytest.mark.parametrize("suffix, modes",
+                         [("png", "1 L LA P RGB RGBA I;16"), ("jpg", "L RGB CMYK"),
+                          ("tif", "1 L LA P RGB RGBA CMYK I;16 I F"),
+                          ("bmp", "1 L P RGB"), ("webp", "RGB RGBA"), ("gif", "L P RGB")])
 def test_every_mode_of_every_format_is_rgb_and_grey_stays_grey(tmp_path, suffix, modes):
     for mode in modes.split():
         if mode == "I;16": image = Image.fromarray(GREYS.astype(np.uint16) * 200)
@@ -64,7 +66,8 @@ def test_transparency_is_laid_on_white(tmp_path):
 
 def bomb(width, height):
     chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+            + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -122,7 +125,8 @@ def test_rescale_padding_and_name_without_suffix(tmp_path):
     ds.PixelPaddingValue = int(ds.pixel_array.max())
     ds.save_as(tmp_path / "slice")
     raw = ds.pixel_array
-    expected = np.clip((raw * float(ds.RescaleSlope) + float(ds.RescaleIntercept) - (40 - 200)) / 400, 0, 1) * (raw != raw.max())
+    expected = np.clip((raw * float(ds.RescaleSlope) + float(ds.RescaleIntercept) - (40 - 200)) / 400, 0,
+                       1) * (raw != raw.max())
     assert np.abs(np.asarray(read_image(tmp_path / "slice", window=(40, 400)))[..., 0] - expected * 255).max() <= 0.51
 
 
@@ -134,7 +138,8 @@ def test_shipped_dicom_files_read_or_refuse(path):
     else:
         assert image.mode == "RGB"
         ds = pydicom.dcmread(path, force=True)
-        if ds.get("SamplesPerPixel") == 1 and ds.PhotometricInterpretation.startswith("MONO"): assert np.ptp(np.asarray(image), axis=2).max() == 0
+        if ds.get("SamplesPerPixel") == 1 and ds.PhotometricInterpretation.startswith("MONO"):
+            assert np.ptp(np.asarray(image), axis=2).max() == 0
 
 
 @pytest.mark.parametrize("flips", [(1, 1, 1), (-1, 1, 1), (1, -1, -1), (-1, -1, 1)])
@@ -143,13 +148,15 @@ def test_left_is_right_in_the_picture(tmp_path, flips, order):
     "A mark far to the left, front and top of the patient, however the axes of the file lie"
     array, affine = np.zeros((8, 8, 8), np.float32), np.diag([2.0, 2, 2, 1])
     array[1, 6, 5] = 100 # RAS: left, front, upper half
-    flipped = affine @ np.array([[f if i == j else 0 for j in range(3)] + [7 if f < 0 else 0] for i, f in enumerate(flips)] + [[0, 0, 0, 1]])
+    flipped = affine @ np.array([[f if i == j else 0 for j in range(3)] + [7 if f < 0 else 0]
+                                 for i, f in enumerate(flips)] + [[0, 0, 0, 1]])
     flipped[:3, 3] = [14 if f < 0 else 0 for f in flips]
     stored, turned = array[tuple(slice(None, None, f) for f in flips)].transpose(order), flipped[:, [*order, 3]]
     nib.save(nib.Nifti1Image(np.ascontiguousarray(stored), turned), tmp_path / "x.nii.gz")
     at = {"axial": (5, (1, 6)), "coronal": (1, (2, 6)), "sagittal": (6, (2, 1))}
     for plane, (index, place) in at.items():
-        pixels = np.asarray(read_image(tmp_path / "x.nii.gz", window=(50, 100), plane=plane, position=index / 7))[..., 0]
+        pixels = np.asarray(read_image(tmp_path / "x.nii.gz", window=(50, 100), plane=plane, position=index / 7))[
+            ..., 0]
         assert np.argwhere(pixels == 255).tolist() == [list(place)], plane
     volume = read_volume(tmp_path / "x.nii.gz", percentiles=None)
     assert np.argwhere(volume.array).tolist() == [[5, 1, 6]]
@@ -173,7 +180,8 @@ def test_datasets_take_slices(tmp_path):
 
 
 def test_gaps_warn_and_orientation_letters(tmp_path):
-    with pytest.raises(InputError, match="orientation"): read_volume(Path(nib.__file__).parent / "tests/data/anatomical.nii", orientation="RLS")
+    with pytest.raises(InputError, match="orientation"):
+        read_volume(Path(nib.__file__).parent / "tests/data/anatomical.nii", orientation="RLS")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_volume(Path(nib.__file__).parent / "tests/data/anatomical.nii", size=(16, 16, 16), spacing=(4, 4, 4))

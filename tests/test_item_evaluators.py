@@ -30,7 +30,8 @@ from medclip_nb.evaluators import (
 from medclip_nb.metrics import bootstrap_weights
 from medclip_nb.models import STARTER, build
 
-WORDS = ["a nodule on the left", "Effusion", "effusion.", "clear lungs", "a fracture of a rib", "a very long sentence about a mass in the right upper lobe"]
+WORDS = ["a nodule on the left", "Effusion", "effusion.", "clear lungs", "a fracture of a rib",
+         "a very long sentence about a mass in the right upper lobe"]
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +48,10 @@ def pictures(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for i in range(11): Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(folder / f"{i}.png")
     items = [list(rng.choice(WORDS, rng.integers(0, 4), replace=False)) for _ in range(11)]
-    rows = Manifest({"image": [f"{i}.png" for i in range(11)], "items": items, "group": [f"p{i // 2}" for i in range(11)], "split": "test",
-                     "label": [WORDS[i % 3] for i in range(11)], "nodule": [i % 2 for i in range(11)], "mass": [float(i > 5) if i else np.nan for i in range(11)]})
+    rows = Manifest({"image": [f"{i}.png" for i in range(11)], "items": items,
+                     "group": [f"p{i // 2}" for i in range(11)], "split": "test",
+                     "label": [WORDS[i % 3] for i in range(11)], "nodule": [i % 2 for i in range(11)],
+                     "mass": [float(i > 5) if i else np.nan for i in range(11)]})
     rows.root = str(folder)
     return rows
 
@@ -57,7 +60,8 @@ def pooled(clip, rows, queries):
     "Conditioned and global cosines, everything at once"
     features, tokens = clip.encode_image_tokens(rows.paths())
     with torch.no_grad(): found = clip.pooling(queries.expand(len(rows), -1, -1), tokens)
-    return F.cosine_similarity(found, queries, dim=-1).numpy(), F.cosine_similarity(features[:, None], queries, dim=-1).numpy()
+    return F.cosine_similarity(found, queries,
+                               dim=-1).numpy(), F.cosine_similarity(features[:, None], queries, dim=-1).numpy()
 
 
 @pytest.mark.parametrize("batch_size, num_workers", [(1, 0), (4, 0), (32, 0), (4, 2)])
@@ -79,14 +83,16 @@ def test_pairs_that_are_no_candidates_come_last_in_global_order(clip, pictures, 
 
 def test_tokens_of_one_batch_only_are_held(clip, pictures, monkeypatch):
     sizes, real = [], module.item_similarity
-    monkeypatch.setattr(module, "item_similarity", lambda tokens, *args: sizes.append(len(tokens)) or real(tokens, *args))
+    monkeypatch.setattr(module, "item_similarity",
+                        lambda tokens, *args: sizes.append(len(tokens)) or real(tokens, *args))
     item_scores(clip, pictures, WORDS, batch_size=4)
     assert sizes == [4, 4, 3]
 
 
 def test_order_and_length_of_texts_do_not_matter(clip):
     whole = text_queries(clip, WORDS)
-    for batch_size in (1, 2, 5): torch.testing.assert_close(text_queries(clip, WORDS, batch_size), whole, atol=1e-5, rtol=1e-5)
+    for batch_size in (1, 2, 5):
+        torch.testing.assert_close(text_queries(clip, WORDS, batch_size), whole, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(text_queries(clip, WORDS[::-1]), whole.flip(0), atol=1e-5, rtol=1e-5)
 
 
@@ -94,7 +100,8 @@ def test_a_missing_file_is_named(clip, pictures):
     rows = pictures.copy()
     rows.loc[5, "image"] = "gone.png"
     with pytest.raises(InputError, match="gone.png"): item_scores(clip, rows, WORDS, batch_size=2)
-    with pytest.raises(InputError, match="no column 'image'"): next(encoded_images(clip, pictures.drop(columns="image")))
+    with pytest.raises(InputError, match="no column 'image'"):
+        next(encoded_images(clip, pictures.drop(columns="image")))
 
 
 def ranks_by_hand(line, own):
@@ -108,10 +115,12 @@ def ranks_by_hand(line, own):
 def test_ranks_equal_brute_force(seed):
     rng = np.random.default_rng(seed)
     n, m = rng.integers(1, 30, 2)
-    scores, own = (rng.integers(0, rng.integers(2, 40), (n, m)) / 10).astype(np.float32), rng.random((n, m)) < rng.choice([.05, .3, .9])
+    scores, own = (rng.integers(0, rng.integers(2, 40), (n, m)) / 10).astype(np.float32), rng.random(
+        (n, m)) < rng.choice([.05, .3, .9])
     found = right_ranks(scores, csr_array(own), cells=int(rng.integers(1, 200)))
     assert sorted(zip(found["query"], found["answer"])) == sorted(zip(*map(list, np.nonzero(own))))
-    for query, ranks in found.groupby("query")["rank"]: assert ranks.tolist() == ranks_by_hand(scores[query], own[query])
+    for query, ranks in found.groupby("query")["rank"]:
+        assert ranks.tolist() == ranks_by_hand(scores[query], own[query])
 
 
 def summary(scores, own, rows, ks, complete_ks):
@@ -120,30 +129,38 @@ def summary(scores, own, rows, ks, complete_ks):
     best = {t: min(ranks_by_hand(scores[:, t], own[:, t])) for t in range(own.shape[1]) if own[:, t].any()}
     mine = [ranks[i] for i in rows if i in ranks]
     asked = [best[t] for i in rows for t in np.flatnonzero(own[i])]
-    out = {f"image_to_text_R@{k}": np.mean([r[0] <= k for r in mine]) for k in ks} | {f"text_to_image_R@{k}": np.mean([r <= k for r in asked]) for k in ks}
+    out = {f"image_to_text_R@{k}": np.mean([r[0] <= k for r in mine])
+           for k in ks} | {f"text_to_image_R@{k}": np.mean([r <= k for r in asked]) for k in ks}
     out |= {f"image_to_text_COMPLETE@{k}": np.mean([max(r) <= k for r in mine]) for k in complete_ks}
     for way, first in (("image_to_text", [r[0] for r in mine]), ("text_to_image", asked)):
-        out |= {f"{way}_mean_rank": np.mean(first), f"{way}_median_rank": np.median(first), f"{way}_MRR": np.mean(1 / np.array(first))}
-    return out | {"image_to_text_mean_item_rank": np.mean([np.mean(r) for r in mine]), "image_to_text_mean_worst_rank": np.mean([max(r) for r in mine])}
+        out |= {f"{way}_mean_rank": np.mean(first), f"{way}_median_rank": np.median(first),
+                f"{way}_MRR": np.mean(1 / np.array(first))}
+    return out | {"image_to_text_mean_item_rank": np.mean([np.mean(r) for r in mine]),
+                  "image_to_text_mean_worst_rank": np.mean([max(r) for r in mine])}
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_item_retrieval_equals_brute_force_and_resamples_groups(seed, tmp_path):
     rng = np.random.default_rng(seed)
     n, words = int(rng.integers(5, 25)), [f"finding {i}" for i in range(int(rng.integers(3, 12)))]
-    rows = Manifest({"image": [f"{i}.png" for i in range(n)], "items": [list(rng.choice(words, rng.integers(0, 4))) for _ in range(n)], "group": [f"p{g}" for g in rng.integers(0, 6, n)], "split": "test"})
+    rows = Manifest({"image": [f"{i}.png" for i in range(n)],
+                     "items": [list(rng.choice(words, rng.integers(0, 4))) for _ in range(n)],
+                     "group": [f"p{g}" for g in rng.integers(0, 6, n)], "split": "test"})
     rows.at[0, "items"] = [words[0]]
     texts, right = item_pairs(rows)
     scores, own = (rng.integers(0, 30, right.shape) / 10).astype(np.float32), right.toarray()
     found = item_retrieval_result(scores, rows, texts, right, (1, 3), (2, 4), n_boot=40, seed=seed)
-    for name, value in summary(scores, own, range(n), (1, 3), (2, 4)).items(): assert found.value(name) == pytest.approx(value, abs=1e-9), name
+    for name, value in summary(scores, own, range(n), (1, 3), (2, 4)).items():
+        assert found.value(name) == pytest.approx(value, abs=1e-9), name
     weights = bootstrap_weights(rows["group"], 40, seed)
-    many = pd.DataFrame([summary(scores, own, np.repeat(np.arange(n), w), (1, 3), (2, 4)) for w in weights if any(own[i].any() for i in np.flatnonzero(w))])
+    many = pd.DataFrame([summary(scores, own, np.repeat(np.arange(n), w), (1, 3), (2, 4))
+                         for w in weights if any(own[i].any() for i in np.flatnonzero(w))])
     for name in many:
         row = found.metrics.set_index("name").loc[name]
         assert [row["low"], row["high"]] == pytest.approx(np.quantile(many[name], [.025, .975]), abs=1e-9), name
     assert found.details["images_without_items"] == (~own.any(1)).sum() and len(found.predictions) == n
-    for i, line in found.predictions.iterrows(): assert line["item_ranks"] == (ranks_by_hand(scores[i], own[i]) if own[i].any() else [])
+    for i, line in found.predictions.iterrows():
+        assert line["item_ranks"] == (ranks_by_hand(scores[i], own[i]) if own[i].any() else [])
     found.save(tmp_path)
     back = Result.load(tmp_path).metrics.set_index("name").loc[found.metrics["name"]].reset_index()
     pd.testing.assert_frame_equal(back, found.metrics)
@@ -161,7 +178,8 @@ def test_zero_shot_equals_scikit_learn(clip, pictures, mode, tmp_path):
     classes = sorted(set(pictures["label"]))
     scores = item_scores(clip, pictures, [[f"{c}", f"there is {c}"] for c in classes], mode)
     found = item_zero_shot(clip, pictures, templates=["{}", "there is {}"], mode=mode, n_boot=20)
-    assert found.value("balanced_accuracy") == pytest.approx(sk.balanced_accuracy_score(pictures["label"], np.array(classes)[scores.argmax(1)]))
+    assert found.value("balanced_accuracy") == pytest.approx(
+        sk.balanced_accuracy_score(pictures["label"], np.array(classes)[scores.argmax(1)]))
     both = item_zero_shot(clip, pictures, ["nodule", "mass"], mode=mode, test_tuned=True, n_boot=20)
     scores = item_scores(clip, pictures, ["nodule", "mass"], mode)
     assert both.value("nodule/auroc") == pytest.approx(sk.roc_auc_score(pictures["nodule"], scores[:, 0]))

@@ -13,7 +13,8 @@ from medclip_nb.experiments import (
 )
 from medclip_nb.models import PUBLISHED
 
-# ItemizedCLIP, arXiv 2512.11141, and its published training scripts: batch, lr, weight decay, warm-up (steps), epochs, eps, K, (ILA, MPS, IIS, KTA), keep, gamma, rho
+# ItemizedCLIP, arXiv 2512.11141, and its published training scripts: batch, lr, weight decay, warm-up (steps), epochs,
+# eps, K, (ILA, MPS, IIS, KTA), keep, gamma, rho
 PUBLISHED_SETTINGS = {
     "itemized-mri": (256, 1.75e-4, 0.2, 2000, 24, 1e-6, 7, (1, 0.01, 1, 1), 0.9, 1.5, 0.05),
     "itemized-head-ct": (256, 1.75e-4, 0.2, 2000, 24, 1e-6, 7, (1, 0.01, 1, 1), 0.9, 1.5, 0.05),
@@ -32,13 +33,17 @@ def settings(name):
 @pytest.mark.parametrize("name", PUBLISHED_SETTINGS)
 def test_published_settings(name):
     p = settings(name)
-    found = (p["batch_size"], p["lr"], p["weight_decay"], p["warmup"], p["epochs"], p["eps"], p["items_per_image"], (p["ila"], p["mps"], p["iis"], p["kta"]),
+    found = (p["batch_size"], p["lr"], p["weight_decay"], p["warmup"], p["epochs"], p["eps"], p["items_per_image"],
+             (p["ila"], p["mps"], p["iis"], p["kta"]),
              p["token_keep_prob"], p["worst_positive_factor"], p["key_token_ratio"])
     assert found == PUBLISHED_SETTINGS[name]
     assert p["betas"] == [0.9, 0.98] and p["objective"] == "itemized" and p["model"] in PUBLISHED
     assert p["dataset"] in set(list_datasets()["name"]) and set(p["protocols"]) <= set(list_protocols()["name"])
     assert p["sampling"] == ("diverse" if name in ("itemized-cc0.3m", "itemized-rsicd") else "random")
-    assert (p["lock_text"], p["num_series"], p["checkpointing"]) == (name == "itemized-chest-ct", 10 * (name in ("itemized-mri", "itemized-head-ct")), "t" in name[-2:] or name == "itemized-mri")
+    assert (p["lock_text"], p["num_series"], p["checkpointing"]) == (name == "itemized-chest-ct",
+                                                                     10 * (name in ("itemized-mri",
+                                                                                    "itemized-head-ct")),
+                                                                     "t" in name[-2:] or name == "itemized-mri")
 
 
 def test_files_of_parameters_are_found_by_name():

@@ -26,7 +26,8 @@ from medclip_nb.metrics import (
 
 def brute_ranks(images, texts, image_ids, text_ids):
     "Rank of the best positive by looking at every pair, in double precision"
-    images, texts = (np.asarray(x, float) / np.linalg.norm(np.asarray(x, float), axis=1, keepdims=True) for x in (images, texts))
+    images, texts = (np.asarray(x, float) / np.linalg.norm(np.asarray(x, float), axis=1, keepdims=True)
+                     for x in (images, texts))
     scores, own = images @ texts.T, np.array([[a == b for b in text_ids] for a in image_ids])
     def one_way(scores, own):
         out = np.full(len(scores), np.nan)
@@ -45,7 +46,8 @@ def test_ranks_equal_brute_force(n, m, ids, chunk):
     rng = np.random.default_rng(n * m + ids)
     images, texts = rng.normal(size=(n, 6)), rng.normal(size=(m, 6))
     image_ids, text_ids = rng.integers(0, ids, n), rng.integers(0, ids, m)
-    for got, expected in zip(retrieval_ranks(images, texts, image_ids, text_ids, chunk), brute_ranks(images, texts, image_ids, text_ids)):
+    for got, expected in zip(retrieval_ranks(images, texts, image_ids, text_ids, chunk),
+                             brute_ranks(images, texts, image_ids, text_ids)):
         np.testing.assert_array_equal(got, expected)
 
 
@@ -149,7 +151,8 @@ def test_classification_agrees_with_scikit_learn(classes, seed):
     assert got["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(y, predicted))
     assert got["f1_macro"] == pytest.approx(sk.f1_score(y, predicted, average="macro"))
     assert got["f1_weighted"] == pytest.approx(sk.f1_score(y, predicted, average="weighted"))
-    expected = sk.roc_auc_score(y, p[:, 1]) if classes == 2 else sk.roc_auc_score(y, p, multi_class="ovr", labels=range(classes))
+    expected = (sk.roc_auc_score(y, p[:, 1]) if classes == 2
+                else sk.roc_auc_score(y, p, multi_class="ovr", labels=range(classes)))
     assert got["auroc_macro"] == pytest.approx(expected)
     assert ("top5_accuracy" in got) == (classes > 5)
 
@@ -161,36 +164,44 @@ def test_weights_equal_sample_weights_of_scikit_learn():
     for i, w in enumerate(weights):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            assert got["balanced_accuracy"][i] == pytest.approx(sk.balanced_accuracy_score(y, p.argmax(1), sample_weight=w))
-        assert got["auroc_macro"][i] == pytest.approx(np.mean([sk.roc_auc_score(y == c, p[:, c], sample_weight=w) for c in range(3)]))
+            assert got["balanced_accuracy"][i] == pytest.approx(
+                sk.balanced_accuracy_score(y, p.argmax(1), sample_weight=w))
+        assert got["auroc_macro"][i] == pytest.approx(
+            np.mean([sk.roc_auc_score(y == c, p[:, c], sample_weight=w) for c in range(3)]))
 
 
 def test_one_class_only_has_no_auroc():
     got = classification_metrics(["a", "a"], [[.9, .1], [.2, .8]], ["a", "b"])
-    assert got["accuracy"] == 0.5 and np.isnan(got["auroc_macro"]) and np.isnan(got["specificity"] if got["sensitivity"] == 0.5 else got["sensitivity"])
+    assert (got["accuracy"] == 0.5 and np.isnan(got["auroc_macro"])
+            and np.isnan(got["specificity"] if got["sensitivity"] == 0.5 else got["sensitivity"]))
 
 
 def test_a_class_without_rows_is_left_out_of_the_macro_mean():
     scores = [[.8, .1, .1], [.3, .6, .1], [.1, .8, .1], [.7, .2, .1]]
     got = classification_metrics(["a", "a", "b", "b"], scores, ["a", "b", "c"])
-    assert got["auroc_macro"] == pytest.approx(np.mean([sk.roc_auc_score([1, 1, 0, 0], [.8, .3, .1, .7]), sk.roc_auc_score([0, 0, 1, 1], [.1, .6, .8, .2])]))
+    assert got["auroc_macro"] == pytest.approx(
+        np.mean([sk.roc_auc_score([1, 1, 0, 0], [.8, .3, .1, .7]), sk.roc_auc_score([0, 0, 1, 1], [.1, .6, .8, .2])]))
     assert np.isnan(per_class_metrics(["a", "a", "b", "b"], scores, ["a", "b", "c"]).loc["c", "auroc"])
 
 
 def test_positive_swaps_sensitivity_and_specificity():
     y, p = ["x", "x", "y", "y", "y"], [.1, .7, .8, .9, .3]
     first, last = (classification_metrics(y, p, ["x", "y"], positive=c) for c in ("x", "y"))
-    assert (first["sensitivity"], first["specificity"]) == (last["specificity"], last["sensitivity"]) == (0.5, pytest.approx(2 / 3))
+    assert (first["sensitivity"], first["specificity"]) == (last["specificity"],
+                                                            last["sensitivity"]) == (0.5, pytest.approx(2 / 3))
     assert first["auroc"] == last["auroc"]
     with pytest.raises(InputError, match="'z'"): classification_metrics(y, p, ["x", "y"], positive="z")
 
 
 def test_equal_scores_go_to_the_first_class():
     assert classification_metrics(["a", "b"], [[1, 1], [1, 1]], ["a", "b"])["accuracy"] == 0.5
-    assert classification_metrics(list("abcdef"), np.zeros((6, 6)), list("abcdef"))["top5_accuracy"] == pytest.approx(5 / 6)
+    assert classification_metrics(list("abcdef"), np.zeros((6, 6)),
+                                  list("abcdef"))["top5_accuracy"] == pytest.approx(5 / 6)
 
 
-@pytest.mark.parametrize("labels", [["1", "0"], [1, 0], [1.0, 0.0], np.array([1, 0]), pd.Series([1, 0]), torch.tensor([1, 0]), pd.Categorical([1, 0])])
+@pytest.mark.parametrize("labels",
+                         [["1", "0"], [1, 0], [1.0, 0.0], np.array([1, 0]), pd.Series([1, 0]), torch.tensor([1, 0]),
+                          pd.Categorical([1, 0])])
 @pytest.mark.parametrize("classes", [["0", "1"], [0, 1], [0.0, 1.0]])
 def test_labels_are_compared_by_name(labels, classes): assert list(label_codes(labels, classes)) == [1, 0]
 

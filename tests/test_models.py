@@ -15,15 +15,18 @@ repo = home/'hub'/'models--org--tiny'
 snapshot = repo/'snapshots'/('a' * 40)
 snapshot.mkdir(parents=True), (repo/'refs').mkdir()
 (repo/'refs'/'main').write_text('a' * 40)
-(snapshot/'vocab.txt').write_text('\\n'.join(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'a', 'lesion', 'no', 'left', 'right']))
+words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'a', 'lesion', 'no', 'left', 'right']
+(snapshot/'vocab.txt').write_text('\\n'.join(words))
 transformers.BertTokenizerFast(str(snapshot/'vocab.txt')).save_pretrained(snapshot)
 (snapshot/'vocab.txt').unlink()
-sizes = dict(vocab_size=10, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, max_position_embeddings=64)
+sizes = dict(vocab_size=10, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+             intermediate_size=48, max_position_embeddings=64)
 text = transformers.BertModel(transformers.BertConfig(**sizes))
 text.save_pretrained(snapshot)
 
 clip = swap_towers('timm:resnet10t', 'hf:org/tiny', dim=32, device='cpu')
-assert torch.equal(clip.model.text.transformer.embeddings.word_embeddings.weight, text.embeddings.word_embeddings.weight)
+loaded = clip.model.text.transformer
+assert torch.equal(loaded.embeddings.word_embeddings.weight, text.embeddings.word_embeddings.weight)
 texts = ['a lesion', 'no lesion left', 'a left']
 features = clip.encode_texts(texts)
 assert clip.tokenizer(texts)[1, :5].tolist() == [2, 7, 6, 8, 3]

@@ -33,14 +33,16 @@ def made(classes, n=300, d=20, seed=0, dtype=np.float64):
 
 def objective(C, x, y, sample_weight, model):
     scores = model.scores(torch.from_numpy(x.astype(float)))
-    loss = (torch.nn.functional.cross_entropy(scores, torch.from_numpy(y), reduction="none") * torch.from_numpy(sample_weight)).sum()
+    loss = (torch.nn.functional.cross_entropy(scores, torch.from_numpy(y),
+                                              reduction="none") * torch.from_numpy(sample_weight)).sum()
     return float(loss + (model.weight**2).sum() / (2 * C) * (2 if len(model.weight) == 2 else 1))
 
 
 def of_scikit(fit):
     "Its classifier with a line for each class"
     weight, bias = torch.from_numpy(fit.coef_.astype(float)), torch.from_numpy(fit.intercept_.astype(float))
-    return Linear(weight, bias) if len(weight) > 1 else Linear(torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2)
+    return (Linear(weight, bias) if len(weight) > 1
+            else Linear(torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2))
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7])
@@ -49,11 +51,13 @@ def of_scikit(fit):
 def test_the_optimum_is_that_of_scikit_learn(classes, weighting, seed):
     x, y = made(classes, seed=seed)
     codes, Cs = torch.from_numpy(y), [1e-3, 1e-1, 10.0]
-    weights = {"none": np.ones(len(y)), "balanced": balanced_weights(codes, classes).double().numpy(), "random": np.random.default_rng(seed).random(len(y))}[weighting]
+    weights = {"none": np.ones(len(y)), "balanced": balanced_weights(codes, classes).double().numpy(),
+               "random": np.random.default_rng(seed).random(len(y))}[weighting]
     path = logistic_path(torch.from_numpy(x), codes, classes, Cs, torch.from_numpy(weights), tol=1e-9)
     for C, found in path.items():
         trusted = of_scikit(LogisticRegression(C=C, tol=1e-10, max_iter=10_000).fit(x, y, sample_weight=weights))
-        np.testing.assert_allclose(found.weight - found.weight.mean(0), trusted.weight - trusted.weight.mean(0), atol=2e-4)
+        np.testing.assert_allclose(found.weight - found.weight.mean(0), trusted.weight - trusted.weight.mean(0),
+                                   atol=2e-4)
         np.testing.assert_allclose(found.bias - found.bias.mean(), trusted.bias - trusted.bias.mean(), atol=2e-4)
         assert objective(C, x, y, weights, found) <= objective(C, x, y, weights, trusted) * (1 + 1e-8)
 
@@ -73,7 +77,8 @@ def test_a_path_equals_its_single_fits():
     x, y, Cs = torch.from_numpy(x), torch.from_numpy(y), [1e-2, 1.0, 50.0]
     path = logistic_path(x, y, 4, Cs[::-1], tol=1e-9)
     assert list(path) == Cs
-    for C in Cs: torch.testing.assert_close(path[C].weight, logistic_path(x, y, 4, [C], tol=1e-9)[C].weight, atol=1e-4, rtol=0)
+    for C in Cs:
+        torch.testing.assert_close(path[C].weight, logistic_path(x, y, 4, [C], tol=1e-9)[C].weight, atol=1e-4, rtol=0)
 
 
 def test_features_and_weights_stay_as_they_were():
@@ -89,7 +94,8 @@ def test_shifted_and_constant_features_are_no_trouble():
     x, y = made(3)
     x[:, 0] = 7
     shifted = torch.from_numpy(x + 100)
-    plain, moved = (logistic_path(f, torch.from_numpy(y), 3, [1.0], tol=1e-8)[1.0] for f in (torch.from_numpy(x), shifted))
+    plain, moved = (logistic_path(f, torch.from_numpy(y), 3, [1.0], tol=1e-8)[1.0]
+                    for f in (torch.from_numpy(x), shifted))
     torch.testing.assert_close(plain.weight, moved.weight, atol=1e-4, rtol=0)
     torch.testing.assert_close(plain.scores(torch.from_numpy(x)), moved.scores(shifted), atol=1e-2, rtol=0)
     assert _standardized({"train": torch.from_numpy(x)})["train"][:, 0].abs().max() == 0
@@ -111,7 +117,9 @@ def test_few_evaluations(monkeypatch):
     assert 3 * len(counts) < steps
 
 
-@pytest.mark.parametrize("classes, Cs, message", [(4, [1.0], "No row for class number 3"), (3, [], "C must be positive"), (3, [-1.0], "C must be positive")])
+@pytest.mark.parametrize("classes, Cs, message",
+                         [(4, [1.0], "No row for class number 3"), (3, [], "C must be positive"),
+                          (3, [-1.0], "C must be positive")])
 def test_bad_problems_are_named(classes, Cs, message):
     x, y = made(3)
     with pytest.raises(InputError, match=message): logistic_path(torch.from_numpy(x), torch.from_numpy(y), classes, Cs)
@@ -121,10 +129,12 @@ def test_bad_problems_are_named(classes, Cs, message):
 @pytest.mark.parametrize("chunk", [1, 7, 1024])
 def test_votes_are_those_of_scikit_learn(k, chunk):
     rng = np.random.default_rng(k)
-    x, y = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(60, 5))), dim=1), torch.from_numpy(rng.integers(0, 4, 60))
+    x, y = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(60, 5))),
+                                         dim=1), torch.from_numpy(rng.integers(0, 4, 60))
     votes = neighbor_votes(x[:20], x[20:], y[20:], 4, [k], 0.1, chunk)[k].numpy()
     weight = lambda distance: np.exp(-(distance - distance.min(1, keepdims=True)) / 0.1)
-    trusted = KNeighborsClassifier(min(k, 40), metric="cosine", weights=weight).fit(x[20:], y[20:]).predict_proba(x[:20])
+    trusted = KNeighborsClassifier(min(k, 40), metric="cosine",
+                                   weights=weight).fit(x[20:], y[20:]).predict_proba(x[:20])
     np.testing.assert_allclose(votes[:, np.unique(y[20:])], trusted, atol=1e-6)
 
 
@@ -138,9 +148,11 @@ def test_a_class_missing_from_a_fold_is_never_said():
     x, y = torch.randn(12, 3), torch.tensor([0, 1] * 5 + [2, 2])
     def fit(features, codes, classes):
         seen.append(classes)
-        return lambda rows: {1.0: torch.nn.functional.one_hot(torch.zeros(len(rows), dtype=torch.long), classes).double()}
+        return lambda rows: {
+            1.0: torch.nn.functional.one_hot(torch.zeros(len(rows), dtype=torch.long), classes).double()}
     seen = []
-    best, found, _ = choose(fit, {"train": x}, {"train": y}, np.array(["a", "b", "c", "d"] * 2 + ["a", "b", "c", "d"]), 0)
+    best, found, _ = choose(fit, {"train": x}, {"train": y}, np.array(["a", "b", "c", "d"] * 2 + ["a", "b", "c", "d"]),
+                            0)
     assert best == 1.0 and seen[0] == 3 and set(seen) <= {2, 3} and "folds of train" in found["chosen_on"]
     assert _balanced_accuracy(torch.tensor([0, 0]), torch.tensor([0, 2])) == 0.5
 
@@ -188,7 +200,9 @@ def test_the_end_of_the_range_is_told(squares):
     assert not linear_probe(clip, train, test, valid=valid, Cs=[1.0], n_boot=5).details["C_at_edge"]
 
 
-@pytest.mark.parametrize("options, message", [({"method": "svm"}, "Unknown method"), ({"class_weight": "equal"}, "class_weight must be"), ({"label": "lable"}, "Did you mean 'label'")])
+@pytest.mark.parametrize("options, message",
+                         [({"method": "svm"}, "Unknown method"), ({"class_weight": "equal"}, "class_weight must be"),
+                          ({"label": "lable"}, "Did you mean 'label'")])
 def test_bad_options_are_named(squares, options, message):
     clip, train, valid, test = squares
     with pytest.raises(InputError, match=message): linear_probe(clip, train, test, **options)
@@ -204,4 +218,5 @@ def test_one_group_a_class_needs_a_validation_split(squares):
 
 def test_groups_may_be_missing(squares):
     clip, train, valid, test = squares
-    assert linear_probe(clip, train.assign(group=pd.Series([None] * len(train), dtype=object, index=train.index)), test, n_boot=5).details["chosen_on"] == "5 folds of train"
+    assert linear_probe(clip, train.assign(group=pd.Series([None] * len(train), dtype=object, index=train.index)), test,
+                        n_boot=5).details["chosen_on"] == "5 folds of train"

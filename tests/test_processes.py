@@ -29,7 +29,8 @@ class Towers(nn.Module):
         self.logit_scale, self.logit_bias = nn.Parameter(torch.tensor(2.6)), nn.Parameter(torch.tensor(-3.0))
 
     def forward(self, images, tokens, chunk):
-        return in_chunks(self.image, images, chunk), in_chunks(self.text, tokens, chunk), self.logit_scale.exp(), self.logit_bias
+        return in_chunks(self.image, images, chunk), in_chunks(self.text, tokens,
+                                                               chunk), self.logit_scale.exp(), self.logit_bias
 
 
 def batch():
@@ -45,7 +46,8 @@ def loss_of(name, model, scale, bias):
             "clip_ids": lambda v, t, ids: clip_loss(v, t, scale, 0.7, ids) + 0 * bias,
             "siglip": lambda v, t, ids: siglip_loss(v, t, scale, bias, ids),
             "soft": lambda v, t, ids: soft_clip_loss(v, t, scale, positives_of(labels=ids, soft=0.3), 0.6) + 0 * bias,
-            "prompts": lambda v, t, ids: prompt_loss(v, model.text(prompts), ids, scale, torch.arange(1.0, 9)) + 0 * (bias + t.sum())}[name]
+            "prompts": lambda v, t, ids: prompt_loss(v, model.text(prompts), ids, scale, torch.arange(1.0, 9))
+            + 0 * (bias + t.sum())}[name]
 
 
 def step(name, way, part=slice(None)):
@@ -59,7 +61,8 @@ def step(name, way, part=slice(None)):
         loss.backward()
     else:
         loss_fn = loss_of(name, model, model.logit_scale.exp(), model.logit_bias)
-        loss = cached_step(model.image, model.text, images, tokens, lambda v, t: global_loss(loss_fn, v, t, ids=ids), chunk, model=model)
+        loss = cached_step(model.image, model.text, images, tokens, lambda v, t: global_loss(loss_fn, v, t, ids=ids),
+                           chunk, model=model)
         average_gradients(model.parameters())
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 
@@ -72,7 +75,8 @@ def gathering():
     (everyone.sum() * (rank + 1)).backward()
     assert everyone[:, 0].tolist() == [r for r in range(world) for _ in range(r)]
     if rank == 1: assert torch.equal(rows.grad, torch.full((1, 2), world * (world + 1) / 2))
-    assert gather_ids(torch.tensor([rank] * (world - rank))).tolist() == [r for r in range(world) for _ in range(world - r)]
+    assert gather_ids(torch.tensor([rank] * (world - rank))).tolist() == [r for r in range(world)
+                                                                          for _ in range(world - r)]
     with torch.no_grad(): assert not gather(rows).requires_grad
     unused, half = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     if rank == 0: half.grad = torch.ones(2)
@@ -82,7 +86,8 @@ def gathering():
 
 def worker(rank, world, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
+                            timeout=timedelta(seconds=60))
     gathering()
     found = {}
     for kind, parts in PARTS.items():
@@ -114,7 +119,9 @@ def test_the_gradients_are_those_of_one_process(answers, name, way):
         for found_loss, found in (answer[kind, name, way] for answer in answers):
             assert found_loss == pytest.approx(loss, abs=1e-5)
             assert found.keys() == gradients.keys()
-            for key in gradients: torch.testing.assert_close(found[key], gradients[key], atol=1e-5, rtol=0, msg=lambda m: f"{kind}, {key}: {m}")
+            for key in gradients:
+                torch.testing.assert_close(found[key], gradients[key], atol=1e-5, rtol=0,
+                                           msg=lambda m: f"{kind}, {key}: {m}")
 
 
 def test_local_negatives_are_another_loss(answers):

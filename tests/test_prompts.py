@@ -1,4 +1,5 @@
-"Prompt packs: every one loads and agrees with its card and its reader; slips are one message; they travel with the package"
+"""Prompt packs: every one loads and agrees with its card and its reader; slips are one message; they travel with the
+package"""
 import re
 import shutil
 import subprocess
@@ -40,14 +41,20 @@ from medclip_nb.evaluators import (
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKS = sorted((ROOT / "data" / "prompts").glob("*.yaml"))
-LABELS = {"kather": {"label": microscopy.TISSUES.values()}, "ham10000": {"label": photographs.LESIONS.values()}, "rsicd": {"label": photographs.SCENES.values()},
-          "pub-brain-5": {"label": [c.lower() for c in studies.BRAIN_CLASSES]}, "medpix": {"label": radiographs.MEDPIX_NAMES.values()}, "openi": {"label": ["normal", "abnormal"]},
+LABELS = {"kather": {"label": microscopy.TISSUES.values()}, "ham10000": {"label": photographs.LESIONS.values()},
+          "rsicd": {"label": photographs.SCENES.values()},
+          "pub-brain-5": {"label": [c.lower() for c in studies.BRAIN_CLASSES]},
+          "medpix": {"label": radiographs.MEDPIX_NAMES.values()}, "openi": {"label": ["normal", "abnormal"]},
           "mri-study": {"normal": ["present", "absent"]}, "headct-study": {"normal": ["present", "absent"]},
-          "starter": {"side": ["left", "right"], "lesion": ["absent", "present"], "finding": ["normal", *phantom.FINDING_KINDS, phantom.VENTRICLES]}}
-FINDINGS = {"chexpert": chest.CHEXPERT_FINDINGS, "mimic-cxr-jpg": chest.CHEXPERT_FINDINGS, "nih-cxr14": chest.NIH_FINDINGS, "ct-rate": ct.PROTOCOL_CLASSES, "rad-chestct": ct.RAD_CLASSES,
+          "starter": {"side": ["left", "right"], "lesion": ["absent", "present"],
+                      "finding": ["normal", *phantom.FINDING_KINDS, phantom.VENTRICLES]}}
+FINDINGS = {"chexpert": chest.CHEXPERT_FINDINGS, "mimic-cxr-jpg": chest.CHEXPERT_FINDINGS,
+            "nih-cxr14": chest.NIH_FINDINGS, "ct-rate": ct.PROTOCOL_CLASSES, "rad-chestct": ct.RAD_CLASSES,
             "rsna-ich": studies.SUBTYPES, "cq500": studies.CQ500_FINDINGS}
-LEFT_OUT = {"rsna-ich-itemized": {"epidural"}, "cq500-itemized": {"ChronicBleed", "Fracture", "CalvarialFracture", "OtherFracture"}}
-NO_CLASSES = {"cc03m-itemized", "coco-captions", "csv", "cytopath", "flickr30k", "huggingface", "imagefolder", "ipath", "json-pairs", "parquet", "quilt1m", "rocov2", "study-json", "webdataset"}
+LEFT_OUT = {"rsna-ich-itemized": {"epidural"},
+            "cq500-itemized": {"ChronicBleed", "Fracture", "CalvarialFracture", "OtherFracture"}}
+NO_CLASSES = {"cc03m-itemized", "coco-captions", "csv", "cytopath", "flickr30k", "huggingface", "imagefolder", "ipath",
+              "json-pairs", "parquet", "quilt1m", "rocov2", "study-json", "webdataset"}
 
 
 @pytest.mark.parametrize("path", PACKS, ids=[p.stem for p in PACKS])
@@ -84,10 +91,14 @@ def test_every_dataset_with_classes_has_a_pack_of_convention():
 
 
 @pytest.mark.parametrize("name, sentence", [
-    ("kather-ipclip", "colorectal adenocarcinoma epithelium"), ("kather-plip", "An H&E image patch of mucus."), ("medpix-clip", "Medical image of Computed tomography"),
-    ("pub-brain-5-itemized", "Study is unremarkable"), ("pub-brain-5-hlip", "This MRI study shows: No significant abnormalities."), ("rsicd-itemized", "there is stadium"),
-    ("rsna-ich-itemized", "Intracranial hemorrhage with subdural hemorrhage"), ("cq500-itemized", "Mass Effect"), ("ct-rate-itemized", "findings consistent with nodules or nodular density"),
-    ("rad-chestct-itemized", "findings consistent with opacity"), ("ct-rate-hlip", "The volume shows: Not lung nodule."), ("chexpert-chexzero", "no Pleural Effusion")])
+    ("kather-ipclip", "colorectal adenocarcinoma epithelium"), ("kather-plip", "An H&E image patch of mucus."),
+    ("medpix-clip", "Medical image of Computed tomography"),
+    ("pub-brain-5-itemized", "Study is unremarkable"),
+    ("pub-brain-5-hlip", "This MRI study shows: No significant abnormalities."), ("rsicd-itemized", "there is stadium"),
+    ("rsna-ich-itemized", "Intracranial hemorrhage with subdural hemorrhage"), ("cq500-itemized", "Mass Effect"),
+    ("ct-rate-itemized", "findings consistent with nodules or nodular density"),
+    ("rad-chestct-itemized", "findings consistent with opacity"),
+    ("ct-rate-hlip", "The volume shows: Not lung nodule."), ("chexpert-chexzero", "no Pleural Effusion")])
 def test_published_words(name, sentence):
     pack = load_pack(name)
     said = [class_sentences(list(classes.values()), pack.templates) for classes in pack.labels.values()]
@@ -97,33 +108,52 @@ def test_published_words(name, sentence):
 
 
 def test_starter_pack_says_what_the_suite_says():
-    suite, pack = yaml.safe_load((ROOT / "nbs/experiments/suites/starter.yaml").read_text())["defaults"], load_pack("starter")
+    suite, pack = yaml.safe_load((ROOT / "nbs/experiments/suites/starter.yaml").read_text())["defaults"], load_pack(
+        "starter")
     many = lambda said: [said] if isinstance(said, str) else said
-    assert pack.columns == suite["labels"] and pack.templates == suite["templates"] and pack.positive == suite["positive"]
-    assert pack.labels == {column: {name: many(said) for name, said in classes.items()} for column, classes in suite["prompts"].items()}
+    assert (pack.columns == suite["labels"] and pack.templates == suite["templates"]
+            and pack.positive == suite["positive"])
+    assert pack.labels == {column: {name: many(said) for name, said in classes.items()}
+                           for column, classes in suite["prompts"].items()}
 
 
 GOOD = {"name": "mine", "version": "1", "dataset": "csv", "origin": "convention", "source": "here", "templates": ["{}"]}
-LABEL, FINDING = {"labels": {"label": {"a": "x", "b": ["y", "z"]}}}, {"findings": {"a": "x", "b": {"present": ["y"], "absent": ["z"]}}}
+LABEL, FINDING = {"labels": {"label": {"a": "x", "b": ["y", "z"]}}}, {
+    "findings": {"a": "x", "b": {"present": ["y"], "absent": ["z"]}}}
 
 
 @pytest.mark.parametrize("change, says", [
-    (LABEL | {"templates": ["no braces"]}, "templates has 'no braces' without {}"), (LABEL | {"templates": ["{}", "{}"]}, "templates has '{}' twice"), (LABEL | {"templates": "{}"}, "list of texts"),
-    ({"labels": {"label": {"a": "x"}}}, "two classes or more"), ({"labels": {"label": {"a": "x", "b": "x"}}}, "could not be distinguished"), ({"labels": {"label": {"a": ["x", "x"], "b": "y"}}}, "'x' twice"),
-    ({"labels": {"label": {1: "x", "b": "y"}}}, "class 1 that is not text; put quotes"), ({"labels": {"label": {"a": [], "b": "y"}}}, "should be a list of texts"), ({"labels": {"label": {"a": " ", "b": "y"}}}, "list of texts"),
-    (LABEL | {"positive": {"label": "c"}}, "positive names a class 'c'"), (LABEL | {"positive": {"side": "a"}}, "positive names a label 'side'"),
-    ({"labels": {"label": {"a": "x", "b": "y", "c": "z"}}, "positive": {"label": "a"}}, "3 classes; only one of two"), (LABEL | FINDING, "either labels or findings"), ({}, "either labels or findings"),
-    (LABEL | {"negatives": ["no {}"]}, "negatives are for findings"), (FINDING, "others none"), (FINDING | {"negatives": ["no {}", "without {}"]}, "1 templates and 2 negatives"),
-    ({"findings": {"a": {"present": ["y"], "abstent": ["z"]}}}, "words for present and absent, not for abstent, present"), ({"findings": {"a": 3}}, "should be a list of texts"), ({"findings": []}, "either labels or findings"),
-    (LABEL | {"name": "My Pack"}, "small letters"), (LABEL | {"version": 1}, "put quotes around a number"), (LABEL | {"version": "v1"}, "whole number"), (LABEL | {"origin": "paper"}, "published or convention"),
-    (LABEL | {"dataset": "cvs"}, "Did you mean 'csv'"), (LABEL | {"source": ""}, "lacks source"), (LABEL | {"sauce": "x"}, "Did you mean 'source'"), (LABEL | {"options": ["x"]}, "names with values")])
+    (LABEL | {"templates": ["no braces"]}, "templates has 'no braces' without {}"),
+    (LABEL | {"templates": ["{}", "{}"]}, "templates has '{}' twice"), (LABEL | {"templates": "{}"}, "list of texts"),
+    ({"labels": {"label": {"a": "x"}}}, "two classes or more"),
+    ({"labels": {"label": {"a": "x", "b": "x"}}}, "could not be distinguished"),
+    ({"labels": {"label": {"a": ["x", "x"], "b": "y"}}}, "'x' twice"),
+    ({"labels": {"label": {1: "x", "b": "y"}}}, "class 1 that is not text; put quotes"),
+    ({"labels": {"label": {"a": [], "b": "y"}}}, "should be a list of texts"),
+    ({"labels": {"label": {"a": " ", "b": "y"}}}, "list of texts"),
+    (LABEL | {"positive": {"label": "c"}}, "positive names a class 'c'"),
+    (LABEL | {"positive": {"side": "a"}}, "positive names a label 'side'"),
+    ({"labels": {"label": {"a": "x", "b": "y", "c": "z"}}, "positive": {"label": "a"}}, "3 classes; only one of two"),
+    (LABEL | FINDING, "either labels or findings"), ({}, "either labels or findings"),
+    (LABEL | {"negatives": ["no {}"]}, "negatives are for findings"), (FINDING, "others none"),
+    (FINDING | {"negatives": ["no {}", "without {}"]}, "1 templates and 2 negatives"),
+    ({"findings": {"a": {"present": ["y"], "abstent": ["z"]}}},
+     "words for present and absent, not for abstent, present"), ({"findings": {"a": 3}}, "should be a list of texts"),
+    ({"findings": []}, "either labels or findings"),
+    (LABEL | {"name": "My Pack"}, "small letters"), (LABEL | {"version": 1}, "put quotes around a number"),
+    (LABEL | {"version": "v1"}, "whole number"), (LABEL | {"origin": "paper"}, "published or convention"),
+    (LABEL | {"dataset": "cvs"}, "Did you mean 'csv'"), (LABEL | {"source": ""}, "lacks source"),
+    (LABEL | {"sauce": "x"}, "Did you mean 'source'"), (LABEL | {"options": ["x"]}, "names with values")])
 def test_slips(tmp_path, change, says):
     (path := tmp_path / "mine.yaml").write_text(yaml.safe_dump(GOOD | change))
     with pytest.raises(InputError, match=f"mine.yaml: .*{re.escape(says)}"): read_pack(path)
 
 
 def test_files_that_are_no_packs(tmp_path):
-    for text, says in (("- 1", "keys and values"), ("a: [", "not YAML"), ("!!python/object/apply:os.system [echo]", "not YAML"), ("name: a\nname: b", "'name' stands twice"), ("", "keys and values"), ("? [a]\n: 1", "not YAML")):
+    for text, says in (("- 1", "keys and values"), ("a: [", "not YAML"),
+                       ("!!python/object/apply:os.system [echo]", "not YAML"),
+                       ("name: a\nname: b", "'name' stands twice"), ("", "keys and values"),
+                       ("? [a]\n: 1", "not YAML")):
         (path := tmp_path / "mine.yaml").write_text(text)
         with pytest.raises(InputError, match=says): read_pack(path)
     with pytest.raises(InputError, match="cannot be read"): load_pack(tmp_path / "nowhere.yaml")
@@ -132,7 +162,8 @@ def test_files_that_are_no_packs(tmp_path):
 
 def test_versions(tmp_path, monkeypatch):
     monkeypatch.setattr(prompts, "pack_folder", lambda: tmp_path)
-    for version in ("2", "10"): (tmp_path / f"mine@{version}.yaml").write_text(yaml.safe_dump(GOOD | LABEL | {"version": version}))
+    for version in ("2", "10"):
+        (tmp_path / f"mine@{version}.yaml").write_text(yaml.safe_dump(GOOD | LABEL | {"version": version}))
     assert [load_pack(*a).version for a in (("mine",), ("mine@2",), ("mine", 2))] == ["10", "2", "2"]
     with pytest.raises(InputError, match="no version '3'. There is: 2, 10"): load_pack("mine@3")
     (tmp_path / "mine@2.yaml").write_text(yaml.safe_dump(GOOD | LABEL))
@@ -141,9 +172,13 @@ def test_versions(tmp_path, monkeypatch):
 
 def test_packs_travel_with_the_package(tmp_path):
     for name in ("setup.py", "settings.ini", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)
-    for name in ("medclip_nb", "nbs/experiments", "data/cards", "data/prompts"): shutil.copytree(ROOT / name, tmp_path / name)
-    subprocess.run([sys.executable, "setup.py", "-q", "build", "--build-lib", tmp_path / "installed"], cwd=tmp_path, check=True, capture_output=True)
-    code = "from medclip_nb.evaluators.prompts import list_packs, load_pack, pack_folder; print(pack_folder(), len(list_packs()), load_pack('kather').id)"
-    done = subprocess.run([sys.executable, "-c", code], cwd="/", env={"PYTHONPATH": str(tmp_path / "installed")}, check=True, capture_output=True, text=True)
+    for name in ("medclip_nb", "nbs/experiments", "data/cards", "data/prompts"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    subprocess.run([sys.executable, "setup.py", "-q", "build", "--build-lib", tmp_path / "installed"], cwd=tmp_path,
+                   check=True, capture_output=True)
+    code = ("from medclip_nb.evaluators.prompts import list_packs, load_pack, pack_folder; "
+            "print(pack_folder(), len(list_packs()), load_pack('kather').id)")
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", env={"PYTHONPATH": str(tmp_path / "installed")},
+                          check=True, capture_output=True, text=True)
     assert done.stdout.split() == [f"{tmp_path}/installed/medclip_nb/prompt_packs", str(len(PACKS)), "kather@1"]
     assert pack_folder() == ROOT / "data" / "prompts"

@@ -42,8 +42,10 @@ END = "_as_published"
 def reader():
     "A model of studies with random weights"
     torch.manual_seed(0)
-    sizes = dict(width=32, depth=2, heads=2, patch_size=(4, 16, 16), grid=(2, 2, 2), levels=("slice", "study"), max_scans=8)
-    return study_model(sizes, TEXT, dim=32, preprocess=StudyPreprocess(percentiles=None, divide=255, grid=(8, 32, 32)), pooling_heads=2, device="cpu")
+    sizes = dict(width=32, depth=2, heads=2, patch_size=(4, 16, 16), grid=(2, 2, 2), levels=("slice", "study"),
+                 max_scans=8)
+    return study_model(sizes, TEXT, dim=32, preprocess=StudyPreprocess(percentiles=None, divide=255, grid=(8, 32, 32)),
+                       pooling_heads=2, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,8 @@ def tensor(path, rng):
 
 def areas(labels, scores):
     "AUROC of each column on its known rows"
-    return {c: sk.roc_auc_score(y[k], s[k]) for c, y, s in zip(labels, labels.to_numpy().T, scores.T) for k in [~np.isnan(y)]}
+    return {c: sk.roc_auc_score(y[k], s[k]) for c, y, s in zip(labels, labels.to_numpy().T, scores.T)
+            for k in [~np.isnan(y)]}
 
 
 def states(rows, columns):
@@ -78,7 +81,8 @@ def published(found, name):
 
 def test_every_protocol_has_its_pack_and_its_reasons():
     listed = list_protocols()
-    assert {"pub-brain-5", "pub-brain-5-gt", "rsna", "cq500", "ct-rate", "rad-chestct", "rsicd-30", "coco", "flickr", "item-retrieval"} <= set(listed["name"])
+    assert {"pub-brain-5", "pub-brain-5-gt", "rsna", "cq500", "ct-rate", "rad-chestct", "rsicd-30", "coco", "flickr",
+            "item-retrieval"} <= set(listed["name"])
     assert list(listed) == ["name", "dataset", "options", "task", "classes", "pack", "mode", "metrics", "source"]
     for protocol in PROTOCOLS.values():
         assert protocol.departures and bool(protocol.pack) != bool(protocol.column)
@@ -89,7 +93,8 @@ def test_every_protocol_has_its_pack_and_its_reasons():
 
 # Pub-Brain-5
 
-PLACES = {"normal": "open_bhb/s{}", "stroke": "stroke/s{}", "glioma": "brats23/train/adult_glioma/s{}", "meningioma": "brats23/train/meningioma/s{}", "metastasis": "ucsf_mets/s{}"}
+PLACES = {"normal": "open_bhb/s{}", "stroke": "stroke/s{}", "glioma": "brats23/train/adult_glioma/s{}",
+          "meningioma": "brats23/train/meningioma/s{}", "metastasis": "ucsf_mets/s{}"}
 
 
 def pub_brain(root, n=20):
@@ -108,15 +113,19 @@ def brain_by_hand(label, cosine, scale=1.0):
     classes, out = list(PLACES), {}
     for disease in classes[1:]:
         keep = np.isin(label, ["normal", disease])
-        y, p = label[keep] == disease, softmax(scale * cosine[keep][:, [0, classes.index(disease)]].astype(float), axis=1)
+        y, p = label[keep] == disease, softmax(scale * cosine[keep][:, [0, classes.index(disease)]].astype(float),
+                                               axis=1)
         said = p.argmax(1)
-        out |= {f"{disease}/balanced_accuracy": sk.balanced_accuracy_score(y, said), f"{disease}/f1_weighted": sk.f1_score(y, said, average="weighted"),
+        out |= {f"{disease}/balanced_accuracy": sk.balanced_accuracy_score(y, said),
+                f"{disease}/f1_weighted": sk.f1_score(y, said, average="weighted"),
                 f"{disease}/recall": sk.recall_score(y, said), f"{disease}/auroc": sk.roc_auc_score(y, p[:, 1])}
         if said.any(): out[f"{disease}/precision"] = sk.precision_score(y, said)
     for task, first in (("tumour", 2), ("disease", 0)):
         keep = np.isin(label, classes[first:])
-        y, p = np.array([classes.index(c) - first for c in label[keep]]), softmax(scale * cosine[keep][:, first:].astype(float), axis=1)
-        out |= {f"{task}/balanced_accuracy": sk.balanced_accuracy_score(y, p.argmax(1)), f"{task}/auroc_macro": sk.roc_auc_score(y, p, multi_class="ovr")}
+        y, p = np.array([classes.index(c) - first for c in label[keep]]), softmax(
+            scale * cosine[keep][:, first:].astype(float), axis=1)
+        out |= {f"{task}/balanced_accuracy": sk.balanced_accuracy_score(y, p.argmax(1)),
+                f"{task}/auroc_macro": sk.roc_auc_score(y, p, multi_class="ovr")}
     return out
 
 
@@ -140,30 +149,39 @@ def test_pub_brain_by_path(seed):
     "Rows chosen by a part of their path, as HLIP's script does it, where labels say otherwise"
     rng, classes = np.random.default_rng(seed), list(PLACES)
     label, place = rng.choice(classes, 80), rng.choice([*PLACES.values(), "elsewhere/s{}"], 80)
-    rows, cosine = Manifest({"study": [p.format(i) for i, p in enumerate(place)], "label": label, "split": "test"}), rng.normal(size=(80, 5)).astype(np.float32)
+    rows, cosine = Manifest({"study": [p.format(i) for i, p in enumerate(place)], "label": label,
+                             "split": "test"}), rng.normal(size=(80, 5)).astype(np.float32)
     found = protocol_result("pub-brain-5-hlip", rows, cosine, scale=3.0, n_boot=0)
-    for metric, value in brain_by_hand(label, cosine, 3.0).items(): assert found.value(metric) == pytest.approx(value, abs=1e-9), metric
+    for metric, value in brain_by_hand(label, cosine, 3.0).items():
+        assert found.value(metric) == pytest.approx(value, abs=1e-9), metric
     for disease in classes[1:]:
-        parts = ("metastasis", "nyu_mets", "ucsf_mets", "open_bhb") if disease == "metastasis" else (disease, "open_bhb")
+        parts = (("metastasis", "nyu_mets", "ucsf_mets", "open_bhb") if disease == "metastasis"
+                 else (disease, "open_bhb"))
         keep = np.array([any(part in study for part in parts) for study in rows["study"]])
         y, two = label[keep] == disease, cosine[keep][:, [0, classes.index(disease)]]
-        assert published(found, f"{disease}/balanced_accuracy") == pytest.approx(sk.balanced_accuracy_score(y, two.argmax(1)))
+        assert published(found,
+                         f"{disease}/balanced_accuracy") == pytest.approx(sk.balanced_accuracy_score(y, two.argmax(1)))
         assert published(found, f"{disease}/auroc") == pytest.approx(sk.roc_auc_score(y, two[:, 1] - two[:, 0]))
     keep = np.array([any(part in study for part in ("brats23", "nyu_mets", "ucsf_mets")) for study in rows["study"]])
     y = np.stack([label == c for c in classes[2:]], 1)[keep].argmax(1)
-    assert published(found, "tumour/balanced_accuracy") == pytest.approx(sk.balanced_accuracy_score(y, cosine[keep, 2:].argmax(1)))
-    assert not protocol_result("pub-brain-5-hlip", rows, cosine, as_published=False, n_boot=0).metrics["name"].str.endswith(END).any()
+    assert published(found,
+                     "tumour/balanced_accuracy") == pytest.approx(
+                         sk.balanced_accuracy_score(y, cosine[keep, 2:].argmax(1)))
+    assert not protocol_result("pub-brain-5-hlip", rows, cosine, as_published=False,
+                               n_boot=0).metrics["name"].str.endswith(END).any()
 
 
 # Head CT
 
 def rsna(root):
-    rng, lines = np.random.default_rng(0), ["study,Any,Epidural,Intraparenchymal,Intraventricular,Subarachnoid,Subdural"]
+    rng, lines = np.random.default_rng(0), [
+        "study,Any,Epidural,Intraparenchymal,Intraventricular,Subarachnoid,Subdural"]
     for i in range(12):
         kinds = [int(rng.random() < .5) for _ in range(5)]
         lines.append(f"ID_{i:010x},{max(kinds) if i % 3 else 0}," + ",".join(str(k) if i % 3 else "0" for k in kinds))
         for scan in range(1 + i % 2):
-            for window in studies.WINDOW_FOLDERS: tensor(Path(root, f"RSNA_ID_{i:010x}", f"ID_{scan}", f"{window}.pt"), rng)
+            for window in studies.WINDOW_FOLDERS:
+                tensor(Path(root, f"RSNA_ID_{i:010x}", f"ID_{scan}", f"{window}.pt"), rng)
     Path(root, "rsna.csv").write_text("\n".join(lines) + "\n")
 
 
@@ -189,7 +207,9 @@ def cq500(root):
         truth = rng.random(len(studies.CQ500_FINDINGS)) < .5
         votes = [(truth ^ (rng.random(len(truth)) < .1)).astype(int) for _ in range(3)]
         lines.append(f"CQ500-CT-{number},B1," + ",".join(str(v) for vote in votes for v in vote))
-        for window in studies.WINDOW_FOLDERS: tensor(Path(root, f"CQ500CT{number} CQ500CT{number}", "Unknown Study", "CT PLAIN THIN", f"{window}.pt"), rng)
+        for window in studies.WINDOW_FOLDERS:
+            tensor(Path(root, f"CQ500CT{number} CQ500CT{number}", "Unknown Study", "CT PLAIN THIN", f"{window}.pt"),
+                   rng)
     Path(root, "reads.csv").write_text("\n".join(lines) + "\n")
 
 
@@ -206,7 +226,8 @@ def test_cq500_and_its_exchanged_labels(reader, tmp_path):
     assert wrong["MidlineShift"] != right["MidlineShift"]
     for name in wrong: assert published(found, f"{name}/auroc") == pytest.approx(wrong[name])
     assert published(found, "auroc_macro") == pytest.approx(np.mean(list(wrong.values())))
-    assert {m.removesuffix(f"/auroc{END}") for m in found.metrics["name"] if m.endswith(f"/auroc{END}")} <= {"MidlineShift", "MassEffect"}
+    assert {m.removesuffix(f"/auroc{END}")
+            for m in found.metrics["name"] if m.endswith(f"/auroc{END}")} <= {"MidlineShift", "MassEffect"}
     assert any("the other way round" in line for line in found.details["protocol"]["departures"])
 
 
@@ -214,14 +235,16 @@ def test_cq500_and_its_exchanged_labels(reader, tmp_path):
 
 def ct_rate(root, n=16):
     rng = np.random.default_rng(2)
-    for split, long, folder in (("train", "train", "train_fixed"), ("valid", "validation", "valid_fixed")):
+    for split, _long, folder in (("train", "train", "train_fixed"), ("valid", "validation", "valid_fixed")):
         labels = ["VolumeName," + ",".join(ct.CT_RATE_FINDINGS)]
         for i in range(n):
             volume = f"{split}_{i}_a_1"
-            labels.append(f"{volume}.nii.gz," + ",".join(str(int(v)) for v in rng.random(len(ct.CT_RATE_FINDINGS)) < .5))
+            labels.append(f"{volume}.nii.gz,"
+                          + ",".join(str(int(v)) for v in rng.random(len(ct.CT_RATE_FINDINGS)) < .5))
             place = Path(root, "dataset", folder, f"{split}_{i}", f"{split}_{i}_a")
             place.mkdir(parents=True)
-            nibabel.save(nibabel.Nifti1Image(rng.integers(0, 255, (10, 12, 5)).astype(np.int16), np.eye(4)), place / f"{volume}.nii.gz")
+            nibabel.save(nibabel.Nifti1Image(rng.integers(0, 255, (10, 12, 5)).astype(np.int16), np.eye(4)),
+                         place / f"{volume}.nii.gz")
         path = Path(root, "dataset/multi_abnormality_labels", f"{split}_predicted_labels.csv")
         path.parent.mkdir(exist_ok=True)
         path.write_text("\n".join(labels) + "\n")
@@ -229,7 +252,8 @@ def ct_rate(root, n=16):
 
 def rad_chest(root, n=14):
     rng = np.random.default_rng(3)
-    columns = [f"{name}*{place}" for name in sorted({a for a, _, _ in ct.RAD_CLASSES.values()}) for place in ("left_upper", "heart", "aorta")]
+    columns = [f"{name}*{place}" for name in sorted({a for a, _, _ in ct.RAD_CLASSES.values()})
+               for place in ("left_upper", "heart", "aorta")]
     for short, name in (("val", "imgvalid"), ("tst", "imgtest")):
         lines = [",".join(["NoteAcc_DEID", *columns])]
         for i in range(n):
@@ -249,16 +273,21 @@ def corner(y, s, grid=None):
 
 
 def called(y, said):
-    return {"accuracy": sk.accuracy_score(y, said), "balanced_accuracy": sk.balanced_accuracy_score(y, said), "f1_weighted": sk.f1_score(y, said, average="weighted"),
+    return {"accuracy": sk.accuracy_score(y, said), "balanced_accuracy": sk.balanced_accuracy_score(y, said),
+            "f1_weighted": sk.f1_score(y, said, average="weighted"),
             "recall": sk.recall_score(y, said), "precision": sk.precision_score(y, said, zero_division=np.nan)}
 
 
-@pytest.mark.parametrize("name, grid", [("ct-rate", np.linspace(-1, 1, 1000)), ("rad-chestct", np.linspace(-1, 1, 4000)), ("ct-rate-hlip", np.linspace(0, 1, 100)), ("rad-chestct-hlip", np.linspace(0, 1, 100))])
+@pytest.mark.parametrize("name, grid",
+                         [("ct-rate", np.linspace(-1, 1, 1000)), ("rad-chestct", np.linspace(-1, 1, 4000)),
+                          ("ct-rate-hlip", np.linspace(0, 1, 100)), ("rad-chestct-hlip", np.linspace(0, 1, 100))])
 def test_chest_ct(reader, tmp_path, name, grid):
     (ct_rate if "rate" in name else rad_chest)(tmp_path)
     protocol, rows = PROTOCOLS[name], load_manifest(PROTOCOLS[name].dataset, tmp_path)
-    tested, valid = (rows.part("valid"), rows.part("train")) if "rate" in name else (rows.part("test"), rows.part("valid"))
-    found, names = evaluate_protocol(name, reader, tested, valid=valid, n_boot=20, batch_size=5), protocol.question.classes
+    tested, valid = (rows.part("valid"),
+                     rows.part("train")) if "rate" in name else (rows.part("test"), rows.part("valid"))
+    found, names = evaluate_protocol(name, reader, tested, valid=valid, n_boot=20,
+                                     batch_size=5), protocol.question.classes
     assert len(names) == (16 if "rate" in name else 15)
 
     def answer(part):
@@ -270,41 +299,56 @@ def test_chest_ct(reader, tmp_path, name, grid):
     y, s, vy, vs = states(tested, names).to_numpy(), answer(tested), states(valid, names).to_numpy(), answer(valid)
     expected, tuned, halves = [], [], []
     for c in range(len(names)):
-        expected.append({"auroc": sk.roc_auc_score(y[:, c], s[:, c]), **called(y[:, c], s[:, c] >= corner(vy[:, c], vs[:, c]))})
+        expected.append({"auroc": sk.roc_auc_score(y[:, c], s[:, c]),
+                         **called(y[:, c], s[:, c] >= corner(vy[:, c], vs[:, c]))})
         tuned.append(called(y[:, c], s[:, c] > corner(y[:, c], s[:, c], grid)))
         halves.append(called(y[:, c], s[:, c] > .5))
-    for metric, value in pd.DataFrame(expected).mean().items(): assert found.value(f"{metric}_macro") == pytest.approx(value, abs=1e-9), metric
-    for line, one in zip(found.details["per_class"], expected): assert {m: line[m] for m in one} == pytest.approx(one, abs=1e-9, nan_ok=True)
+    for metric, value in pd.DataFrame(expected).mean().items():
+        assert found.value(f"{metric}_macro") == pytest.approx(value, abs=1e-9), metric
+    for line, one in zip(found.details["per_class"], expected):
+        assert {m: line[m] for m in one} == pytest.approx(one, abs=1e-9, nan_ok=True)
     theirs = pd.DataFrame(tuned).fillna(0).mean()
     assert published(found, "balanced_accuracy_macro") == pytest.approx(theirs["accuracy"])
     assert found.value("balanced_accuracy_macro_test_tuned") == pytest.approx(theirs["balanced_accuracy"])
-    for metric in ("f1_weighted", "recall", "precision"): assert published(found, f"{metric}_macro") == pytest.approx(theirs[metric])
+    for metric in ("f1_weighted", "recall", "precision"):
+        assert published(found, f"{metric}_macro") == pytest.approx(theirs[metric])
     if "hlip" in name:
-        for metric, value in pd.DataFrame(halves).mean().items(): assert found.value(f"{metric}_macro_argmax") == pytest.approx(value, abs=1e-9)
-    with pytest.raises(InputError, match="in those that are evaluated"): evaluate_protocol(name, reader, tested, valid=tested)
+        for metric, value in pd.DataFrame(halves).mean().items():
+            assert found.value(f"{metric}_macro_argmax") == pytest.approx(value, abs=1e-9)
+    with pytest.raises(InputError, match="in those that are evaluated"):
+        evaluate_protocol(name, reader, tested, valid=tested)
     found.save(tmp_path / "run")
 
 
 def test_chest_ct_without_validation_reports_no_threshold():
-    rows = Manifest({**{c: np.arange(40) % 2 for c in PROTOCOLS["ct-rate"].question.classes}, "image": [f"{i}.pt" for i in range(40)], "split": "valid"})
+    rows = Manifest({**{c: np.arange(40) % 2 for c in PROTOCOLS["ct-rate"].question.classes},
+                     "image": [f"{i}.pt" for i in range(40)], "split": "valid"})
     scores = np.random.default_rng(0).normal(0, .1, (40, 16)).astype(np.float32)
     found = protocol_result("ct-rate", rows, scores, n_boot=0, as_published=False)
-    assert found.metrics["name"].tolist() == ["auroc_macro", "average_precision_macro", *(f"{c}/auroc" for c in PROTOCOLS["ct-rate"].question.classes)]
+    assert found.metrics["name"].tolist() == ["auroc_macro", "average_precision_macro",
+                                              *(f"{c}/auroc" for c in PROTOCOLS["ct-rate"].question.classes)]
     shown = protocol_result("ct-rate", rows, scores, n_boot=0)
-    assert shown.metrics["name"][18:].tolist() == ["balanced_accuracy_macro_test_tuned", *(f"{m}_macro{END}" for m in ("balanced_accuracy", "f1_weighted", "recall", "precision"))]
+    assert shown.metrics["name"][18:].tolist() == ["balanced_accuracy_macro_test_tuned",
+                                                   *(f"{m}_macro{END}" for m in (
+                                                       "balanced_accuracy", "f1_weighted", "recall", "precision"))]
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_published_thresholds_are_exceeded_not_reached(seed):
     "Scores on the steps of the grid and between them, where above and at least are not the same"
-    rng, question = np.random.default_rng(seed), pack_questions(load_pack("ct-rate-itemized"), ["Emphysema", "Atelectasis"])[""]
-    rows = Manifest({"Emphysema": [1, 0] * 15, "Atelectasis": [0, 0, 1] * 10, "image": [f"{i}.pt" for i in range(30)], "split": "test"})
+    rng, question = np.random.default_rng(seed), pack_questions(load_pack("ct-rate-itemized"),
+                                                                ["Emphysema", "Atelectasis"])[""]
+    rows = Manifest({"Emphysema": [1, 0] * 15, "Atelectasis": [0, 0, 1] * 10, "image": [f"{i}.pt" for i in range(30)],
+                     "split": "test"})
     grid, y = np.linspace(-1, 1, 5), rows[question.classes].to_numpy()
     scores = (rng.choice([-0.5, -0.25, 0], (30, 2)) + rng.choice([0, 0.25, 0.5], (30, 2)) * y).astype(np.float32)
     found = threshold_result(Scored(rows, scores, question, n_boot=0), grid)
     said = [s > corner(t, s, grid) for t, s in zip(y.T, scores.T)]
-    assert published(found, "balanced_accuracy_macro") == pytest.approx(np.mean([sk.accuracy_score(t, s) for t, s in zip(y.T, said)]))
-    assert published(found, "recall_macro") == pytest.approx(np.mean([sk.recall_score(t, s) for t, s in zip(y.T, said)]))
+    assert published(found,
+                     "balanced_accuracy_macro") == pytest.approx(
+                         np.mean([sk.accuracy_score(t, s) for t, s in zip(y.T, said)]))
+    assert published(found,
+                     "recall_macro") == pytest.approx(np.mean([sk.recall_score(t, s) for t, s in zip(y.T, said)]))
 
 
 # Photographs
@@ -318,16 +362,19 @@ def jpeg(rng):
 def test_rsicd(viewer, tmp_path):
     rng, classes = np.random.default_rng(4), PROTOCOLS["rsicd-30"].question.classes
     numbers = [0, 3, 3, 29, 12, 20, 7, 8]
-    cells = [{"filename": f"rsicd_images/{i:05d}.jpg", "captions": str(np.array([f"scene {i}"] * 5, dtype=object)), "image": str({"bytes": jpeg(rng), "path": None})} for i in range(8)]
+    cells = [{"filename": f"rsicd_images/{i:05d}.jpg", "captions": str(np.array([f"scene {i}"] * 5, dtype=object)),
+              "image": str({"bytes": jpeg(rng), "path": None})} for i in range(8)]
     pd.DataFrame(cells).to_csv(tmp_path / "test.csv", index=False)
     (tmp_path / "large_label.json").write_text(json.dumps(numbers))
     rows = load_manifest("rsicd", tmp_path).part("test")
-    assert rows["label"].tolist() == [classes[k] for k in numbers], "the order of the classes is that of the published list"
+    assert rows["label"].tolist() == [classes[k]
+                                      for k in numbers], "the order of the classes is that of the published list"
     for mode in (None, "global"):
         found = evaluate_protocol("rsicd-30", viewer, rows, mode=mode, n_boot=20)
         scores = item_scores(viewer, rows, [[f"there is {c}", f"the {c}"] for c in classes], mode or "text-conditioned")
         ranks = [(scores[i] > scores[i, k]).sum() + 1 for i, k in enumerate(numbers)]
-        expected = {"accuracy": np.mean(np.array(ranks) == 1), "top5_accuracy": np.mean(np.array(ranks) <= 5), "mean_rank": np.mean(ranks)}
+        expected = {"accuracy": np.mean(np.array(ranks) == 1), "top5_accuracy": np.mean(np.array(ranks) <= 5),
+                    "mean_rank": np.mean(ranks)}
         assert found.metrics.set_index("name")["value"].to_dict() == pytest.approx(expected)
 
 
@@ -339,8 +386,11 @@ def captions(root, name, n=9):
         folder.mkdir(exist_ok=True)
         (folder / file).write_bytes(jpeg(rng))
         said = ["A person .", f"Photograph {i} ."] if i < 2 else [f"Photograph {i} .", f"A view of {i} ."]
-        entries.append({"imgid": i, "split": "test", "filename": file, "sentences": [{"raw": s, "sentid": k} for k, s in enumerate(said)]} | ({"filepath": "val2014", "cocoid": i} if name == "coco" else {}))
-    Path(root, "dataset_coco.json" if name == "coco" else "dataset_flickr30k.json").write_text(json.dumps({"images": entries}))
+        entries.append({"imgid": i, "split": "test", "filename": file,
+                        "sentences": [{"raw": s, "sentid": k} for k, s in enumerate(said)]}
+                       | ({"filepath": "val2014", "cocoid": i} if name == "coco" else {}))
+    Path(root, "dataset_coco.json"
+         if name == "coco" else "dataset_flickr30k.json").write_text(json.dumps({"images": entries}))
 
 
 @pytest.mark.parametrize("name", ["coco", "flickr"])
@@ -363,13 +413,16 @@ def test_captions(viewer, tmp_path, name):
     single = [1 + (scores[:, t] > scores[i, t]).sum() for i, t in pairs]
     for k in (1, 5): assert published(found, f"text_to_image_R@{k}") == pytest.approx(np.mean(np.array(single) <= k))
     assert published(found, "image_to_text_median_rank") == np.floor(np.median(first))
-    with pytest.raises(InputError, match="no column 'captions'"): evaluate_protocol(name, viewer, load_manifest(PROTOCOLS[name].dataset, tmp_path, rows="captions"))
+    with pytest.raises(InputError, match="no column 'captions'"):
+        evaluate_protocol(name, viewer, load_manifest(PROTOCOLS[name].dataset, tmp_path, rows="captions"))
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_item_retrieval_counts_from_one_and_shows_what_counts_from_zero(seed):
     rng = np.random.default_rng(seed)
-    rows = Manifest({"image": [f"{i}.png" for i in range(12)], "items": [list(rng.choice([f"item {k}" for k in range(9)], 3)) for _ in range(12)], "split": "test"})
+    rows = Manifest({"image": [f"{i}.png" for i in range(12)],
+                     "items": [list(rng.choice([f"item {k}" for k in range(9)], 3)) for _ in range(12)],
+                     "split": "test"})
     texts, right = item_pairs(rows)
     scores, own = rng.normal(size=right.shape).astype(np.float32), right.toarray()
     found = protocol_result("item-retrieval", rows, scores, n_boot=0)
@@ -378,15 +431,22 @@ def test_item_retrieval_counts_from_one_and_shows_what_counts_from_zero(seed):
     assert found.value(f"image_to_text_mean_item_rank{END}") == pytest.approx(np.mean([np.mean(r) for r in ranks]) - 1)
     assert found.value(f"image_to_text_mean_worst_rank{END}") == pytest.approx(np.mean([max(r) for r in ranks]) - 1)
     single = [1 + (scores[:, t] > scores[i, t]).sum() for i, t in zip(*np.nonzero(own))]
-    for k in (1, 10): assert found.value(f"text_to_image_R@{k}") >= published(found, f"text_to_image_R@{k}") == pytest.approx(np.mean(np.array(single) <= k))
+    for k in (1, 10):
+        assert found.value(f"text_to_image_R@{k}") >= published(found,
+                                                                f"text_to_image_R@{k}") == pytest.approx(
+                                                                    np.mean(np.array(single) <= k))
 
 
 def test_rows_and_models_that_do_not_fit_are_told_before_anything_is_scored(reader, viewer, monkeypatch, tmp_path):
     rows = Manifest({"image": ["a.png"], "label": ["Airport"], "split": "test"})
     with pytest.raises(InputError, match="no words for 'Airport'"): evaluate_protocol("rsicd-30", viewer, rows)
-    with pytest.raises(InputError, match="chooses no thresholds"): evaluate_protocol("rsicd-30", viewer, rows.assign(label="airport"), valid=rows)
+    with pytest.raises(InputError, match="chooses no thresholds"):
+        evaluate_protocol("rsicd-30", viewer, rows.assign(label="airport"), valid=rows)
     with pytest.raises(InputError, match="Did you mean 'rsicd-30'"): evaluate_protocol("rsicd", viewer, rows)
-    heads = Manifest({**{c: ["maybe"] for c in PROTOCOLS["cq500"].question.classes}, "image": ["a.pt"], "split": "test"})
-    with pytest.raises(InputError, match="'maybe' is neither present or absent"): evaluate_protocol("cq500", reader, heads)
+    heads = Manifest({**{c: ["maybe"] for c in PROTOCOLS["cq500"].question.classes}, "image": ["a.pt"],
+                      "split": "test"})
+    with pytest.raises(InputError, match="'maybe' is neither present or absent"):
+        evaluate_protocol("cq500", reader, heads)
     plain = build(deepcopy(STARTER), "starter", torch.device("cpu"), "fp32")
-    with pytest.raises(InputError, match="Use mode='global'"): evaluate_protocol("rsicd-30", plain, rows.assign(label="airport"))
+    with pytest.raises(InputError, match="Use mode='global'"):
+        evaluate_protocol("rsicd-30", plain, rows.assign(label="airport"))

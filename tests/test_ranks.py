@@ -25,7 +25,8 @@ WEIGHT_OF_TIES = {"mean": 0.5, "optimistic": 0.0, "pessimistic": 1.0}
 
 def brute(images, texts, image_ids, text_ids, ties="mean"):
     "positives, rank, average precision and found@k of each image, looking at every pair in double precision"
-    images, texts = (np.asarray(x, float) / np.linalg.norm(np.asarray(x, float), axis=1, keepdims=True) for x in (images, texts))
+    images, texts = (np.asarray(x, float) / np.linalg.norm(np.asarray(x, float), axis=1, keepdims=True)
+                     for x in (images, texts))
     out = []
     for image, own in zip(images, (np.array([a == b for b in text_ids]) for a in image_ids)):
         s = texts @ image
@@ -41,7 +42,8 @@ def brute(images, texts, image_ids, text_ids, ties="mean"):
 
 @pytest.mark.parametrize("ties", WEIGHT_OF_TIES)
 @pytest.mark.parametrize("chunk", [1, 5, 16, 384])
-@pytest.mark.parametrize("n, m, ids", [(1, 1, 1), (1, 9, 3), (12, 5, 4), (33, 33, 100), (40, 21, 2), (20, 20, 1), (17, 60, 8)])
+@pytest.mark.parametrize("n, m, ids",
+                         [(1, 1, 1), (1, 9, 3), (12, 5, 4), (33, 33, 100), (40, 21, 2), (20, 20, 1), (17, 60, 8)])
 def test_queries_equal_brute_force(n, m, ids, chunk, ties, monkeypatch):
     rng = np.random.default_rng(n * m + ids)
     images, texts = rng.integers(-2, 3, (n, 3)) + 0.5, rng.integers(-2, 3, (m, 3)) + 0.5 # many exact ties
@@ -56,7 +58,8 @@ def test_queries_equal_brute_force(n, m, ids, chunk, ties, monkeypatch):
 @pytest.mark.parametrize("seed", range(4))
 def test_average_precision_is_that_of_scikit_learn(seed):
     rng = np.random.default_rng(seed)
-    images, texts, of_image, of_text = rng.normal(size=(30, 5)), rng.normal(size=(80, 5)), rng.integers(0, 10, 30), rng.integers(0, 12, 80)
+    images, texts, of_image, of_text = rng.normal(size=(30, 5)), rng.normal(size=(80, 5)), rng.integers(
+        0, 10, 30), rng.integers(0, 12, 80)
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (images, texts)]
     scores, own = unit[0] @ unit[1].T, of_image[:, None] == of_text
     for got, s, o in zip(retrieval_queries(images, texts, of_image, of_text), (scores, scores.T), (own, own.T)):
@@ -68,7 +71,8 @@ def test_average_precision_is_that_of_scikit_learn(seed):
 def test_single_precision_and_both_paths_agree(monkeypatch):
     rng = np.random.default_rng(0)
     images, of_image = rng.normal(size=(2100, 16)).astype(np.float32), rng.integers(0, 700, 2100)
-    texts, of_text = images[rng.permutation(2100)] + rng.normal(size=(2100, 16)).astype(np.float32), rng.integers(0, 700, 2100)
+    texts, of_text = images[rng.permutation(2100)] + rng.normal(size=(2100, 16)).astype(np.float32), rng.integers(
+        0, 700, 2100)
     found = []
     for many in (0, 1e9):
         monkeypatch.setattr(module, "MANY", many)
@@ -90,7 +94,8 @@ def test_many_positives_of_one_query_only():
 
 def test_constant_features_by_every_rule():
     for ties, rank in (("mean", 4), ("optimistic", 1), ("pessimistic", 7)):
-        for got in retrieval_ranks(np.ones((7, 3)), np.ones((7, 3)), ties=ties): np.testing.assert_array_equal(got, np.full(7, rank))
+        for got in retrieval_ranks(np.ones((7, 3)), np.ones((7, 3)), ties=ties):
+            np.testing.assert_array_equal(got, np.full(7, rank))
 
 
 def test_hits_and_recall_differ_with_several_positives_only():
@@ -99,21 +104,25 @@ def test_hits_and_recall_differ_with_several_positives_only():
     texts = np.repeat(images, 3, axis=0) + rng.normal(size=(150, 8))
     got = retrieval_metrics(images, texts, text_ids=np.repeat(range(50), 3), ks=(1, 3, 200))
     assert got["image_to_text_R@3"] == got["image_to_text_hit@3"] > got["image_to_text_recall@3"]
-    assert got["text_to_image_R@3"] == got["text_to_image_recall@3"] == pytest.approx(3 * got["text_to_image_precision@3"])
+    assert got["text_to_image_R@3"] == got["text_to_image_recall@3"] == pytest.approx(
+        3 * got["text_to_image_precision@3"])
     assert got["image_to_text_recall@200"] == 1 and got["image_to_text_precision@200"] == pytest.approx(3 / 200)
-    assert got["text_to_image_mAP"] == pytest.approx(got["text_to_image_MRR"]) and got["image_to_text_mAP"] < got["image_to_text_MRR"]
+    assert (got["text_to_image_mAP"] == pytest.approx(got["text_to_image_MRR"])
+            and got["image_to_text_mAP"] < got["image_to_text_MRR"])
 
 
 def test_best_ranks_summarise_alike():
     rng = np.random.default_rng(3)
-    queries = retrieval_queries(rng.normal(size=(30, 3)), rng.normal(size=(30, 3)), rng.integers(0, 9, 30), rng.integers(0, 9, 30))[0]
+    queries = retrieval_queries(rng.normal(size=(30, 3)), rng.normal(size=(30, 3)), rng.integers(0, 9, 30),
+                                rng.integers(0, 9, 30))[0]
     of_queries, of_ranks = query_metrics(queries), rank_metrics(queries["rank"])
     assert {k: of_queries[k] for k in of_ranks} == pytest.approx(of_ranks)
 
 
 def test_weights_are_repetitions():
     rng = np.random.default_rng(4)
-    queries = retrieval_queries(rng.normal(size=(40, 3)), rng.normal(size=(40, 3)), rng.integers(0, 9, 40), rng.integers(0, 12, 40))[0]
+    queries = retrieval_queries(rng.normal(size=(40, 3)), rng.normal(size=(40, 3)), rng.integers(0, 9, 40),
+                                rng.integers(0, 12, 40))[0]
     weights = bootstrap_weights(np.arange(40) // 2, n=5)
     many = query_metrics(queries, weights)
     for i, w in enumerate(weights):
@@ -153,4 +162,5 @@ def test_workers_compute_on_one_thread_each(threads):
 
 
 def test_unknown_rule():
-    with pytest.raises(InputError, match="Did you mean 'optimistic'"): retrieval_metrics(np.eye(2), np.eye(2), ties="optimist")
+    with pytest.raises(InputError, match="Did you mean 'optimistic'"):
+        retrieval_metrics(np.eye(2), np.eye(2), ties="optimist")

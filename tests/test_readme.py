@@ -1,4 +1,5 @@
-"Every command of the README, as it stands there, on a reader's own data; weights from the network give way to the starter model"
+"""Every command of the README, as it stands there, on a reader's own data; weights from the network give way to the
+starter model"""
 import re
 import shlex
 import subprocess
@@ -10,7 +11,8 @@ import pytest
 from medclip_nb.datasets import make_squares
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
-LINES = [line.split("   #")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+LINES = [line.split("   #")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+         for line in block.splitlines()]
 COMMANDS = [line for line in LINES if line.startswith("medclip-nb")]
 
 
@@ -31,14 +33,16 @@ def folder(tmp_path_factory):
 
 
 def test_what_is_tried():
-    assert [line for line in LINES if not line.startswith("medclip-nb")] == ["make reports", "make test", "source .venv/bin/activate"]
+    assert [line for line in LINES
+            if not line.startswith("medclip-nb")] == ["make reports", "make test", "source .venv/bin/activate"]
     inline = set(re.findall(r"`medclip-nb ([a-z]+)", README))
     assert inline <= {shlex.split(c)[1] for c in COMMANDS} | {"params", "packs", "suite", "doctor"}
 
 
 @pytest.mark.parametrize("line", COMMANDS, ids=lambda line: "-".join(shlex.split(line)[1:3]))
 def test_command(command, folder, line):
-    instead = line.replace("ViT-B-32/openai", "starter").replace("--to huggingface", "--to open_clip") # Convolutions are no CLIPModel; test_exports has one
+    # Convolutions are no CLIPModel; test_exports has one
+    instead = line.replace("ViT-B-32/openai", "starter").replace("--to huggingface", "--to open_clip")
     words = [command, *shlex.split(instead)[1:]]
     if "mode=lora" in words: words += ["-p", 'towers=["text"]'] # The starter's image tower has no attention to adapt
     if {"finetune", "itemized"} & set(words): words += ["-p", "epochs=1", "-p", "batch_size=12"]
@@ -47,7 +51,8 @@ def test_command(command, folder, line):
     for name in re.findall(r"(?:--out|-o) (\S+)", line): assert (folder / name).exists(), name
 
 
-@pytest.mark.parametrize("words", [["params", "linear_probe"], ["packs"], ["suite", "starter", "--dry-run"]], ids=lambda words: words[0])
+@pytest.mark.parametrize("words", [["params", "linear_probe"], ["packs"], ["suite", "starter", "--dry-run"]],
+                         ids=lambda words: words[0])
 def test_command_in_a_sentence(command, folder, words):
     done = subprocess.run([command, *words], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout, done.stderr

@@ -1,4 +1,5 @@
-"The main job: the starter suite at a small scale, as `make reports` makes it, and as it is committed; what it must reach"
+"""The main job: the starter suite at a small scale, as `make reports` makes it, and as it is committed; what it must
+reach"""
 import json
 import os
 import re
@@ -11,14 +12,17 @@ import yaml
 from medclip_nb.evaluators import Result
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = ("audit", "zero-shot-untrained", "probe-untrained", "retrieval-untrained", "finetune", "zero-shot-trained", "probe-trained", "retrieval-trained",
-        "few-shot", "robustness", *(f"{arm}-{seed}" for arm in ("plain", "itemized") for seed in range(3)), "maps", "studies", "studies-maps", "compare")
+RUNS = ("audit", "zero-shot-untrained", "probe-untrained", "retrieval-untrained", "finetune", "zero-shot-trained",
+        "probe-trained", "retrieval-trained",
+        "few-shot", "robustness", *(f"{arm}-{seed}" for arm in ("plain", "itemized") for seed in range(3)), "maps",
+        "studies", "studies-maps", "compare")
 SUITE = ROOT / "nbs" / "experiments" / "suites" / "starter.yaml"
 FILES = {"report.ipynb", "report.html", "metrics.json", "predictions.parquet", "run.json"}
 
 
 def make_reports(out):
-    env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MPLBACKEND", "MAKEFLAGS", "MAKELEVEL", "JUPYTER_PATH", "PYTHON_EXEC")}
+    env = {k: v for k, v in os.environ.items()
+           if k not in ("OMP_NUM_THREADS", "MPLBACKEND", "MAKEFLAGS", "MAKELEVEL", "JUPYTER_PATH", "PYTHON_EXEC")}
     return subprocess.run(["make", "reports", f"OUT={out}"], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
@@ -32,7 +36,8 @@ def made(tmp_path_factory):
 
 
 def call_suite(installed, folder):
-    return subprocess.run([installed, "suite", "small.yaml", "--out", "reports"], cwd=folder, capture_output=True, text=True)
+    return subprocess.run([installed, "suite", "small.yaml", "--out", "reports"], cwd=folder, capture_output=True,
+                          text=True)
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +77,14 @@ def metric(reports, run, name):
 
 @pytest.mark.parametrize("which", [SLOW, "small", "committed"])
 def test_every_run_is_whole(request, which):
-    reports, runs = found(request, which), RUNS if which != "small" else [run for run in RUNS if run[-2:] not in ("-1", "-2")]
+    reports, runs = found(request,
+                          which), RUNS if which != "small" else [run for run in RUNS if run[-2:] not in ("-1", "-2")]
     for run in runs:
         assert FILES <= {p.name for p in (reports / run).iterdir()}, run
         for file in ("report.ipynb", "report.html", "metrics.json"):
             text = (reports / run / file).read_text()
-            assert not re.search(r"(?<![\w.:/])/(home|root|tmp|work|Users|builds)/", text), f"{run}/{file} names a place on one machine"
+            assert not re.search(r"(?<![\w.:/])/(home|root|tmp|work|Users|builds)/",
+                                 text), f"{run}/{file} names a place on one machine"
     index = (reports / "index.html").read_text()
     for run in runs: assert f'href="{run}/report.html"' in index
     assert "<script" not in index and "not for clinical use" in index.lower()
@@ -105,8 +112,10 @@ def test_trained_model_reaches_its_goals(reports):
 
 def test_itemized_model_looks_at_what_a_text_names(reports):
     "Each seed above the maps of every plain model, outside the intervals, and far above chance"
-    plain = [metric(reports, f"plain-{seed}", f"places/{way}_pointing_within")["high"] for seed in range(3) for way in ("relevance", "similarity")]
-    strict = [metric(reports, f"plain-{seed}", f"places/{way}_pointing")["high"] for seed in range(3) for way in ("relevance", "similarity")]
+    plain = [metric(reports, f"plain-{seed}", f"places/{way}_pointing_within")["high"] for seed in range(3)
+             for way in ("relevance", "similarity")]
+    strict = [metric(reports, f"plain-{seed}", f"places/{way}_pointing")["high"] for seed in range(3)
+              for way in ("relevance", "similarity")]
     for seed in range(3):
         run = f"itemized-{seed}"
         assert metric(reports, run, "places/attention_pointing_within")["low"] > max(plain), run
@@ -116,7 +125,8 @@ def test_itemized_model_looks_at_what_a_text_names(reports):
 
 
 def test_pointing_game(reports, request):
-    "0.80 within 6 mm over three seeds in the committed reports; what another processor rounds differently may cost a little"
+    """0.80 within 6 mm over three seeds in the committed reports; what another processor rounds differently may cost a
+    little"""
     found = [metric(reports, f"itemized-{seed}", "places/attention_pointing_within")["value"] for seed in range(3)]
     assert sum(found) / 3 >= (0.80 if request.node.callspec.params["reports"] == "committed" else 0.77), found
 
@@ -130,7 +140,8 @@ def test_model_of_studies_recognises_findings(reports):
 def test_model_of_studies_looks_at_what_a_text_names(reports):
     "In three dimensions: far above a point drawn at random, strictly and within the tolerance"
     for run, before in (("studies", "places/"), ("studies-maps", "")):
-        found = {name: metric(reports, run, f"{before}attention_{name}") for name in ("pointing", "pointing_within", "mask_share", "near_share", "pixel_auroc")}
+        found = {name: metric(reports, run, f"{before}attention_{name}")
+                 for name in ("pointing", "pointing_within", "mask_share", "near_share", "pixel_auroc")}
         assert found["pointing"]["low"] > 20 * found["mask_share"]["high"], run
         assert found["pointing_within"]["low"] > 20 * found["near_share"]["high"], run
         assert found["pixel_auroc"]["low"] > 0.85, run
@@ -154,9 +165,11 @@ def test_a_second_call_of_the_small_suite_has_nothing_to_do(installed, small):
 def test_the_small_suite_measures_what_the_whole_one_does(small):
     "Every template, and in each run every metric of the committed reports, with a value in its interval"
     templates = {run["template"] for run in yaml.safe_load(SUITE.read_text(encoding="utf-8"))["runs"]}
-    assert {json.loads((path / "run.json").read_text())["template"].removesuffix(".ipynb") for path in small.iterdir() if path.is_dir()} == templates
+    assert {json.loads((path / "run.json").read_text())["template"].removesuffix(".ipynb")
+            for path in small.iterdir() if path.is_dir()} == templates
     for path in small.glob("*/metrics.json"):
-        metrics, whole = (json.loads((folder / path.parent.name / "metrics.json").read_text())["metrics"] for folder in (small, ROOT / "reports" / "starter"))
+        metrics, whole = (json.loads((folder / path.parent.name / "metrics.json").read_text())["metrics"]
+                          for folder in (small, ROOT / "reports" / "starter"))
         if path.parent.name != "few-shot": assert metrics.keys() == whole.keys(), path.parent.name
         assert metrics.keys() <= whole.keys()
         assert all(m["low"] <= m["high"] for m in metrics.values() if m["low"] is not None), path.parent.name

@@ -15,7 +15,8 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 TEMPLATES = [p for p in NOTEBOOKS if p.parent.name == "experiments" and not p.name[0].isdigit()]
-COMMON = {"dataset": "str", "data_root": "str", "model": "str", "checkpoint": "str", "seed": "int", "device": "str", "precision": "str",
+COMMON = {"dataset": "str", "data_root": "str", "model": "str", "checkpoint": "str", "seed": "int", "device": "str",
+          "precision": "str",
           "limit": "int", "out_dir": "str"}
 named = lambda paths: {"argvalues": paths, "ids": [p.stem for p in paths]}
 
@@ -59,7 +60,8 @@ def test_lock_is_exact_and_has_no_places(lock):
 
 def test_environment_agrees(settings):
     env = yaml.safe_load((ROOT / "environment.yml").read_text())
-    conda, pip = [d for d in env["dependencies"] if isinstance(d, str)], [d for d in env["dependencies"] if isinstance(d, dict)]
+    conda, pip = [d for d in env["dependencies"] if isinstance(d, str)], [d for d in env["dependencies"]
+                                                                          if isinstance(d, dict)]
     assert f"python={settings['min_python']}" in conda and env["name"] == settings["lib_name"]
     assert pip == [{"pip": ["-r requirements.lock", "-e ."]}]
 
@@ -67,13 +69,15 @@ def test_environment_agrees(settings):
 def test_exported_code_imports_no_nbdev():
     for path in (ROOT / "medclip_nb").rglob("*.py"):
         nodes = list(ast.walk(ast.parse(path.read_text())))
-        names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names} | {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}
+        names = {a.name for n in nodes if isinstance(n, ast.Import)
+                 for a in n.names} | {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}
         assert not {n.split(".")[0] for n in names} & {"nbdev", "fastcore", "execnb"}, path.name
 
 
 @pytest.mark.parametrize("module", ["medclip_nb", "medclip_nb.cli", "medclip_nb.experiments", "medclip_nb.core"])
 def test_import_is_light(module):
-    code = f"import {module}, sys; print(*{{'torch', 'pandas', 'open_clip', 'matplotlib', 'sklearn', 'papermill', 'nbformat'}} & set(sys.modules))"
+    heavy = {"torch", "pandas", "open_clip", "matplotlib", "sklearn", "papermill", "nbformat"}
+    code = f"import {module}, sys; print(*{heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []
 
 
@@ -86,7 +90,8 @@ def test_import_is_light(module):
     "from medclip_nb.datasets import load_manifest",
     "from medclip_nb.losses import clip_loss"])
 def test_import_needs_no_model_zoo(line):
-    code = f"{line}; import sys; print(*{{'open_clip', 'timm', 'torchvision', 'torchvision.models'}} & set(sys.modules))"
+    zoo = {"open_clip", "timm", "torchvision", "torchvision.models"}
+    code = f"{line}; import sys; print(*{zoo} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
@@ -94,8 +99,9 @@ def test_import_needs_no_model_zoo(line):
 
 @pytest.mark.parametrize("path", **named(NOTEBOOKS))
 def test_notebook_names_no_place(path):
-    text = json.dumps([(c["source"], [(o.get("text"), o.get("data", {}).get("text/plain"), o.get("data", {}).get("text/html"))
-                                      for o in c.get("outputs", [])]) for c in json.loads(path.read_text())["cells"]])
+    text = json.dumps([(c["source"],
+                        [(o.get("text"), o.get("data", {}).get("text/plain"), o.get("data", {}).get("text/html"))
+                         for o in c.get("outputs", [])]) for c in json.loads(path.read_text())["cells"]])
     assert not (found := re.findall(r"(?<![\w.])/(?:work|tmp|home|root|Users)/\S{0,40}", text)), found
 
 

@@ -48,7 +48,8 @@ def folder(tmp_path_factory):
 
 
 def loader(source, workers, rank=0, world=1, **options):
-    return ShardLoader(Shards(source, row_key, shuffle=9, seed=5, rank=rank, world_size=world), BATCH, workers, collate=list, **options)
+    return ShardLoader(Shards(source, row_key, shuffle=9, seed=5, rank=rank, world_size=world), BATCH, workers,
+                       collate=list, **options)
 
 
 EVERY = [(f"{i:08d}", f"picture {i}", i) for i in range(N)]
@@ -71,7 +72,8 @@ def test_resumed_anywhere_is_the_rest_of_the_epoch(folder, layout, workers, rank
         batches.append(batch)
         states.append(json.dumps(whole.state_dict()))
     following = list(whole)
-    assert sorted(sum(following, [])) == sorted(sum(batches, [])) if layout == "few" and world == 1 else following != batches
+    assert (sorted(sum(following, [])) == sorted(sum(batches, [])) if layout == "few"
+            and world == 1 else following != batches)
     for n, state in enumerate(states[:: 1 if workers < 2 else 3]):
         n *= 1 if workers < 2 else 3
         resumed = loader(folder / layout, workers, rank, world)
@@ -82,7 +84,9 @@ def test_resumed_anywhere_is_the_rest_of_the_epoch(folder, layout, workers, rank
 
 def test_state_refuses_another_order(folder):
     state = loader(folder / "many", 0).state_dict()
-    for other, words in [(loader(folder / "few", 0), "shards was"), (loader(folder / "many", 0, 0, 2), "world_size was 1, now it is 2"), (loader(folder / "many", 2), "workers were 1")]:
+    for other, words in [(loader(folder / "few", 0), "shards was"),
+                         (loader(folder / "many", 0, 0, 2), "world_size was 1, now it is 2"),
+                         (loader(folder / "many", 2), "workers were 1")]:
         with pytest.raises(InputError, match=words): other.load_state_dict(state)
 
 
@@ -90,7 +94,7 @@ def test_breaking_off_and_starting_anew(folder):
     "A loop that is left early resumes where it was; set_epoch begins again"
     one = loader(folder / "many", 0)
     whole = list(loader(folder / "many", 0))
-    for n, batch in enumerate(one):
+    for n, _batch in enumerate(one):
         if n == 3: break
     assert list(one) == whole[4:]
     one.stream.set_epoch(0)
@@ -115,7 +119,8 @@ for batch in one:
 def test_killed_training_goes_on(folder, tmp_path):
     log, state = tmp_path / "log", tmp_path / "state.json"
     code = TRAIN.format(tests=str(Path(__file__).parent), source=str(folder / "many"), state=str(state), log=str(log))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True)
     for _ in range(600):
         if state.exists() and log.read_text().count("\n") >= 5: break
         time.sleep(0.05)
@@ -125,7 +130,8 @@ def test_killed_training_goes_on(folder, tmp_path):
     used = json.loads(state.read_text())["positions"]
     subprocess.run([sys.executable, "-c", code], check=True)
     lines = [[tuple(s) for s in json.loads(line)] for line in log.read_text().splitlines()]
-    if sum(used) < sum(len(b) for b in lines[:done]): lines.pop(done - 1)  # killed between the log and the state: that batch came again
+    # killed between the log and the state: that batch came again
+    if sum(used) < sum(len(b) for b in lines[:done]): lines.pop(done - 1)
     assert 5 <= done < len(lines) and lines == list(loader(folder / "many", 2))
 
 
@@ -143,7 +149,8 @@ def test_over_the_web(folder):
         assert sum(loader(pattern, 2), []) == sum(loader(folder / "many", 2), [])
         (folder / "many" / "cut.tar").write_bytes((folder / "many" / "train-000000.tar").read_bytes()[:7168])
         for name, says in {"cut": "truncated or damaged", "none": "404"}.items():
-            with pytest.raises(InputError, match=rf"{name}.tar.*{says}"): list(tar_samples(f"http://127.0.0.1:{server.server_port}/{name}.tar"))
+            with pytest.raises(InputError, match=rf"{name}.tar.*{says}"):
+                list(tar_samples(f"http://127.0.0.1:{server.server_port}/{name}.tar"))
     finally:
         server.shutdown()
         server.server_close()
@@ -178,9 +185,11 @@ def test_writer_that_is_killed_leaves_nothing_half(tmp_path, sign, before):
     process.send_signal(sign)
     process.wait()
     assert {p.name: p.read_bytes() for p in out.glob("*")} == files and out.exists() == before
-    if sign == signal.SIGINT: assert [p.name for p in out.parent.glob("*")] + [p.name for p in out.parent.glob(".*")] == ["shards"] * before
+    if sign == signal.SIGINT:
+        assert [p.name for p in out.parent.glob("*")] + [p.name for p in out.parent.glob(".*")] == ["shards"] * before
     index = write_shards(manifest, out, per_shard=7, overwrite=True)
-    assert sorted(s[0] for s in sum(loader(out, 0), [])) == [f"{i:08d}" for i in range(30)] and len(index["shards"]) == 5
+    assert (sorted(s[0] for s in sum(loader(out, 0), [])) == [f"{i:08d}" for i in range(30)]
+            and len(index["shards"]) == 5)
 
 
 def spoil(path, key):
@@ -219,7 +228,8 @@ def test_hostile_shards_are_refused(tmp_path, kind):
     (out := tmp_path / "shards").mkdir()
     name = {"up": "../../evil.png", "absolute": str(tmp_path / "evil.png")}.get(kind, "a.png")
     info = tarfile.TarInfo(name)
-    info.type = {"symlink": tarfile.SYMTYPE, "hardlink": tarfile.LNKTYPE, "device": tarfile.CHRTYPE}.get(kind, tarfile.REGTYPE)
+    info.type = {"symlink": tarfile.SYMTYPE, "hardlink": tarfile.LNKTYPE,
+                 "device": tarfile.CHRTYPE}.get(kind, tarfile.REGTYPE)
     info.linkname = "/etc/passwd" if kind.endswith("link") else ""
     with tarfile.open(out / "train-0.tar", "w") as tar: tar.addfile(info)
     with pytest.raises(InputError, match="train-0.tar: refused"): load_manifest("webdataset", out)
@@ -239,7 +249,8 @@ def test_an_index_cannot_point_elsewhere(tmp_path):
 def test_shards_that_lost_samples_disagree_with_their_index(tmp_path):
     write_shards(make_manifest(tmp_path, 12), out := tmp_path / "shards", per_shard=6)
     (out / "train-000000.tar").write_bytes(b"\0" * 10240)
-    with pytest.raises(InputError, match="train-000000.tar: holds 0 samples, the index says 6"): load_manifest("webdataset", out)
+    with pytest.raises(InputError, match="train-000000.tar: holds 0 samples, the index says 6"):
+        load_manifest("webdataset", out)
 
 
 def test_scans_decode_as_they_do_on_disk(tmp_path):
@@ -247,13 +258,15 @@ def test_scans_decode_as_they_do_on_disk(tmp_path):
     (tmp_path / "ct.dcm").write_bytes(Path(get_testdata_file("CT_small.dcm")).read_bytes())
     torch.manual_seed(0)
     for name in ("a.pt", "b.pt"): torch.save(torch.rand(3, 8, 8), tmp_path / name)
-    studies = Manifest(pd.DataFrame({"series": [{"AX T1": "a.pt", "COR.T2": "b.pt"}], "items": [["x", "y"]], "split": ["train"]}))
+    studies = Manifest(pd.DataFrame(
+        {"series": [{"AX T1": "a.pt", "COR.T2": "b.pt"}], "items": [["x", "y"]], "split": ["train"]}))
     pictures = Manifest(pd.DataFrame({"image": ["ct.dcm"], "caption": ["a chest"], "split": ["train"]}))
     studies.root = pictures.root = str(tmp_path)
     write_shards(studies, tmp_path / "studies")
     write_shards(pictures, tmp_path / "pictures")
     study, = Shards(tmp_path / "studies")
     assert list(study["series"]) == ["AX T1", "COR.T2"] and study["items"] == ["x", "y"]
-    for name, path in studies["series"][0].items(): assert np.array_equal(study["series"][name].array, read_volume(tmp_path / path).array)
+    for name, path in studies["series"][0].items():
+        assert np.array_equal(study["series"][name].array, read_volume(tmp_path / path).array)
     sample, = Shards(tmp_path / "pictures")
     assert sample["image"].tobytes() == read_image(tmp_path / "ct.dcm").tobytes() and sample["caption"] == "a chest"

@@ -12,7 +12,8 @@ FINETUNE = ["-p", "epochs=2", "-p", "batch_size=16", "-p", "lr=1e-3"]
 
 
 def command_line(command, *args, code=0):
-    done = subprocess.run([command, *map(str, args)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    done = subprocess.run([command, *map(str, args)], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "2"})
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -29,7 +30,8 @@ def table(tmp_path_factory):
         pixels[20:44, 36 * right + 6:36 * right + 30] += [-60, 120][bright]
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"images/{i:03d}.png")
         rows.append({"image": f"images/{i:03d}.png", "label": ["dark", "bright"][bright], "group": f"patient {i // 4}",
-                     "caption": f"A {['dark', 'bright'][bright]} square <b>{i}</b> on the {['left', 'right'][right]}, $5 & more"})
+                     "caption": f"A {['dark', 'bright'][bright]} square <b>{i}</b> on the {['left', 'right'][right]}, "
+                                f"$5 & more"})
     pd.DataFrame(rows).to_csv(folder / "table.csv", index=False)
     return folder / "table.csv"
 
@@ -38,11 +40,13 @@ def test_bad_rows_are_left_out_and_counted(command, table, tmp_path):
     rows = pd.read_csv(table)
     rows.loc[3, "image"] = "nowhere.png"
     rows.to_csv(root := table.with_name("one bad row.csv"), index=False)
-    command_line(command, "run", "linear_probe", "-p", "dataset=csv", "-p", f"data_root={root}", "-p", "device=cpu", "-p", "max_bad=0.05", "--out", tmp_path / "run")
+    command_line(command, "run", "linear_probe", "-p", "dataset=csv", "-p", f"data_root={root}", "-p", "device=cpu",
+                 "-p", "max_bad=0.05", "--out", tmp_path / "run")
     record = json.loads((tmp_path / "run" / "run.json").read_text())["skipped"]
     assert record["rows"] == 1 and record["kinds"] == {"missing image": 1} and record["list"][0]["row"] == 3
     assert "nowhere.png" in (tmp_path / "run" / "report.html").read_text()
-    said = command_line(command, "run", "linear_probe", "-p", "dataset=csv", "-p", f"data_root={root}", "--out", tmp_path / "strict", code=2)
+    said = command_line(command, "run", "linear_probe", "-p", "dataset=csv", "-p", f"data_root={root}", "--out",
+                        tmp_path / "strict", code=2)
     assert "1 of 64 rows cannot be used (1.6%, at most 1.0% may be left out)" in said and "raise max_bad" in said
 
 
@@ -51,11 +55,13 @@ def test_bad_rows_are_left_out_and_counted(command, table, tmp_path):
     ("finetune", "text_to_image_R@10", FINETUNE),
     ("data_audit", "rows", [])])
 def test_own_csv_without_code(command, table, tmp_path, template, metric, extra):
-    command_line(command, "run", template, "-p", "dataset=csv", "-p", f"data_root={table}", "-p", "device=cpu", *extra, "--out", tmp_path / "run")
+    command_line(command, "run", template, "-p", "dataset=csv", "-p", f"data_root={table}", "-p", "device=cpu", *extra,
+                 "--out", tmp_path / "run")
     found = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert np.isfinite(found["metrics"][metric]["value"])
     assert "made by group" in found["details"]["split_source"]
-    assert {"report.ipynb", "report.html", "predictions.parquet", "run.json"} <= {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"report.ipynb", "report.html", "predictions.parquet",
+            "run.json"} <= {p.name for p in (tmp_path / "run").iterdir()}
     assert "<b>" not in (tmp_path / "run" / "report.html").read_text().replace("<b></b>", "")
     if template == "linear_probe": assert found["metrics"]["accuracy"]["value"] > 0.9
     if template == "finetune": assert (tmp_path / "run" / "checkpoint" / "open_clip_model.safetensors").is_file()
@@ -63,7 +69,8 @@ def test_own_csv_without_code(command, table, tmp_path, template, metric, extra)
 
 def test_two_runs_are_the_same_bytes(command, table, tmp_path):
     for name in "ab":
-        command_line(command, "run", "finetune", "-p", "dataset=csv", "-p", f"data_root={table}", "-p", "device=cpu", *FINETUNE, "--out", tmp_path / name)
+        command_line(command, "run", "finetune", "-p", "dataset=csv", "-p", f"data_root={table}", "-p", "device=cpu",
+                     *FINETUNE, "--out", tmp_path / name)
     for name in ("report.ipynb", "metrics.json", "predictions.parquet", "history.jsonl"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
@@ -90,6 +97,7 @@ def test_bad_input_is_one_message(command, table, tmp_path, fault, template, mes
     if fault == "unknown parameter": extra = ["-p", "templats=x"]
     rows.to_csv(root, index=False)
     if fault == "no table": root = tmp_path / "nothing.csv"
-    said = command_line(command, "run", template, "-p", "dataset=csv", "-p", f"data_root={root}", *extra, "--out", tmp_path / "out", code=2)
+    said = command_line(command, "run", template, "-p", "dataset=csv", "-p", f"data_root={root}", *extra, "--out",
+                        tmp_path / "out", code=2)
     assert message in said
     assert not (tmp_path / "out").exists()

@@ -48,7 +48,8 @@ def table(tmp_path_factory):
         pixels = rng.normal(90, 4, (40, 40))
         pixels[5:35, 20 * (i // 2 % 2):20 * (i // 2 % 2) + 20] += [-60, 120][i % 2]
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
-        rows.append({"image": f"{i}.png", "caption": f"a {['dark', 'bright'][i % 2]} square on the {['left', 'right'][i // 2 % 2]}",
+        rows.append({"image": f"{i}.png",
+                     "caption": f"a {['dark', 'bright'][i % 2]} square on the {['left', 'right'][i // 2 % 2]}",
                      "label": ["dark", "bright"][i % 2], "group": i // 4, "split": "train" if i < 28 else "valid"})
     pd.DataFrame(rows).to_csv(folder / "table.csv", index=False)
     return folder / "table.csv"
@@ -59,11 +60,14 @@ def tiny(folder, **vision):
     import open_clip
     import safetensors.torch
     import torch
-    config = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16, **vision},
+    config = {"embed_dim": 16,
+              "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16, **vision},
               "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}}
     torch.manual_seed(0)
-    safetensors.torch.save_file({k: v.contiguous() for k, v in open_clip.CLIP(**config).state_dict().items()}, folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}))
+    safetensors.torch.save_file({k: v.contiguous() for k, v in open_clip.CLIP(**config).state_dict().items()},
+                                folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}))
     return folder
 
 
@@ -80,14 +84,16 @@ def steady(tmp_path_factory):
 
 
 LAUNCHERS = {"torchrun": [forks.forked(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"],
-             "accelerate": [forks.forked(), "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--main_process_port", "0", "--num_processes"]}
+             "accelerate": [forks.forked(), "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu",
+                            "--main_process_port", "0", "--num_processes"]}
 
 
 def start(table, model, out, options, wait=0.0, processes=1, launcher="torchrun"):
     launch = [forks.forked()] if processes == 1 else [*LAUNCHERS[launcher], str(processes)]
     script = out.with_suffix(".py")
     script.write_text(WORKER)
-    return subprocess.Popen([*launch, str(script), str(table), str(out), json.dumps(options), str(model), str(wait)], text=True, env=ENVIRONMENT,
+    return subprocess.Popen([*launch, str(script), str(table), str(out), json.dumps(options), str(model), str(wait)],
+                            text=True, env=ENVIRONMENT,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
@@ -119,7 +125,7 @@ def whole(table, model, tmp_path_factory):
 @pytest.mark.parametrize("moment", ["step", "save", "twice"])
 def test_killed_and_continued(table, model, whole, tmp_path, moment):
     out, options = tmp_path / "out", {**OPTIONS, "save_every": 1 if moment == "save" else 3}
-    for attempt in range(2 if moment == "twice" else 1):
+    for _ in range(2 if moment == "twice" else 1):
         process = start(table, model, out, {**options, "resume": True}, wait=0.15)
         state = out / "state" / "state.pt"
         old = state.stat().st_mtime_ns if state.exists() else 0
@@ -136,19 +142,25 @@ def test_killed_and_continued(table, model, whole, tmp_path, moment):
     assert sorted(p.name for p in out.iterdir()) == ["checkpoint", "history.jsonl"]
 
 
-@pytest.mark.parametrize("processes, objective, launcher", [(2, "clip", "accelerate"), (3, "clip", "accelerate"), (2, "prompts", "torchrun"), (2, "labels", "torchrun")])
+@pytest.mark.parametrize("processes, objective, launcher",
+                         [(2, "clip", "accelerate"), (3, "clip", "accelerate"), (2, "prompts", "torchrun"),
+                          (2, "labels", "torchrun")])
 def test_processes_share_a_batch(table, steady, tmp_path, processes, objective, launcher):
-    "However they are started: the same rows, texts, mirrors and variations, the same losses and gradients, whatever the number of processes"
+    """However they are started: the same rows, texts, mirrors and variations, the same losses and gradients, whatever
+    the number of processes"""
     from medclip_nb.models import load_model
-    options = {"epochs": 2, "batch_size": 7, "lr": 1e-3, "flip": 0.5, "objective": objective, "label": "label", "clip_grad": 1e9}
+    options = {"epochs": 2, "batch_size": 7, "lr": 1e-3, "flip": 0.5, "objective": objective, "label": "label",
+               "clip_grad": 1e9}
     found = {}
     for n in (1, processes):
         said = ended(start(table, steady, tmp_path / str(n), options, processes=n, launcher=launcher))
         assert len(said) == n and len(set(said)) == 1, "every process ends with the same weights"
         found[n] = pd.read_json(tmp_path / str(n) / "history.jsonl", lines=True)
         assert sorted(p.name for p in (tmp_path / str(n)).iterdir()) == ["checkpoint", "history.jsonl"]
-    for column in ("train_loss", "grad_norm", "logit_scale", "valid_mrr"): np.testing.assert_allclose(found[1][column], found[processes][column], rtol=2e-4, err_msg=column)
-    weights = [load_model(str(tmp_path / str(n) / "checkpoint"), device="cpu").model.state_dict() for n in (1, processes)]
+    for column in ("train_loss", "grad_norm", "logit_scale", "valid_mrr"):
+        np.testing.assert_allclose(found[1][column], found[processes][column], rtol=2e-4, err_msg=column)
+    weights = [load_model(str(tmp_path / str(n) / "checkpoint"), device="cpu").model.state_dict()
+               for n in (1, processes)]
     if len(set(f["epoch"][f["valid_mrr"].idxmax()] for f in found.values())) == 1:
         assert max((weights[0][k] - weights[1][k]).abs().max().item() for k in weights[0]) < 1e-3
 
@@ -159,7 +171,8 @@ def test_chunks_train_like_the_whole_batch(table, steady, tmp_path):
     for chunk in (0, 4):
         ended(start(table, steady, tmp_path / str(chunk), {"epochs": 2, "batch_size": 14, "lr": 1e-3, "chunk": chunk}))
         found[chunk] = pd.read_json(tmp_path / str(chunk) / "history.jsonl", lines=True)
-    for column in ("train_loss", "grad_norm", "logit_scale"): np.testing.assert_allclose(found[0][column], found[4][column], rtol=1e-4, err_msg=column)
+    for column in ("train_loss", "grad_norm", "logit_scale"):
+        np.testing.assert_allclose(found[0][column], found[4][column], rtol=1e-4, err_msg=column)
 
 
 @pytest.fixture
@@ -202,11 +215,15 @@ def test_a_tracker_hears_every_epoch(squares, model, tmp_path):
         history = pd.read_json(tmp_path / "out" / "history.jsonl", lines=True)
         np.testing.assert_allclose([values["valid_R_at_1"] for _, values in epochs], history["valid_R@1"], rtol=1e-5)
     tracker = remembering()
-    with pytest.raises(FloatingPointError): trainers.train(load_model(str(model), device="cpu"), *rows, tmp_path / "wild", **{**options, "lr": 1e30, "clip_grad": 1e9, "warmup": 0.0}, report_to=tracker)
+    with pytest.raises(FloatingPointError):
+        trainers.train(load_model(str(model), device="cpu"), *rows, tmp_path / "wild",
+                       **{**options, "lr": 1e30, "clip_grad": 1e9, "warmup": 0.0}, report_to=tracker)
     assert tracker.told[0] == "start" and tracker.told[-1] == "finish"
 
 
-@pytest.mark.parametrize("tracker, files", [("wandb", "wandb/offline-run-*/*.wandb"), ("mlflow", "mlflow.db"), ("trackio", "trackio/medclip_nb.db")])
+@pytest.mark.parametrize("tracker, files",
+                         [("wandb", "wandb/offline-run-*/*.wandb"), ("mlflow", "mlflow.db"),
+                          ("trackio", "trackio/medclip_nb.db")])
 def test_trackers_stay_in_the_folder_of_the_run(table, model, tmp_path, monkeypatch, tracker, files):
     "Nobody is asked, nothing is sent, a second training is a second run"
     pytest.importorskip(tracker)
