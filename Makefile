@@ -37,7 +37,7 @@ hooks:
 	    chmod +x "$$hook"; }; \
 	fi
 
-reports: setup  ## Execute the starter suite into $(OUT)/starter and write its index.html
+reports: setup  ## Execute the starter suite into reports/starter (OUT=FOLDER for another place)
 	@$(BIN)/medclip-nb suite nbs/experiments/suites/starter.yaml --out $(OUT)
 
 test: lint  ## Style and types, modules in step, notebooks clean, README current, library notebooks, pytest
