@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 UV := uv==0.13.8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks reports test test-slow nb lint lab bench lock clean
+.PHONY: help setup hooks reports data test test-slow nb lint lab bench lock clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -37,13 +37,18 @@ hooks:
 	    chmod +x "$$hook"; }; \
 	fi
 
-reports: setup  ## Execute the starter suite into $(OUT)/starter and write its index.html
+reports: setup  ## Execute the starter suite into reports/starter (OUT=FOLDER for another place)
 	@$(BIN)/medclip-nb suite nbs/experiments/suites/starter.yaml --out $(OUT)
 
 test: lint  ## Style and types, modules in step, notebooks clean, README current, library notebooks, pytest
 	@$(BIN)/python tests/repository.py
+	@$(MAKE) --no-print-directory data
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --path nbs
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+data: setup  ## Make the embedded data in data/starter (a moment if they are there)
+	@$(BIN)/python -c "from medclip_nb.datasets import load_manifest as load; \
+	  [load('starter', 'data/starter', view=view) for view in ('slices', 'studies')]"
 
 test-slow: setup  ## What takes long: fresh reports with their goals
 	@$(BIN)/python -m pytest -m slow

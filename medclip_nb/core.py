@@ -52,6 +52,7 @@ RENAMED = {
     "compiled": "compile",
     "leave_out": "strip_pattern",
     "strengths": "Cs",
+    "standardise": "standardize",
 }  # Old name of a parameter or option -> its name now
 
 def unknown_name(
@@ -59,9 +60,10 @@ def unknown_name(
     name: str, # The unknown name
     options: Iterable[str], # The known names
 ) -> str: # One or two sentences
-    "A message for an unknown name, with its new name where it was renamed, else the nearest ones"
-    options = list(options)
-    if (now := RENAMED.get(name)) in options: return f"unknown {kind} {name!r}: it is now called {now!r}."
+    "A message for an unknown name, with its new name where it was renamed, and else the nearest ones"
+    options, now = list(options), RENAMED.get(name)
+    if now in options: return f"unknown {kind} {name!r}: it is now called {now!r}."
+    if now: return f"unknown {kind} {name!r} (elsewhere now called {now!r}). {close_matches(now, options)}"
     return f"unknown {kind} {name!r}. {close_matches(name, options)}"
 
 # %% ../nbs/00_core.ipynb #c140670b

@@ -9,9 +9,28 @@ __all__ = ['ATTENTION_LEVELS', 'Arrangement', 'CHARACTERS', 'END', 'SLOTS', 'Ser
 
 # %% ../nbs/03_volumes.ipynb #1547b89d
 from medclip_nb.models.volume_encoder import (
-    ATTENTION_LEVELS, CHARACTERS, END, SLOTS, UNKNOWN, VOLUME_LAYOUTS, Arrangement, SeriesNameEncoder, SlicePatches,
-    VolumeEncoder, VolumePatches, inflate, inflated, layout, merged, parted, regroup, resampled, sincos, sincos_grid,
-    spelled, stretch_positions,
+    ATTENTION_LEVELS,
+    CHARACTERS,
+    END,
+    SLOTS,
+    UNKNOWN,
+    VOLUME_LAYOUTS,
+    Arrangement,
+    SeriesNameEncoder,
+    SlicePatches,
+    VolumeEncoder,
+    VolumePatches,
+    inflate,
+    inflated,
+    layout,
+    merged,
+    parted,
+    regroup,
+    resampled,
+    sincos,
+    sincos_grid,
+    spelled,
+    stretch_positions,
 )
 
 # %% ../nbs/03_volumes.ipynb #fc27bf45

@@ -188,7 +188,7 @@ def test_rows_without_a_label_are_left_out_and_classes_may_be_missing(squares, e
 
 def test_standardising_changes_the_probe_and_is_recorded(squares):
     clip, train, valid, test = squares
-    with_it, without = (linear_probe(clip, train, test, Cs=[0.01], n_boot=5, standardise=s) for s in (True, False))
+    with_it, without = (linear_probe(clip, train, test, Cs=[0.01], n_boot=5, standardize=s) for s in (True, False))
     assert with_it.details["standardised"] and not without.details["standardised"]
     assert np.abs(with_it.predictions["p(dark)"] - without.predictions["p(dark)"]).max() > 1e-3
     assert not linear_probe(clip, train, test, method="sgd", n_boot=5).details["standardised"]

@@ -17,11 +17,12 @@ from .manifest import Manifest
 
 # %% ../../nbs/datasets/16_toy.ipynb #8c920a26
 def make_squares(
-    folder: str | Path, # An existing folder, for the images and table.csv
+    folder: str | Path, # For the images and table.csv; made where it does not exist
     patients: int = 6, # Eight images each; of six, three are for training, one for validation and two for testing
 ) -> Manifest: # Columns image, label (bright, dark), caption, group and split
     "Write the squares and read them back as a manifest"
     folder, rng, rows = Path(folder), np.random.default_rng(0), []
+    folder.mkdir(parents=True, exist_ok=True)
     splits = ["train", "train", "train", "valid", "test", "test"]
     for i in range(8 * patients):
         bright, right = i % 2, i // 2 % 2

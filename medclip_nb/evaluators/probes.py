@@ -175,7 +175,7 @@ def linear_probe(
     class_weight: str | None = "balanced", # balanced, or None to weigh classes by their frequency
     positive: str | None = None, # Of two classes, the one that sensitivity and AUROC refer to; None for the last
     *,
-    standardise: bool = True, # Whether logistic regression gets standardized features; sgd never does
+    standardize: bool = True, # Whether logistic regression gets standardized features; sgd never does
     **options: Any, # Fields of `EvalOptions`: cache, batch_size, num_workers, n_boot, seed
 ) -> Result: # Predictions hold a probability for each class; details hold C, how it was chosen, the training metrics
     "Fit a linear classifier on frozen image features; raises `InputError` for one class only or an unseen label"
@@ -184,14 +184,14 @@ def linear_probe(
     classes = label_classes(train, label, None)
     parts = labeled_parts(train, valid, test, label, classes)
     x, y = labeled_features(clip, parts, label, classes, **how.embedding)
-    if standardise := standardise and method == "logistic": x = _standardized(x)
+    if standardize := standardize and method == "logistic": x = _standardized(x)
     groups = bootstrap_groups(parts["train"])
     scores, probabilities, chosen = _fit_probe(x, y, len(classes), groups, method, Cs, class_weight, how.seed)
     known = named_labels(parts["train"][label])
     facts = {
         "method": method,
         "class_weight": class_weight,
-        "standardised": standardise,
+        "standardised": standardize,
         "train_rows": len(x["train"]),
         "train_metrics": classification_metrics(known, scores(x["train"]).numpy(), classes, positive=positive),
     }

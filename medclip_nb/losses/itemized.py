@@ -243,7 +243,7 @@ def global_itemized_losses(
     pooling: TextConditionedPooling, # The same on every process
     logit_scale: float | Tensor, # Multiplies the cosines (already exponentiated)
     logit_bias: float | Tensor, # Added to the scaled cosines; starts at -10
-    neg_index: Tensor | None = None, # (b, n) slots for this process's images and those of all processes; None draws them
+    neg_index: Tensor | None = None, # (b, n) slots for images of this process and of all processes; None draws them
     normal: Tensor | None = None, # (b,) true for normal studies
     text_ids: Tensor | None = None, # (b, k) with the same meaning on every process
     **options: Any, # Of `itemized_losses`; a generator must be in the same state on every process

@@ -28,6 +28,7 @@ from ..evaluators.labels import label_classes
 from ..evaluators.results import Result, classification, provenance
 from ..metrics.classification import label_name
 from ..models.clip import ClipModel
+from .config import make_config
 from .loop import Training, train
 from .objectives import Batch, Objective, balanced
 from .optimization import parameter_groups
@@ -158,6 +159,7 @@ def fit_head(
     dropout: float = 0.0, # Dropout probability of hidden units
     # Strengths of the L2 penalty to select from (linear head); without held-out rows the middle one is taken
     penalties: Sequence[float] = PENALTIES,
+    *,
     class_weight: str = "balanced", # balanced: all classes count the same; none: as frequent as they are
     seed: int = 0, # Of the initial weights and the order of rows
     **descent, # Fields of `DescentConfig`, for a hidden layer: steps, batch_size, lr
@@ -305,7 +307,7 @@ def train_head(
         raise InputError(f"backbone={backbone!r}. {close_matches(backbone, ('frozen', 'trained'))}")
     if backbone == "trained" and out_dir is None:
         raise InputError("A trained backbone needs a folder for its checkpoint: out_dir=...")
-    seed, classes = options.get("seed", 0), label_classes(train_rows, label)
+    seed, classes = make_config(None, **options).seed, label_classes(train_rows, label)
     features = lambda rows: embed(clip, rows, cache, texts=False).images
     known = [rows[rows[label].notna()] for rows in (train_rows, valid_rows)]
     held = features(known[1]), known[1][label]

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from ..core import InputError, atomic_path, content_hash
+from ..core import RENAMED, InputError, atomic_path, content_hash
 from ..datasets.manifest import Manifest
 from ..models.clip import ClipModel
 from .config import PASSING, TrainConfig
@@ -156,7 +156,8 @@ def load_state(run: Run) -> bool: # Whether there was one
     path = state_file(run)
     if not path.is_file(): return False
     state = restore(path)
-    other = [name for name, value in run.identity.items() if state["identity"].get(name) != value]
+    known = {RENAMED.get(name, name): value for name, value in state["identity"].items()} # States of earlier versions
+    other = [name for name, value in run.identity.items() if known.get(name) != value]
     if other:
         raise InputError(f"{path} is the state of a different training run: {', '.join(other)} differ. "
                          "Remove it, or train with the same settings.")
