@@ -80,7 +80,7 @@ import sys
 import numpy as np
 from PIL import Image
 from medclip_nb.core import content_hash
-from medclip_nb.corruptions import CORRUPTIONS, corrupt
+from medclip_nb.images import CORRUPTIONS, corrupt
 print(*[content_hash(np.asarray(corrupt(Image.open(sys.argv[1]), name, 3, seed=5))) for name in CORRUPTIONS])"""
     said = {subprocess.run([python, "-c", code, tmp_path / "picture.png"], capture_output=True, text=True, check=True,
                            env={**os.environ, "PYTHONHASHSEED": "1"}).stdout

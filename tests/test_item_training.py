@@ -211,7 +211,7 @@ def test_killed_and_continued(table, models, tmp_path, monkeypatch, kind, option
     again, _ = trained(table, models, tmp_path / "killed", kind, **options, resume=True)
     assert again.weights_hash() == whole.weights_hash()
     assert (tmp_path / "killed" / "history.jsonl").read_bytes() == (tmp_path / "whole" / "history.jsonl").read_bytes()
-    monkeypatch.setattr(trainers, "tidy", lambda *_, **__: None)
+    monkeypatch.setattr(trainers, "clear_state", lambda *_, **__: None)
     trained(table, models, tmp_path / "other", kind, **options, max_steps=1)
     with pytest.raises(InputError, match="token_keep_prob differ"):
         trained(table, models, tmp_path / "other", kind, **options | {"token_keep_prob": 0.9}, max_steps=1, resume=True)
