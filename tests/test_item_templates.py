@@ -1,13 +1,14 @@
-"The published settings of the template that trains on items"
+"The published settings of the template that trains on items, and its path for studies without a model of slices"
 import pytest
 
 from medclip_nb.core import InputError
 from medclip_nb.datasets import list_datasets
-from medclip_nb.evaluators import list_protocols
+from medclip_nb.evaluators import Result, list_protocols
 from medclip_nb.experiments import (
     check_parameters,
     parameter_files,
     read_parameters,
+    run,
     template_folder,
     template_parameters,
 )
@@ -51,3 +52,15 @@ def test_files_of_parameters_are_found_by_name():
     for name in parameter_files(): check_parameters("itemized", read_parameters(name))
     with pytest.raises(InputError, match="itemized-mri"): read_parameters("itemized-mrt")
     assert read_parameters(template_folder()/"params"/"itemized-mri.yaml") == read_parameters("itemized-mri")
+
+
+def test_studies_without_a_model_of_slices(tmp_path):
+    about = dict(data_root="data/starter", data_options={"view": "studies"}, tolerance_mm=8.0, n_boot=20)
+    training = dict(epochs=1, batch_size=4, lr=1e-3, limit=8, findings=["haemorrhage", "infarct"])
+    run("itemized", about | training | {"model": "starter-studies"}, tmp_path/"studies")
+    result = Result.load(tmp_path/"studies")
+    wanted = {"findings/auroc_macro", "places/attention_pointing_within", "items/image_to_text_R@10"}
+    assert wanted <= set(result.metrics["name"])
+    maps = dict(model=str(tmp_path/"studies"/"checkpoint"), limit=4, methods=["attention"], n_examples=1)
+    run("attention_maps", about | maps, tmp_path/"maps")
+    assert "attention_pointing" in set(Result.load(tmp_path/"maps").metrics["name"])
