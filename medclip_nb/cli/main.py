@@ -116,6 +116,7 @@ def suite(
 ) -> None:
     "Execute a suite of runs; skip what has not changed."
     from medclip_nb import experiments
+    experiments.check_timeout(timeout)
     if dry_run:
         for r in experiments.plan_suite(file, out, only): typer.echo(f"{r.name:<24}  {'to run' if force else r.status}")
         return

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 import medclip_nb
-from ..core import InputError, close_matches
+from ..core import InputError, close_matches, read_yaml
 
 # %% ../../nbs/datasets/02_registry.ipynb #b1ea3f9d
 READERS: dict[str, tuple[Callable, dict]] = {}
@@ -97,11 +97,7 @@ def read_card(
     path: str | Path, # A YAML file named after its dataset
 ) -> dict[str, Any]: # With the keys of `CARD_KEYS`
     "Read a card and check that it is complete; raises `InputError` naming the file"
-    import yaml
-    path = Path(path)
-    try: found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())}).") from None
+    found = read_yaml(path := Path(path))
     if fault := _card_fault(found): raise InputError(f"{path}: {fault}{'' if fault[-1] in '?.' else '.'}")
     if found["name"] != path.stem:
         raise InputError(f"{path}: the card is named {found['name']!r}; file and name should agree.")

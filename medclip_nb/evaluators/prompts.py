@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 import medclip_nb
-from ..core import InputError, close_matches, content_hash
+from ..core import InputError, close_matches, content_hash, read_yaml
 from ..datasets.registry import READERS, card_names
 from ..metrics.classification import label_name
 
@@ -209,25 +209,11 @@ def _pack_fault(found: Any) -> str:
     return next(filter(None, [*faults, _positive_fault(found)]), "")
 
 # %% ../../nbs/evaluators/03_prompts.ipynb #1c89aed0
-def _parse_yaml(path: Path) -> Any:
-    "YAML whose keys stand once; raises `InputError` naming the file"
-    import yaml
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            if twice := next((k for k in keys if keys.count(k) > 1), None):
-                raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands twice", node.start_mark)
-            return super().construct_mapping(node, deep)
-    try: return yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())}).") from None
-    except OSError as error: raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
-
 def read_pack(
     path: str | Path, # A YAML file
 ) -> Pack:
     "Read a pack and see that it is whole; raises `InputError` naming the file and what is wrong"
-    found = _parse_yaml(path := Path(path))
+    found = read_yaml(path := Path(path))
     fault = _pack_fault(found)
     if not fault and found.get("findings"):
         try: finding_sentences(list(found["findings"].values()), found["templates"], found.get("negatives", []))

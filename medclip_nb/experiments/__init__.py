@@ -14,7 +14,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "write_index",
     ],
     "parameters": [
-        "BOOLEANS", "Cell", "Parameter", "Template", "check_parameters", "convert", "find_template",
+        "AT_LEAST_ONE", "BOOLEANS", "COUNT", "Cell", "MAX_TEXT", "PARAMETER_RANGES", "Parameter", "Range", "SHARE",
+        "Template", "check_parameters", "convert", "find_template",
         "parameter_files", "read_parameters", "read_template", "template_cells", "template_folder",
         "template_parameters", "templates",
     ],
@@ -24,16 +25,16 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "resuming": ["ASKED", "STATE", "alive", "differences", "has_state", "left_behind", "state_folder"],
     "runs": [
-        "INPUTS", "RunError", "RunRecord", "STAMP", "Status", "TABLES", "artefacts", "asked_for", "code_hash",
-        "data_identity", "input_identities", "is_complete", "result_hash", "run", "run_folder", "run_key",
-        "run_record",
+        "INPUTS", "MAX_SECONDS", "RunError", "RunRecord", "STAMP", "Status", "TABLES", "artefacts", "asked_for",
+        "check_timeout", "code_hash", "data_identity", "input_identities", "is_complete", "result_hash", "run",
+        "run_folder", "run_key", "run_record",
     ],
     "steps": [
         "count_rows", "data_notice", "dataset_facts", "open_data", "save_result", "show_model", "show_skipped",
         "usable_rows",
     ],
     "suites": [
-        "NAME", "REFERENCE", "RUN_KEYS", "SUITE_KEYS", "Suite", "SuiteRun", "YAML_TYPES", "find_suite",
+        "MAX_RUNS", "NAME", "REFERENCE", "RUN_KEYS", "SUITE_KEYS", "Suite", "SuiteRun", "YAML_TYPES", "find_suite",
         "load_suite", "plan_suite", "run_suite", "summarize_runs", "up_to_date",
     ],
 })

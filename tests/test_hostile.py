@@ -1,0 +1,60 @@
+"Input that is hostile or slips of the hand: one line that says what to mend, exit code 2, in seconds"
+import pytest
+from typer.testing import CliRunner
+
+from medclip_nb.cli import main as cli
+from medclip_nb.core import InputError
+from medclip_nb.datasets.registry import read_card
+from medclip_nb.evaluators.prompts import read_pack
+from medclip_nb.experiments.parameters import read_parameters
+from medclip_nb.experiments.suites import load_suite, run_suite
+
+BOMB = "\n".join(["a: &a [x, x, x, x, x, x, x, x, x]",
+                  *(f"{k}: &{k} [{', '.join([f'*{b}'] * 9)}]" for b, k in zip("abcdefgh", "bcdefghi"))])
+NESTED = "[" * 5000 + "]" * 5000
+
+
+@pytest.fixture(scope="module")
+def stub(make_template, tmp_path_factory):
+    parameters = ("n: int = 5\nlr: float = 1e-4\nlimit: int = 0\nname: str = 'a'\nitems: list[str] = []\n"
+                  "out_dir: str = 'o'")
+    return str(make_template(tmp_path_factory.mktemp("templates") / "stub.ipynb", parameters, "pass"))
+
+
+def refused(*args):
+    "What the command says on its way out with 2"
+    result = CliRunner().invoke(cli.app, [str(a) for a in args])
+    assert result.exit_code == 2 and "Traceback" not in result.output, (result.output, result.exception)
+    lines = [line for line in result.output.splitlines() if line.strip() and not line.startswith(("Usage", "Try"))]
+    assert len(result.output) < 1000, "a message is short"
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("text, says", [
+    (BOMB, "aliases stand for more than"), (f"a: {NESTED}", "nested deeper than 100 levels"),
+    ("x" * 2**21, "1,048,576 are the most"), ("a: &a [*a]", "what it is in"), ("a: 1\na: 2", "'a' stands twice")])
+def test_yaml_is_limited_wherever_it_is_read(stub, tmp_path, text, says):
+    (path := tmp_path / "mine.yaml").write_text(text)
+    for read in (read_parameters, load_suite, read_pack, read_card):
+        with pytest.raises(InputError, match=f"mine.yaml: .*{says}"): read(path)
+    assert says in refused("suite", path, "--dry-run")
+    assert says in refused("run", stub, "-f", path)
+    assert says in refused("run", stub, "-p", f"items={text}")
+
+
+@pytest.mark.parametrize("pair, says", [
+    ("limit=-3", "'limit' must be from 0 to 1000000000, not -3"), ("limit=" + "9" * 5000, "'limit' must be int"),
+    ("lr=nan", "'lr' must be float"), ("lr=-1", "'lr' must be 0 or more"), ("lr=1e999", "'lr' must be float"),
+    ("name=\udcff", "UTF-8"), ("name=a\0b", "zero byte"), ("name=" + "x" * 200_000, "200,000 characters"),
+    ("items=[\udcff]", "special characters are not allowed"), ("n=" + "1" * 30, "'n' must be int")])
+def test_parameters(stub, tmp_path, pair, says):
+    assert says in refused("run", stub, "-p", pair, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("limit", ["nan", "-5", "0", "inf"])
+def test_timeouts(stub, tmp_path, limit):
+    (path := tmp_path / "s.yaml").write_text(f"runs: [{{name: a, template: {stub}}}]")
+    assert "timeout" in refused("run", stub, "--timeout", limit, "--out", tmp_path / "run")
+    assert "timeout" in refused("suite", path, "--timeout", limit, "--out", tmp_path)
+    assert "timeout" in refused("suite", path, "--timeout", limit, "--out", tmp_path, "--dry-run")
+    with pytest.raises(InputError, match="timeout"): run_suite(path, tmp_path, timeout=float(limit))
