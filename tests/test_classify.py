@@ -210,7 +210,7 @@ def test_zero_shot_against_loops(spots, clip, seed):
                                                 labels=sorted({*test["label"], *predicted})),
                         "mcc": sk.matthews_corrcoef(test["label"], predicted),
                         "kappa": sk.cohen_kappa_score(test["label"], predicted), "mean_rank": np.mean(place),
-                        "auroc_macro": np.mean([sk.roc_auc_score(test["label"] == c, scores[:, i])
+                        "auroc_macro": np.mean([sk.roc_auc_score(test["label"] == c, p[:, i])
                                                 for i, c in enumerate(centres)])}.items():
         assert result.value(name) == pytest.approx(value, abs=1e-6), name
     rows = result.details["sensitivity"]

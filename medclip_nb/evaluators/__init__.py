@@ -17,8 +17,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "paired_tests",
     ],
     "few_shot_curves": [
-        "FEW_SHOT_METHODS", "FEW_SHOT_METRICS", "Support", "blend", "blended_probe", "draw_order", "few_shot",
-        "nearest_mean", "neighbors", "plain_probe", "tip_adapter",
+        "FEW_SHOT_METHODS", "FEW_SHOT_METRICS", "MOST_PROBABILITIES", "Support", "blend", "blended_probe",
+        "draw_order", "few_shot", "few_shot_probabilities", "nearest_mean", "neighbors", "plain_probe",
+        "tip_adapter",
     ],
     "grounding": [
         "GROUNDING_METRICS", "ItemMap", "attended", "choose_grounding_threshold", "counts", "described",

@@ -43,14 +43,18 @@ def corrupted(
 def _zero_shot_scores(
     clip: ClipModel, classes: list[str], templates: Sequence[str], prompts: Mapping | None
 ) -> tuple[Callable, dict]:
-    "Features to cosines with the classes, and the prompts"
+    "Features to cosines with the classes and their probabilities, and the prompts"
+    from scipy.special import softmax
     for name in prompts or {}:
         if name not in classes:
             raise InputError(f"Prompts name a class {name!r} that does not exist. {close_matches(name, classes)}")
     written = [(prompts or {}).get(c, c) for c in classes]
     weights = zero_shot_classifier(clip, written, templates).numpy().T
     sentences = dict(zip(classes, class_sentences(written, templates)))
-    return lambda features: features @ weights, {"classifier": "zero-shot", "prompts": sentences}
+    def scores(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        cosines = features @ weights
+        return cosines, softmax(clip.logit_scale * cosines.astype(float), axis=1)
+    return scores, {"classifier": "zero-shot", "prompts": sentences}
 
 def _probe_scores(
     clip: ClipModel,
@@ -61,7 +65,8 @@ def _probe_scores(
     classes: list[str],
     how: EvalOptions,
 ) -> tuple[Callable, dict]:
-    "Features to decision values of a probe fitted on clean images, and how it was chosen"
+    "Features to decision values and probabilities of a probe fitted on clean images, and how it was chosen"
+    from scipy.special import softmax
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -71,9 +76,11 @@ def _probe_scores(
     features = embed(clip, rows, texts=False, **how.embedding).images
     model = make_pipeline(StandardScaler(), fit).fit(features, named_labels(rows[label]).astype(str))
     order = [list(model.classes_).index(c) for c in classes]
-    def scores(features: np.ndarray) -> np.ndarray:
+    def scores(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         found = model.decision_function(features)
-        return (np.stack([-found, found], 1) if found.ndim == 1 else found)[:, order]
+        logits = np.stack([0 * found, found], 1) if found.ndim == 1 else found
+        scores = np.stack([-found, found], 1) if found.ndim == 1 else found
+        return scores[:, order], softmax(logits.astype(float), axis=1)[:, order]
     kept = {k: chosen[k] for k in ("train_rows", "C", "C_path", "chosen_on") if k in chosen}
     return scores, {"classifier": "linear probe", **kept}
 
@@ -109,6 +116,7 @@ def _measured(
     rows: Manifest,
     label: str,
     scores: np.ndarray,
+    p: np.ndarray,
     classes: list[str],
     positive: str | None,
     metric: str,
@@ -116,13 +124,15 @@ def _measured(
 ) -> tuple[np.ndarray, np.ndarray]:
     "The metric on the rows (1,), and on each resample"
     true = named_labels(rows[label])
-    value = classification_metrics(true, scores, classes, positive=positive)
+    value = classification_metrics(true, scores, classes, positive=positive, probabilities=p)
     if metric not in value: raise InputError(f"Unknown metric {metric!r}. {close_matches(metric, value)}")
-    samples = classification_metrics(true, scores, classes, weights, positive=positive)
+    samples = classification_metrics(true, scores, classes, weights, positive, probabilities=p)
     return np.atleast_1d(value[metric]), samples[metric]
 
-def _predictions(rows: Manifest, label: str, scores: np.ndarray, classes: list[str]) -> pd.DataFrame:
-    "The prediction for every image"
+def _predictions(
+    rows: Manifest, label: str, scores: np.ndarray, p: np.ndarray, classes: list[str]
+) -> pd.DataFrame:
+    "The prediction for every image, with the probability of each class"
     true, predicted = named_labels(rows[label]), np.array(classes)[scores.argmax(1)]
     return pd.DataFrame(
         {
@@ -132,6 +142,7 @@ def _predictions(rows: Manifest, label: str, scores: np.ndarray, classes: list[s
             "label": true,
             "predicted": predicted,
             "correct": predicted == true,
+            **{f"p({c})": column for c, column in zip(classes, p.T)},
         }
     )
 
@@ -169,9 +180,9 @@ def robustness(
     for condition in (None, *conditions):
         key = (condition.name, condition.level) if condition else ("clean", 0)
         shown = corrupted(clip, condition) if condition else clip
-        scores = scores_of(embed(shown, rows, texts=False, **how.embedding).images)
-        values[key], samples[key] = _measured(rows, label, scores, classes, positive, metric, weights)
-        tables.append(_predictions(rows, label, scores, classes).assign(corruption=key[0], level=key[1]))
+        scores, p = scores_of(embed(shown, rows, texts=False, **how.embedding).images)
+        values[key], samples[key] = _measured(rows, label, scores, p, classes, positive, metric, weights)
+        tables.append(_predictions(rows, label, scores, p, classes).assign(corruption=key[0], level=key[1]))
     value, sample = (_summaries(v.pop(("clean", 0)), v) for v in (values, samples))
     metrics = metric_table(
         {f"{k}/{metric}": float(v[0]) for k, v in value.items()},

@@ -131,7 +131,7 @@ def _sgd(x: Tensor, codes: Tensor, class_weight: str | None) -> tuple[Callable, 
     def scores(features):
         found = torch.from_numpy(model.decision_function(features.numpy()))
         return torch.stack([-found, found], 1) if found.ndim == 1 else found
-    return scores, lambda features: torch.from_numpy(model.predict_proba(features.numpy()))
+    return scores, lambda features: torch.from_numpy(model.predict_proba(features.double().numpy()))
 
 # %% ../../nbs/evaluators/07_probes.ipynb #1f8536ce
 def _check_method(method: str, class_weight: str | None) -> None:
@@ -160,7 +160,7 @@ def _fit_probe(
     edge = len(Cs) > 1 and best in (min(Cs), max(Cs))
     return (
         scores,
-        lambda features: scores(features).softmax(1),
+        lambda features: scores(features).double().softmax(1),
         {"C": best, "C_path": found["path"], "C_at_edge": edge, "chosen_on": found["chosen_on"]},
     )
 
@@ -193,7 +193,13 @@ def linear_probe(
         "class_weight": class_weight,
         "standardised": standardize,
         "train_rows": len(x["train"]),
-        "train_metrics": classification_metrics(known, scores(x["train"]).numpy(), classes, positive=positive),
+        "train_metrics": classification_metrics(
+            known,
+            scores(x["train"]).numpy(),
+            classes,
+            positive=positive,
+            probabilities=probabilities(x["train"]).numpy(),
+        ),
     }
     return classification(
         "linear_probe",

@@ -174,8 +174,11 @@ def classification(
     "Metrics with intervals and predictions of a classification"
     true = named_labels(rows[label])
     weights = bootstrap_weights(bootstrap_groups(rows), n_boot, seed)
-    values = classification_metrics(true, scores, classes, positive=positive)
-    samples = classification_metrics(true, scores, classes, weights, positive=positive)
+    probabilities = np.asarray(probabilities, float)
+    areas = {"probabilities": probabilities}
+    values, samples = (
+        classification_metrics(true, scores, classes, w, positive, **areas) for w in (None, weights)
+    )
     predicted = np.array(classes)[scores.argmax(1)]
     known = rows[label].notna().to_numpy()
     predictions = pd.DataFrame(
@@ -189,7 +192,7 @@ def classification(
             **{f"p({c})": p for c, p in zip(classes, probabilities.T)},
         }
     )
-    table = per_class_metrics(true, scores, classes, weights).reset_index()
+    table = per_class_metrics(true, scores, classes, weights, **areas).reset_index()
     chance = {
         "classes": classes,
         "chance": 1 / len(classes),

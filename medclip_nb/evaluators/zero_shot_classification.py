@@ -66,7 +66,8 @@ class TextClassifier:
         "Cosines, and probabilities: a softmax over classes, or of each finding over presence and absence, else NaN"
         present, absent = self.weights(template)
         cosine = images @ present.numpy().T
-        if self.question.exclusive: return cosine, torch.softmax(self.scale * torch.from_numpy(cosine), 1).numpy()
+        logits = self.scale * torch.from_numpy(cosine).double()
+        if self.question.exclusive: return cosine, torch.softmax(logits, 1).numpy()
         if absent is None: return cosine, np.full(cosine.shape, np.nan)
         return cosine, torch.sigmoid(self.scale * torch.from_numpy(cosine - images @ absent.numpy().T).double()).numpy()
 
@@ -140,6 +141,7 @@ def zero_shot(
     **options: Any, # Fields of `EvalOptions`: cache, batch_size, num_workers, n_boot, seed
 ) -> Result: # Predictions hold a probability for each class
     "Assign each image the class with the nearest prompts; raises `InputError` for one class only or an unknown prompt"
+    from scipy.special import softmax
     how = EvalOptions.of(zero_shot, options)
     question = class_question(label_classes(manifest, label, class_names), templates, prompts)
     features = lambda rows: embed(clip, rows, texts=False, **how.embedding).images
@@ -152,7 +154,11 @@ def zero_shot(
     )
     true, weights = named_labels(manifest[label]), bootstrap_weights(bootstrap_groups(manifest), how.n_boot, how.seed)
     if sensitivity:
-        measure = lambda scores: [classification_metrics(true, scores, classes, w, positive) for w in (None, weights)]
+        def measure(scores):
+            p = softmax(classifier.scale * scores.astype(float), axis=1)
+            return [
+                classification_metrics(true, scores, classes, w, positive, probabilities=p) for w in (None, weights)
+            ]
         kept = ("balanced_accuracy", "auroc_macro")
         result.details["sensitivity"] = prompt_sensitivity(classifier, images, measure, kept)
     temperature = None if valid is None else validation_temperature(classifier, features(valid), valid, label)

@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from ..core import InputError
-from .classification import labeled
+from .classification import distributions, labeled
 from .resampling import grouping, interval, ratio, resample_blocks, weighted_means
 
 # %% ../../nbs/metrics/05_calibration.ipynb #a4f83cff
@@ -25,7 +25,7 @@ def probability_rows(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # (rows,) has a label; codes (k,), probabilities (k, classes) of those
     "The labelled rows; raises `InputError` for numbers that are not probabilities"
     keep, true, p = labeled(y_true, probabilities, class_names)
-    bad = np.flatnonzero((p < 0).any(1) | (p > 1).any(1) | (np.abs(p.sum(1) - 1) > 1e-3))
+    bad = np.flatnonzero(~distributions(p))
     if len(bad):
         row, values = np.flatnonzero(keep)[bad[0]], p[bad[0]].round(3).tolist()
         raise InputError(

@@ -65,7 +65,7 @@ class ClassificationHead(nn.Module):
     def probabilities(self, features: Tensor | np.ndarray) -> np.ndarray: # (n, classes)
         "Probabilities of the classes"
         was = self.training
-        found = torch.softmax(self.eval()(torch.as_tensor(features).to(self.mean)), 1).cpu().numpy()
+        found = torch.softmax(self.eval()(torch.as_tensor(features).to(self.mean)).cpu().double(), 1).numpy()
         self.train(was)
         return found
 
