@@ -42,6 +42,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "start_from_slices", "study_model",
     ],
     "towers": ["CLASSIFIERS", "PROJECTIONS", "SCRATCH", "swap_towers"],
+    "trust": [
+        "BUILD_ERRORS", "CODE_KEYS", "CONFIGURATIONS", "KNOWN_KEYS", "TOKENIZER_OPTIONS", "check_configuration",
+        "check_files", "no_foreign_code", "reason",
+    ],
     "volume_encoder": [
         "ATTENTION_LEVELS", "Arrangement", "CHARACTERS", "END", "SLOTS", "SeriesNameEncoder", "SlicePatches",
         "UNKNOWN", "VOLUME_LAYOUTS", "VolumeEncoder", "VolumePatches", "inflate", "inflated", "layout",

@@ -10,7 +10,7 @@ __all__ = ['TARGETS', 'PEFT_PREFIX', 'SplitAttention', 'SplitQKV', 'CalledAttent
 import re
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..core import InputError, atomic_folder, close_matches
 from .clip import ClipModel, has_adapters
 from .freezing import TOWERS, _hold, _stay_in_eval, tower_of, trainable
+from .trust import reason
 
 # %% ../../nbs/models/11_adapters.ipynb #45852847
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -265,6 +266,37 @@ def save_adapter(
     return Path(folder)
 
 # %% ../../nbs/models/11_adapters.ipynb #bf02884d
+# Settings of an adapter that are read, or that say where it is from
+_SETTINGS = {
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "r",
+    "target_modules",
+    "exclude_modules",
+    "lora_alpha",
+    "lora_dropout",
+    "fan_in_fan_out",
+    "bias",
+    "use_rslora",
+    "use_dora",
+    "lora_bias",
+    "init_lora_weights",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+}
+
+def _other_settings(config: peft.LoraConfig) -> list[str]:
+    "Further settings that differ from their defaults, such as a module to import"
+    def default(f: Any) -> Any: return f.default if f.default_factory is MISSING else f.default_factory()
+    return [f.name for f in fields(config) if f.name not in _SETTINGS and getattr(config, f.name) != default(f)]
+
 def _read_adapter(folder: Path) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
     "Configuration and weights of a PEFT folder, the weights under names of the model"
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -276,9 +308,11 @@ def _read_adapter(folder: Path) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
         config = peft.PeftConfig.from_pretrained(str(folder))
         state = safetensors.torch.load_file(folder/"adapter_model.safetensors")
     except Exception as e:
-        raise InputError(f"{folder}: cannot be read as an adapter ({type(e).__name__}: {str(e)[:200]})") from None
+        raise InputError(f"{folder}: cannot be read as an adapter: {reason(e)}.") from None
     if not isinstance(config, peft.LoraConfig):
         raise InputError(f"{folder}: adapters of type {config.peft_type} are not supported, only LoRA.")
+    if other := _other_settings(config):
+        raise InputError(f"{folder}/adapter_config.json: sets {', '.join(other)}, which is not supported here.")
     return config, {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state.items()}
 
 def _open_clip_name(name: str, text: str) -> str:

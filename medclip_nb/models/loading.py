@@ -8,7 +8,6 @@ __all__ = ['WEIGHTS', 'load_model', 'save_checkpoint', 'quick_gelu', 'load_check
 # %% ../../nbs/models/02_loading.ipynb #9b7b5251
 import contextlib
 import importlib
-import json
 import logging
 import shutil
 import tempfile
@@ -24,11 +23,12 @@ from open_clip.pretrained import get_pretrained_cfg
 from open_clip.transformer import QuickGELU
 from torch import nn
 
-from ..core import InputError, atomic_folder, close_matches, pick_device, pick_precision, write_json
+from ..core import InputError, atomic_folder, close_matches, pick_device, pick_precision, read_json, write_json
 from .adapters import SplitAttention, load_adapter, plain_state, write_adapter
 from .clip import ClipModel, has_adapters, set_long_text
 from .published import PUBLISHED, published_state, text_files
 from .starter import STARTERS
+from .trust import BUILD_ERRORS, check_configuration, check_files, no_foreign_code, reason
 from medclip_nb.models.weights import (
     align_state,
     find_weights,
@@ -63,15 +63,26 @@ def _resolve(spec: str) -> tuple[str, str | None]:
     if tag and tag not in tags: raise InputError(f"Model {name!r} has no weights {tag!r}. {close_matches(tag, tags)}")
     return name, tag or None
 
+def _configuration(file: Path) -> dict:
+    "The object in a file of JSON, checked if it is open_clip's; empty if there is none"
+    found = read_json(file) if file.is_file() else {}
+    if not isinstance(found, dict): raise InputError(f"{file}: must hold an object of names and values.")
+    if found and file.name == "open_clip_config.json":
+        check_configuration(found.get("model_cfg"), str(file))
+        if not isinstance(found.setdefault("preprocess_cfg", {}), dict):
+            raise InputError(f"{file}: preprocess_cfg must be an object of names and values.")
+    return found
+
 def _folder_configuration(folder: Path) -> dict:
     "open_clip's configuration for a folder in its own or in Hugging Face's layout"
-    read = lambda name: json.loads((folder/name).read_text(encoding="utf-8")) if (folder/name).is_file() else {}
-    try:
-        if own := read("open_clip_config.json"): return own
-        if read("config.json").get("model_type") == "clip": return hf_configuration(folder)
-    except InputError: raise
-    except ValueError as e:
-        raise InputError(f"{folder}: its configuration cannot be read ({str(e)[:200]})") from None
+    own, theirs = _configuration(folder/"open_clip_config.json"), _configuration(folder/"config.json")
+    if own: return own
+    if theirs.get("model_type") == "clip":
+        check_files(folder)
+        try: return hf_configuration(folder)
+        except InputError: raise
+        except BUILD_ERRORS as e:
+            raise InputError(f"{folder}: its config.json cannot be used ({reason(e)})") from None
     hint = ""
     if _is_adapter(folder):
         hint = " This one holds an adapter: give it as the checkpoint of the model it was trained on."
@@ -80,16 +91,25 @@ def _folder_configuration(folder: Path) -> dict:
     )
 
 # %% ../../nbs/models/02_loading.ipynb #fb177fa7
+def _check_parts(text_cfg: dict) -> None:
+    "Look into the files of the text encoder and the tokenizer that a model on the hub names"
+    for part in {text_cfg.get("hf_model_name"), text_cfg.get("hf_tokenizer_name")} - {None, ""}: check_files(part)
+
 def _create(name: str, spec: str, device: torch.device, precision: str, **options) -> ClipModel:
     "A model built by open_clip"
-    with _quiet():
+    with _quiet(), no_foreign_code():
         try:
+            model_cfg = deepcopy(open_clip.get_model_config(name))
+            check_configuration(model_cfg, f"Model {spec!r}")
+            if name.startswith("hf-hub:"): _check_parts(model_cfg["text_cfg"])
             options |= {"precision": precision, "device": device}
             model, _, preprocess = open_clip.create_model_and_transforms(name, **options)
-            tokenizer, model_cfg = open_clip.get_tokenizer(name), deepcopy(open_clip.get_model_config(name))
-        except (RuntimeError, OSError, ValueError) as error:
-            raise InputError(f"Model {spec!r} could not be loaded: {str(error).splitlines()[0]} "
-                             "(weights by name need a network or a filled cache; a folder needs neither)") from error
+            tokenizer = open_clip.get_tokenizer(name)
+        except InputError: raise
+        except BUILD_ERRORS as error:
+            network = " (weights by name need a network or a filled cache; a folder needs neither)"
+            hint = network if isinstance(error, (OSError, RuntimeError)) else ""
+            raise InputError(f"Model {spec!r} could not be loaded: {reason(error)}{hint}") from error
     if options.get("force_quick_gelu"): model_cfg["quick_gelu"] = True
     config = {"model_cfg": model_cfg, "preprocess_cfg": model.visual.preprocess_cfg}
     return ClipModel(model.eval(), tokenizer, preprocess, spec, device, precision, config)
@@ -107,6 +127,7 @@ def _build(
         own = deepcopy(config)
         text = own["model_cfg"]["text_cfg"]
         if files and text.get("hf_tokenizer_name"):
+            check_files(files)
             for p in files.iterdir():
                 if p.suffix in (".json", ".txt", ".model") and p.name != "open_clip_config.json": shutil.copy(p, folder)
             if text.get("hf_model_name") and (files/"config.json").is_file():
@@ -231,8 +252,7 @@ def load_checkpoint(
 
 def _own_configuration(path: Path) -> dict:
     "open_clip's configuration beside weights; empty if there is none"
-    file = (path if path.is_dir() else path.parent)/"open_clip_config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return _configuration((path if path.is_dir() else path.parent)/"open_clip_config.json")
 
 def _load_around_adapters(clip: ClipModel, folder: Path) -> None:
     "Load adapters and the weights that have none from a saved model; the weights that have adapters must agree already"

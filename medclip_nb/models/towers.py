@@ -14,10 +14,11 @@ from timm.models import get_pretrained_cfg as get_timm_cfg
 from timm.models import is_model, list_models
 from torch import Tensor, nn
 
-from ..core import InputError, close_matches, pick_device, pick_precision
+from ..core import InputError, close_matches, pick_device, pick_precision, read_json
 from .clip import ClipModel
 from .loading import _build, _quiet, load_model, quick_gelu
-from .weights import align_state, has_weights, misfits, read_state
+from .trust import BUILD_ERRORS, CODE_KEYS, CONFIGURATIONS, check_files, no_foreign_code, reason
+from .weights import align_state, has_weights, misfits, read_state, write_config
 
 # %% ../../nbs/models/04_towers.ipynb #2dc5982c
 SCRATCH = {"context_length": 77, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 4}
@@ -43,14 +44,16 @@ def _text_part(text: str | dict) -> dict:
     if isinstance(text, dict) or text == "scratch": return SCRATCH if text == "scratch" else text
     from transformers import AutoConfig
     name = text.removeprefix("hf:")
-    try: config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as e:
-        raise InputError(f"Text tower 'hf:{name}' could not be found: {str(e).splitlines()[0][:200]}") from None
+    try:
+        with no_foreign_code(): config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except BUILD_ERRORS as e: raise InputError(f"Text tower 'hf:{name}' could not be found: {reason(e)}") from None
     pooler = "cls_last_hidden_state_pooler" if config.model_type == "bert" else "mean_pooler"
     return {"hf_model_name": name, "hf_tokenizer_name": name, "hf_proj_type": "linear", "hf_pooler_type": pooler,
             "context_length": min(512, getattr(config, "max_position_embeddings", 512))}
 
 # %% ../../nbs/models/04_towers.ipynb #19e007a1
+_BERTS = ("bert", "cxr-bert") # CXR-BERT is a BERT with code of its own
+
 def _text_files(name: str, folder: Path, weights: bool) -> Path:
     "A text encoder's tokenizer, configuration and, if wanted, weights, copied to a folder; runs no code of theirs"
     import transformers
@@ -58,19 +61,27 @@ def _text_files(name: str, folder: Path, weights: bool) -> Path:
         ("AutoTokenizer", "BertTokenizerFast"),
         ("AutoModel", "BertModel") if weights else ("AutoConfig", "BertConfig"),
     ]
+    missing = []
     try:
+        if transformers.PretrainedConfig.get_config_dict(name)[0].get("model_type") not in _BERTS: check_files(name)
         for auto, bert in parts:
-            with _quiet():
-                try: found = getattr(transformers, auto).from_pretrained(name, trust_remote_code=False)
-                except (ValueError, KeyError): # CXR-BERT is a BERT with code of its own
-                    found = getattr(transformers, bert).from_pretrained(name)
+            options = {"output_loading_info": True} if auto == "AutoModel" else {}
+            with _quiet(), no_foreign_code():
+                try: found = getattr(transformers, auto).from_pretrained(name, trust_remote_code=False, **options)
+                except (ValueError, KeyError): found = getattr(transformers, bert).from_pretrained(name, **options)
+                if options:
+                    found, facts = found
+                    missing = sorted(key for key in facts["missing_keys"] if "pooler" not in key)
                 found.save_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except InputError: raise
+    except BUILD_ERRORS as error:
         raise InputError(
-            f"The text encoder {name!r} could not be found: {str(error).splitlines()[0][:200]} (by name it needs a "
-            "network or a filled cache; "
-            "without, put its config.json and the files of its tokenizer beside the checkpoint)"
+            f"The text encoder {name!r} could not be found: {reason(error)} (by name it needs a network or a filled "
+            "cache; without, put its config.json and the files of its tokenizer beside the checkpoint)"
         ) from None
+    if missing: raise InputError(f"The text encoder {name!r} lacks {len(missing)} weights, such as {missing[0]}.")
+    for file in (folder/name for name in CONFIGURATIONS):
+        if file.is_file(): write_config(file, {k: v for k, v in read_json(file).items() if k not in CODE_KEYS})
     return folder
 
 # %% ../../nbs/models/04_towers.ipynb #c8c22b7f

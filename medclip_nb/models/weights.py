@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..core import InputError, atomic_path
+from .trust import reason
 
 # %% ../../nbs/models/06_weights.ipynb #dc0fdc68
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -82,9 +83,7 @@ def read_state(
     "Read a state dict, also from a training checkpoint, and run no code in it; raises `InputError` for any other file"
     path = find_weights(path)
     try: state = _load(path)
-    except Exception as e:
-        said = " ".join(str(e).split())[:200]
-        raise InputError(f"{path}: cannot be read as a checkpoint ({type(e).__name__}: {said})") from None
+    except Exception as e: raise InputError(f"{path}: cannot be read as a checkpoint: {reason(e)}.") from None
     while isinstance(state, dict) and (key := next((k for k in WRAPPERS if isinstance(state.get(k), dict)), None)):
         state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
