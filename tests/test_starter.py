@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import nibabel as nib
@@ -106,14 +107,41 @@ def test_sagittal_slices_name_no_side(slices):
 
 def test_splits_never_share_a_study(slices, studies):
     assert (slices.groupby("group")["split"].nunique() == 1).all()
-    assert slices["split"].value_counts().to_dict() == {"train": 60, "valid": 12, "test": 12}
+    assert slices["split"].value_counts().to_dict() == {"train": 40, "valid": 4, "test": 4}
     assert dict(zip(studies["group"], studies["split"])) == slices.groupby("group")["split"].first().to_dict()
 
 
 def test_default_size():
-    recipe = PhantomConfig()
-    counts = {s: recipe.splits.count(s)*recipe.n_slices for s in ("train", "valid", "test")}
-    assert counts["train"] == 2400 and 380 <= counts["valid"] <= 420 and 380 <= counts["test"] <= 420
+    recipe, counts = PhantomConfig(), Counter()
+    for split, slices in zip(recipe.splits, recipe.slices, strict=True): counts[split] += slices
+    assert counts == {"train": 2400, "valid": 400, "test": 560}
+    assert PhantomConfig(n_studies=(1, 2, 1), n_slices=3).slices == [3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("view", ["slices", "studies"])
+def test_every_class_has_enough_patients(view):
+    "20 in the test split and 15 in the validation split, of every class that metrics of the starter suite have"
+    rows = load_manifest("starter", Path(__file__).resolve().parent.parent/"data"/"starter", view=view)
+    columns = ["finding", "lesion", "side"] if view == "slices" else rows.labels[1:]
+    for column in columns:
+        patients = rows.dropna(subset=column).groupby(["split", column])["group"].nunique().unstack("split")
+        assert len(patients) == (6 if column == "finding" else 2), column
+        for split, least in {"train": 40, "valid": 15, "test": 20}.items(): assert patients[split].min() >= least, patients
+    if view == "studies":
+        assert (rows["finding"] == "normal").groupby(rows["split"]).sum().min() >= 15
+        assert (rows["finding"] == VENTRICLES).groupby(rows["split"]).sum().min() >= 5
+    else:
+        alone = rows[(rows["finding"] == VENTRICLES) & (rows["lesion"] == "absent")]
+        assert alone.groupby("split")["group"].nunique().min() >= 10
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_kinds_are_spread_evenly_with_any_seed(seed):
+    recipe = PhantomConfig(seed=seed)
+    for first, studies, least in ((300, 100, 14), (400, 140, 20)):
+        kinds = [set(PhantomStudy(recipe, i).kinds) for i in range(first, first + studies)]
+        counts = Counter(kind for found in kinds for kind in found or {"normal"})
+        assert len(counts) == 6 and min(counts.values()) >= least, counts
 
 
 def test_equal_recipes_give_equal_bytes(tmp_path):

@@ -26,11 +26,12 @@ from ..core import content_hash
 @dataclass(frozen=True)
 class PhantomConfig:
     "Everything that determines the pixels and the texts; another recipe is another dataset"
-    n_studies: tuple[int, int, int] = (200, 33, 33) # Studies in train, valid and test
+    n_studies: tuple[int, int, int] = (300, 100, 140) # Studies in train, valid and test
     seed: int = 0 # Study i draws from the streams (seed, i, ...)
-    n_slices: int = 12 # Slices of each study: half axial, a quarter coronal, a quarter sagittal
+    # Slices of each study, of all or by split: half axial, a quarter coronal, a quarter sagittal
+    n_slices: int | tuple[int, int, int] = (8, 4, 4)
     n_findings: tuple[float, ...] = (.28, .38, .22, .08, .04) # Probability of 0, 1, 2, ... findings in a study
-    lesion_share: float = .85 # Share of slices aimed at a focal finding, in studies that have one
+    lesion_share: float = .85 # Share of slices aimed at a finding, in studies that have one
     visible_mm2: float = 110. # A focal finding counts as visible from this area in the slice
     ventricles_mm2: float = 300. # The same for enlarged ventricles
     rotation_deg: float = 6. # Largest rotation of the head about each axis
@@ -38,12 +39,18 @@ class PhantomConfig:
     warp_mm: float = 2. # Strength of the smooth deformation
     bias: float = .12 # Strength of the shading
     noise: tuple[float, float] = (.01, .03) # Range of the noise, relative to white
-    version: int = 1 # Counts changes of the code that change the data
+    version: int = 2 # Counts changes of the code that change the data
 
     @property
     def splits(self) -> list[str]:
         "The split of each study"
         return [name for name, n in zip(("train", "valid", "test"), self.n_studies) for _ in range(n)]
+
+    @property
+    def slices(self) -> list[int]:
+        "The number of slices of each study"
+        by_split = [self.n_slices] * 3 if isinstance(self.n_slices, int) else self.n_slices
+        return [slices for slices, n in zip(by_split, self.n_studies) for _ in range(n)]
 
     @property
     def hash(self) -> str:
@@ -224,7 +231,7 @@ class Kind:
     layers: tuple[Layer, ...] # In the order in which they are painted
 
 FINDING_KINDS = {
-    "white-matter lesion": Kind(0.28, (13, 22), 0.20, (Layer(1, 0.8, "tissue", 0.97, 0.30, 0.92, 0.97),)),
+    "white-matter lesion": Kind(0.22, (13, 22), 0.20, (Layer(1, 0.8, "tissue", 0.97, 0.30, 0.92, 0.97),)),
     "ring-enhancing mass": Kind(
         0.20,
         (18, 38),
@@ -236,14 +243,14 @@ FINDING_KINDS = {
         ),
     ),
     "haemorrhage": Kind(
-        0.22,
+        0.20,
         (15, 32),
         0.20,
         (Layer(1.35, 1.2, "tissue", 0.8, 0.55, 0.74, 0.86), Layer(1, 0.7, "brain", 1, 1.05, 0.12, 0.14)),
     ),
     "infarct": Kind(0.20, (28, 52), 0.16, (Layer(1, 1.2, "tissue", 0.92, 0.28, 0.96, 0.94),)),
 }
-VENTRICLES, VENTRICLES_WEIGHT = "enlarged ventricles", .10
+VENTRICLES, VENTRICLES_WEIGHT = "enlarged ventricles", .18
 
 # %% ../../nbs/datasets/14_phantom.ipynb #63193149
 @dataclass

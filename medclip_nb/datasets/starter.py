@@ -102,7 +102,7 @@ def plan_slices(
     changed: np.ndarray,
 ) -> Iterator[tuple[str, str, list[float]]]: # Plane, sequence, positions in the order in which to try them
     "What to show of a study"
-    rng, n, least, n_focal = study.rng(1), study.recipe.n_slices, least_area(study), len(study.findings)
+    rng, n, least = study.rng(1), study.recipe.slices[study.index], least_area(study)
     planes = [("axial", "coronal", "axial", "sagittal")[i % 4] for i in range(n)]
     for plane, sequence in zip(planes, rng.permutation([SEQUENCES[i % 3] for i in range(n)])):
         axis = SLICE_AXES[plane][0]
@@ -112,10 +112,10 @@ def plan_slices(
         area, touched = (4*np.array([volume.sum(across) for volume in volumes]).reshape(-1, GRID[axis])[:, voxel]
                          for volumes in ([labels == k + 1 for k in range(len(study.kinds))], changed))
         clear = ~is_faint(area, touched, least)
-        shows = (area >= 1.4*least[:, None])[:n_focal] & clear
+        shows = (area >= 1.4*least[:, None]) & clear
         if shows.any() and rng.random() < study.recipe.lesion_share:
             wanted = shows[rng.choice(np.flatnonzero(shows.any(1)))]
-        else: wanted = clear & (touched[:n_focal] == 0).all(0)
+        else: wanted = clear & (touched == 0).all(0)
         order = rng.permutation(len(positions))
         yield plane, str(sequence), positions[order[np.argsort(~wanted[order], kind="stable")]].tolist()
 
@@ -333,7 +333,7 @@ def make_starter(
     if not made():
         with _made_once(root, made) as folder:
             for name in ("slices", "slice_masks", "masks"): (folder/name).mkdir()
-            desc = "making slices" if recipe.n_slices else "making masks"
+            desc = "making slices" if any(recipe.slices) else "making masks"
             rows, studies = zip(*_each_study(write_study, recipe, folder, workers, desc))
             write_json(folder/"slices.json", sum(rows, []))
             write_json(folder/"studies.json", studies)
