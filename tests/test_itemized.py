@@ -126,9 +126,10 @@ def test_values_and_gradients_are_the_formulas(seed):
                      h["token_mask"], n if h["divisor"] == "images" else n + k - 1)
     weights = {"ila": 1.0, "mps": 0.1, "iis": 0.7, "kta": 1.5}
     found = itemized_losses(*inputs[:3], mask, pooling, *inputs[3:], weights=weights, **how)
-    for name in ITEM_WEIGHTS: close(found[name], weights[name] * expected[name])
+    for name in ITEM_WEIGHTS: close(found[name], expected[name])
     total = sum(weights[name] * expected[name] for name in ITEM_WEIGHTS)
     close(found["loss"], total)
+    assert torch.equal(found["loss"], sum(weights[name] * found[name] for name in ITEM_WEIGHTS))
     for a, b in zip(gradients(found["loss"], pooling, inputs), gradients(total, pooling, inputs)): close(a, b)
     chunked = itemized_losses(*inputs[:3], mask, pooling, *inputs[3:], weights=weights, chunk=2, **how)["loss"]
     for a, b in zip(gradients(chunked, pooling, inputs), gradients(found["loss"], pooling, inputs)): close(a, b, 1e-10)
@@ -139,8 +140,9 @@ def test_each_term_alone(seed):
     pooling, inputs, mask, how = case(seed)
     together = itemized_losses(*inputs[:3], mask, pooling, *inputs[3:], **how)
     for name in ITEM_WEIGHTS:
-        alone = itemized_losses(*inputs[:3], mask, pooling, *inputs[3:], weights={name: 1}, **how)
-        close(alone["loss"], together[name])
+        alone = itemized_losses(*inputs[:3], mask, pooling, *inputs[3:], weights={name: 0.5}, **how)
+        close(alone[name], together[name])
+        close(alone["loss"], 0.5 * together[name])
         assert all(alone[other] == 0 for other in ITEM_WEIGHTS if other != name)
 
 

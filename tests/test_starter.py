@@ -126,7 +126,8 @@ def test_every_class_has_enough_patients(view):
     for column in columns:
         patients = rows.dropna(subset=column).groupby(["split", column])["group"].nunique().unstack("split")
         assert len(patients) == (6 if column == "finding" else 2), column
-        for split, least in {"train": 40, "valid": 15, "test": 20}.items(): assert patients[split].min() >= least, patients
+        for split, least in {"train": 40, "valid": 15, "test": 20}.items():
+            assert patients[split].min() >= least, patients
     if view == "studies":
         assert (rows["finding"] == "normal").groupby(rows["split"]).sum().min() >= 15
         assert (rows["finding"] == VENTRICLES).groupby(rows["split"]).sum().min() >= 5

@@ -198,7 +198,7 @@ def itemized_losses( # noqa: PLR0913 (the published losses with their options; t
     token_mask: Tensor | None = None,
     generator: torch.Generator | None = None, # Draws negatives and token masks
     chunk: int = 0, # Images that attend at once, recomputed in the backward pass; 0 for all at once, kept
-) -> dict[str, Tensor]: # Scalars ila, mps, iis and kta, each times its weight, and loss, their sum
+) -> dict[str, Tensor]: # Scalars ila, mps, iis and kta, and loss, their sum with these weights
     "The losses of ItemizedCLIP for b of n images; raises `InputError` for wrong shapes, names and numbers"
     share, b, (n, k, _) = _term_weights(weights), len(image_features), text_features.shape
     ratios = {"key_token_ratio": key_token_ratio, "token_keep_prob": token_keep_prob}
@@ -231,8 +231,7 @@ def itemized_losses( # noqa: PLR0913 (the published losses with their options; t
             own_pooled, own_ids = pooled[own].view(b, k, pooling.dim), None if text_ids is None else text_ids[mine]
             own_texts = text_features[mine]
             terms["iis"] = _separation(own_pooled, own_texts, real[mine], own_ids, logit_scale, logit_bias) / (n * k)
-    terms = {name: share[name] * term for name, term in terms.items()}
-    return {**terms, "loss": sum(terms.values())}
+    return {**terms, "loss": sum(share[name] * term for name, term in terms.items())}
 
 # %% ../../nbs/losses/02_itemized.ipynb #bc27a82a
 def global_itemized_losses(
