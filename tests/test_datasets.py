@@ -17,6 +17,7 @@ from PIL import Image
 
 from medclip_nb.core import InputError
 from medclip_nb.datasets import (
+    CARD_EXTRAS,
     CARD_KEYS,
     READERS,
     Manifest,
@@ -271,7 +272,8 @@ def test_odd_names_of_groups_in_splits(tmp_path):
 @pytest.mark.parametrize("path", CARDS, ids=lambda p: p.stem)
 def test_card_is_whole_and_its_reader_is_there(path):
     found = card(path.stem)
-    assert set(yaml.safe_load(path.read_text(encoding="utf-8"))) == set(CARD_KEYS) and found["name"] == path.stem
+    keys = set(yaml.safe_load(path.read_text(encoding="utf-8")))
+    assert keys - set(CARD_EXTRAS) == set(CARD_KEYS) and found["name"] == path.stem
     assert not re.search(r"TODO|</?(a|b|br|div|i|img|p|script|span|table|td)\b", str(found)), "plain text"
     module = importlib.import_module(found["module"])
     assert path.stem in READERS and READERS[path.stem][0].__module__ == module.__name__
@@ -325,6 +327,8 @@ def test_broken_card(tmp_path, monkeypatch):
         (tmp_path / "cards" / "lost.yaml").write_text(
             text.replace("name: csv", "name: lost").replace("module: medclip_nb.datasets.readers.basic", change))
         with pytest.raises(InputError, match=says): load_manifest("lost", tmp_path)
+    (tmp_path / "cards" / "lost.yaml").write_text(text.replace("name: csv", "name: lost") + "classes: {label: [a]}\n")
+    with pytest.raises(InputError, match="a list of two texts or more for 'label'"): list_datasets()
     (tmp_path / "cards" / "lost.yaml").write_text("!!python/object/apply:os.system ['touch evil']")
     with pytest.raises(InputError, match="lost.yaml: not YAML"): list_datasets()
     with pytest.raises(InputError, match="Unknown dataset 'lots'. Did you mean 'lost'"): load_manifest("lots", tmp_path)

@@ -182,3 +182,9 @@ def test_packs_travel_with_the_package(tmp_path):
                           check=True, capture_output=True, text=True)
     assert done.stdout.split() == [f"{tmp_path}/installed/medclip_nb/prompt_packs", str(len(PACKS)), "kather@1"]
     assert pack_folder() == ROOT / "data" / "prompts"
+
+
+@pytest.mark.parametrize("name", [n for n in LABELS if card(n)["classes"]])
+def test_cards_list_the_classes_of_their_readers(name):
+    for column, names in card(name)["classes"].items():
+        if column in LABELS[name]: assert sorted(names) == sorted(LABELS[name][column]), column

@@ -13,6 +13,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "ISSUE_COLUMNS", "MARKUP", "REMEDIES", "ROW_KINDS", "check", "describe_labels", "drop_unusable",
         "skipped_table", "split_table", "summarize_issues", "token_lengths", "validate",
     ],
+    "classes": [
+        "ClassList", "alike_sentence", "class_column", "class_facts", "class_list", "class_lists", "class_sentence",
+        "folded", "label_name", "label_names", "look_alikes", "whole_column",
+        "with_classes",
+    ],
     "files": [
         "FILE_ISSUES", "IMAGE_FORMATS", "ImageFacts", "MAX_FILE_VOXELS", "MAX_PIXELS", "PIL_FORMATS", "phash",
         "probe", "thumbnail",
@@ -33,8 +38,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "volume_points",
     ],
     "registry": [
-        "CARD_KEYS", "CELL_KINDS", "LISTED", "READERS", "card", "card_folder", "card_markdown", "card_names",
-        "list_datasets", "read_card", "register",
+        "CARD_EXTRAS", "CARD_KEYS", "CELL_KINDS", "LISTED", "READERS", "card", "card_folder", "card_markdown",
+        "card_names", "list_datasets", "read_card", "register",
     ],
     "reports": [
         "ABBREVIATIONS", "BREAK", "LOWER_BREAK", "MASKS", "NUMBERED", "NUMBER_AFTER", "SECTION",

@@ -14,8 +14,10 @@ import numpy as np
 import pandas as pd
 
 from ..core import InputError, close_matches
+from .classes import alike_sentence, class_list, folded, label_name, look_alikes
 from .files import FILE_ISSUES, MAX_PIXELS
 from .leaks import DEPTHS, ORDER, _name, file_facts, leak_table
+from .manifest import Manifest
 
 # %% ../../nbs/datasets/10_checks.ipynb #8b04d1ff
 ISSUE_COLUMNS = ["severity", "kind", "row", "message", "remedy", "count"]
@@ -32,6 +34,9 @@ REMEDIES = {
     "control characters in captions": "Remove them.",
     "formula in captions": "Do not open the table in a spreadsheet program before the leading sign is removed.",
     "one class": "Choose another label column or add rows of another class.",
+    "one class in a split": "Metrics that rank or compare classes are not defined there; use a larger split.",
+    "labels alike": "If they are one class, write them in one way in the table; otherwise ignore this.",
+    "groups alike": "If they are one patient, write the name in one way in the table, so that it stays in one split.",
     "unseen label": "Move examples into the training split, or leave the class out.",
     "single example": "Merge the class with another or collect more.",
     "missing labels": "Rows without a label are left out where one is needed; make sure that enough remain.",
@@ -141,13 +146,28 @@ def _repeated(manifest: pd.DataFrame, captions: pd.Series) -> list[tuple]:
     return [_issue("warning", "identical captions", row, message, int(counts.sum()))]
 
 # %% ../../nbs/datasets/10_checks.ipynb #5b71cb41
+def _offered(manifest: pd.DataFrame, column: str) -> int:
+    "How many classes the data set has"
+    if not isinstance(manifest, Manifest): return manifest[column].nunique()
+    try: return len(class_list(manifest, column).names)
+    except InputError: return 0
+
 def _label_issues(manifest: pd.DataFrame, column: str) -> list[tuple]:
     "Issues of one label column"
     values, split = manifest[column], manifest.get("split", pd.Series("train", index=manifest.index))
-    if values.nunique() < 2:
+    if _offered(manifest, column) < 2 or not values.notna().any():
         message = f"column {column!r} has one class only: {values.dropna().unique().tolist()}"
         return [_issue("error", "one class", -1, message, len(values))]
     train, found = set(values[split == "train"].dropna()), []
+    for name, part in values.groupby(split):
+        if part.nunique() == 1:
+            message = f"column {column!r}: split {name!r} has rows of one class only, {part.dropna().iloc[0]!r}"
+            found.append(_issue("warning", "one class in a split", part.index[0], message, len(part)))
+    if groups := look_alikes(values):
+        names = [name for group in groups for name in group]
+        first = values.index[values.map(label_name, na_action="ignore") == names[0]][0]
+        message = alike_sentence(column, groups)
+        found.append(_issue("warning", "labels alike", first, message, sum(sum(g.values()) for g in groups)))
     unseen = values[(split != "train") & values.notna() & ~values.isin(train)] if train else values[:0]
     for value, rows in unseen.groupby(unseen):
         message = f"{column} {value!r} does not occur in the training split ({len(rows)} rows elsewhere)"
@@ -169,8 +189,19 @@ def _group_issues(manifest: pd.DataFrame) -> list[tuple]:
     sizes, first = manifest.loc[rows, "group"].value_counts(), manifest.loc[rows, "group"].drop_duplicates()
     splits = across.groupby("group")["split"].agg(lambda s: " and ".join(sorted(s, key=lambda x: (ORDER.get(x, 3), x))))
     message = lambda group: f"group {group!r} is in {splits[group]}"
-    return [_issue("error", "group in several splits", row, message(group), int(sizes[group]))
-            for row, group in first.items()]
+    found = [_issue("error", "group in several splits", row, message(group), int(sizes[group]))
+             for row, group in first.items()]
+    return found + _alike_groups(pairs)
+
+def _alike_groups(pairs: pd.DataFrame) -> list[tuple]:
+    "One warning about groups in different splits whose names look alike"
+    folds = pairs["group"].map(lambda name: folded(label_name(name)))
+    several = pairs.groupby(folds).agg({"group": "nunique", "split": "nunique"})
+    alike = pairs[folds.isin(several.index[(several > 1).all(axis=1)])]
+    if not len(alike): return []
+    names = alike["group"][folds[alike.index] == folds[alike.index[0]]].unique()
+    message = f"{alike['group'].nunique()} groups in different splits look alike, such as {_some(names)}"
+    return [_issue("warning", "groups alike", alike.index[0], message, len(alike))]
 
 # %% ../../nbs/datasets/10_checks.ipynb #2f1cd768
 def validate(

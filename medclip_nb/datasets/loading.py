@@ -38,6 +38,7 @@ def load_manifest(
     manifest = Manifest(table.reset_index(drop=True))
     manifest.dataset, manifest.root = dataset, str(facts.get("root", root))
     manifest.skipped, manifest.read = facts.get("skipped", []), facts.get("read", {}) if read is None else read
+    manifest.notes = facts.get("notes", [])
     if facts.get("labels"): manifest.labels = facts["labels"]
     if splits: manifest = load_splits(manifest, splits)
     elif "split" in manifest:
@@ -45,4 +46,5 @@ def load_manifest(
         without = int((manifest["split"] == "unassigned").sum())
         manifest.split_source = "given with the data" + (f"; rows in no split: {without}" if without else "")
     else: manifest["split"], manifest.split_source = _made_splits(manifest, split_seed)
+    manifest._whole = manifest
     return manifest.part(split) if split else manifest

@@ -30,8 +30,11 @@ def _cell_hashes(column: pd.Series) -> np.ndarray:
 # %% ../../nbs/datasets/01_manifest.ipynb #64ed3e57
 class Manifest(pd.DataFrame):
     "A DataFrame of examples that knows its dataset, its root folder, its labels and where its splits come from"
-    _metadata = ["dataset", "root", "split_source", "_labels", "_skipped", "_read"]
+    _metadata = ["dataset", "root", "split_source", "_labels", "_skipped", "_read", "_notes", "_classes", "_whole",
+                 "drawn_from"]
     dataset, root, split_source, _labels, _skipped, _read = "table", ".", "unknown", None, None, None
+    _notes, _classes, _whole = None, None, None
+    drawn_from: dict | None = None # Split -> its rows, before `limited` drew some of them
 
     @property
     def _constructor(self) -> type: return Manifest
@@ -60,6 +63,19 @@ class Manifest(pd.DataFrame):
     @read.setter
     def read(self, options: Mapping[str, Any]) -> None: self._read = dict(options)
 
+    @property
+    def notes(self) -> list[str]:
+        "What the reader had to guess or change, a sentence each"
+        return self._notes or []
+
+    @notes.setter
+    def notes(self, sentences: Iterable[str]) -> None: self._notes = list(sentences)
+
+    @property
+    def whole(self) -> "Manifest":
+        "The data set as it was read, in all its splits; the table itself where it was not read but made"
+        return self if self._whole is None else self._whole
+
     def paths(self) -> list[Path]:
         "The image file of every row"
         if "image" not in self:
@@ -80,7 +96,9 @@ class Manifest(pd.DataFrame):
         "At most `n` rows of each split, drawn by seed, in their original order; 0 means all"
         if not n: return self
         keep = [rows.sample(min(n, len(rows)), random_state=seed).index for _, rows in self.groupby("split", sort=True)]
-        return self.loc[sorted(np.concatenate(keep))]
+        out = self.loc[sorted(np.concatenate(keep))]
+        if len(out) < len(self): out.drawn_from = {s: int(k) for s, k in self["split"].value_counts().items()}
+        return out
 
     def fingerprint(self) -> str:
         "Identify the table by its content, wherever it is on disk"

@@ -34,7 +34,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "item_pairs", "item_retrieval", "item_retrieval_result", "item_zero_shot", "query_ranks",
         "question_scores", "right_ranks", "score_predictions",
     ],
-    "labels": ["STATES", "finding_labels", "label_classes", "named_labels", "validation_split"],
+    "labels": ["STATES", "check_trained", "finding_labels", "label_classes", "named_labels", "validation_split"],
     "logistic": ["Linear", "UpdateHistory", "balanced_weights", "logistic_path"],
     "probes": [
         "C_GRID", "Fit", "IPCLIP", "NEIGHBORS", "Predict", "choose", "knn", "labeled_features",
@@ -53,7 +53,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "BALANCED", "EMPTY", "HLIP", "ITEMIZED", "LABELS", "LEVEL", "ONCE", "PROTOCOLS", "Protocol", "RAW",
         "TUNED", "check_protocol", "evaluate_protocol", "find_protocol", "list_protocols", "protocol_result",
     ],
-    "questions": ["PromptSpec", "Question", "class_question", "finding_question", "pack_questions", "prompt_spec"],
+    "questions": [
+        "BY_PARAMETER", "PromptSpec", "Question", "class_question", "finding_question", "pack_questions", "prompt_spec",
+    ],
     "results": [
         "EvalOptions", "Result", "SCHEMA", "bootstrap_groups", "classification", "finding_result",
         "image_names", "join_results", "metric_table", "provenance", "skipped_rows",

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import InputError, close_matches
+from ..datasets.classes import class_facts
 from ..datasets.manifest import Manifest
 from ..embeddings.features import embed
 from .labels import label_classes, named_labels
@@ -150,7 +151,7 @@ def _predictions(
 @dataclass(frozen=True)
 class RobustnessOptions(EvalOptions):
     "Options of `robustness`: those of every evaluator, and the question of a zero-shot classifier"
-    class_names: Sequence[str] | None = None # Zero-shot classes; None takes those of the column, sorted
+    class_names: Sequence[str] | None = None # Zero-shot classes; None takes those of the data set
     templates: Sequence[str] = ("a medical image showing {}.",) # Zero-shot sentences with {} where the class goes
     # Class -> what is written for it; None writes the class itself
     prompts: Mapping[str, str | Sequence[str]] | None = None
@@ -197,7 +198,7 @@ def robustness(
         "corruptions": {name: {c.level: c.strength for c in conditions if c.name == name} for name in corruptions},
         "headline": [f"{k}/{metric}" for k in ("clean", "corrupted", "relative")],
     }
-    details = provenance(clip, rows, **how.bootstrap) | about | facts
+    details = provenance(clip, rows, **how.bootstrap) | class_facts(rows, label, classes) | about | facts
     return Result("robustness", metrics, pd.concat(tables, ignore_index=True), details)
 
 # %% ../../nbs/evaluators/17_corruption_robustness.ipynb #460de5df

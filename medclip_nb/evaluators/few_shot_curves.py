@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import InputError, close_matches
+from ..datasets.classes import class_facts
 from ..datasets.manifest import Manifest
-from .labels import label_classes, named_labels
+from .labels import check_trained, label_classes, named_labels
 from .logistic import Linear, balanced_weights, logistic_path
 from medclip_nb.evaluators.probes import (
     C_GRID,
@@ -264,6 +265,7 @@ def few_shot(
     _check_curves(shots, seeds, methods)
     how = EvalOptions.of(few_shot, options)
     classes = label_classes(train, label, None)
+    check_trained(train, label, classes)
     for name in prompts or {}:
         if name not in classes:
             nearest = close_matches(name, classes)
@@ -295,7 +297,7 @@ def few_shot(
         about = {k: draw[k] for k in ("method", "shots", "seed")}
         predictions.append(_predictions(rows, true, classes, scores, saved(p), **about))
     metrics = pd.concat([_summaries(pd.DataFrame(table)), line], ignore_index=True)
-    details = provenance(clip, test, **how.bootstrap) | {
+    details = provenance(clip, test, **how.bootstrap) | class_facts(test, label, classes) | {
         "label": label,
         "classes": classes,
         "chance": 1 / len(classes),

@@ -19,6 +19,7 @@ import torch
 from scipy.sparse import csr_array
 
 from ..core import InputError, close_matches
+from ..datasets.classes import class_facts
 from ..datasets.items import text_id
 from ..datasets.manifest import Manifest
 from ..datasets.studies import name_studies
@@ -332,7 +333,7 @@ def item_zero_shot(
     prompts: Mapping[str, Any] | None = None, # Class or finding -> what is written for it; None writes the name
     # Sentences for the absence of findings; none scores by the cosine with presence alone
     negatives: Sequence[str] = (),
-    class_names: Sequence[str] | None = None, # Classes in the order wanted; None sorts those of the column
+    class_names: Sequence[str] | None = None, # Classes in the order wanted; None takes those of the data set
     mode: str | None = None, # text-conditioned, global or top-k; None for the mode the model was trained with
     positive: str | None = None, # Of two classes, the one that sensitivity and AUROC refer to; None for the last
     valid: Manifest | None = None, # Validation rows to choose thresholds of findings on; None chooses none
@@ -350,6 +351,7 @@ def item_zero_shot(
     cosines = lambda rows: question_scores(clip, rows, question, mode, **reading)
     scored = lambda rows: score_predictions(question, cosines(rows), clip.logit_scale)
     if isinstance(labels, str):
+        details |= class_facts(manifest, labels, question.classes)
         scores, p = scored(manifest)
         return classification(
             "zero_shot", manifest, labels, question.classes, scores, p, positive, **how.bootstrap, details=details

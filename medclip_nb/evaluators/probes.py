@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..core import InputError, close_matches
+from ..datasets.classes import class_facts
 from ..datasets.manifest import Manifest
 from ..embeddings.features import embed
-from .labels import label_classes, named_labels
+from .labels import check_trained, label_classes, named_labels
 from .logistic import balanced_weights, logistic_path
 from .results import EvalOptions, Result, bootstrap_groups, classification, provenance
 from ..metrics.classification import classification_metrics, label_codes
@@ -30,9 +31,10 @@ def labeled_parts(
     valid: Manifest | None, # Rows to choose on
     test: Manifest, # Rows to evaluate on
     label: str, # The label column
-    classes: list[str], # Classes of the training rows
+    classes: list[str], # From `label_classes`
 ) -> dict[str, Manifest]: # train, valid where there is one, test
-    "The labelled rows of each split; raises `InputError` for an unseen label or a split without labels"
+    "The labelled rows of each split; raises `InputError` for a class without a training row or a split without labels"
+    check_trained(train, label, classes)
     parts = {
         name: rows[rows[label].notna()]
         for name, rows in (("train", train), ("valid", valid), ("test", test))
@@ -210,7 +212,7 @@ def linear_probe(
         probabilities(x["test"]).numpy(),
         positive,
         **how.bootstrap,
-        details=provenance(clip, test, **how.bootstrap) | facts | chosen,
+        details=provenance(clip, test, **how.bootstrap) | class_facts(test, label, classes) | facts | chosen,
     )
 
 # %% ../../nbs/evaluators/07_probes.ipynb #f9d0bfa6
@@ -257,7 +259,7 @@ def knn(
     if len(ks) > 1: best, found, predict = choose(fit, x, y, bootstrap_groups(parts["train"]), how.seed)
     else: best, found, predict = ks[0], {"path": {}, "chosen_on": "fixed"}, fit(x["train"], y["train"], len(classes))
     scores = predict(x["test"])[best].numpy()
-    details = provenance(clip, test, **how.bootstrap) | {
+    details = provenance(clip, test, **how.bootstrap) | class_facts(test, label, classes) | {
         "k": best,
         "k_path": found["path"],
         "chosen_on": found["chosen_on"],

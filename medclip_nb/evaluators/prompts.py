@@ -18,8 +18,8 @@ import pandas as pd
 
 import medclip_nb
 from ..core import InputError, close_matches, content_hash, read_yaml
+from ..datasets.classes import label_name
 from ..datasets.registry import READERS, card_names
-from ..metrics.classification import label_name
 
 # %% ../../nbs/evaluators/03_prompts.ipynb #24749d05
 def class_sentences(

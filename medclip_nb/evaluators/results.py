@@ -254,6 +254,7 @@ def join_results(
     predictions = pd.concat([r.predictions.assign(task_label=label) for label, r in results.items()], ignore_index=True)
     own = (
         *("classes", "chance", "label", "unlabelled", "positive", "per_class"),
+        *("classes_from", "classes_without_rows", "other_labels"),
         *("prompts", "sensitivity", "calibration", "C", "C_path"),
     )
     parts = list(results.items())

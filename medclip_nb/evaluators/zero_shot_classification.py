@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..datasets.classes import class_facts
 from ..datasets.manifest import Manifest
 from ..embeddings.features import embed
 from .labels import finding_labels, label_classes, named_labels
@@ -130,7 +131,7 @@ def zero_shot(
     clip: ClipModel, # The model to evaluate
     manifest: Manifest, # Images with a label column
     label: str = "label", # The column; rows without a label abstain
-    class_names: Sequence[str] | None = None, # Classes; None takes those of the column, sorted
+    class_names: Sequence[str] | None = None, # Classes; None takes those of the data set
     templates: Sequence[str] = ("a medical image showing {}.",), # Sentences with {} where the class goes
     # Class -> what is written for it; None writes the class itself
     prompts: Mapping[str, str | Sequence[str]] | None = None,
@@ -148,7 +149,8 @@ def zero_shot(
     classifier, images = encode_question(clip, question), features(manifest)
     classes = question.classes
     scores, probabilities = classifier.scores(images)
-    details = provenance(clip, manifest, **how.bootstrap) | {"prompts": question.prompts}
+    facts = {"prompts": question.prompts, **class_facts(manifest, label, classes)}
+    details = provenance(clip, manifest, **how.bootstrap) | facts
     result = classification(
         "zero_shot", manifest, label, classes, scores, probabilities, positive, **how.bootstrap, details=details
     )
@@ -263,6 +265,7 @@ def run_zero_shot(
         for c in words.columns:
             about = (c, words.classes.get(c), words.templates, words.prompts.get(c), words.positive.get(c))
             found[c] = zero_shot(clip, rows, *about, **how)
+            if c in words.classes_from: found[c].details["classes_from"] = words.classes_from[c]
     if words.pack:
         for result in found.values(): result.details["pack"] = {k: v for k, v in words.pack.items() if k != "file"}
     return found

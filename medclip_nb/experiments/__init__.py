@@ -30,8 +30,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "run_folder", "run_key", "run_record",
     ],
     "steps": [
-        "count_rows", "data_notice", "dataset_facts", "open_data", "save_result", "show_model", "show_skipped",
-        "usable_rows",
+        "count_rows", "data_notice", "dataset_facts", "limit_sentence", "open_data", "save_result", "show_classes",
+        "show_model", "show_skipped", "usable_rows",
     ],
     "suites": [
         "MAX_RUNS", "NAME", "REFERENCE", "RUN_KEYS", "SUITE_KEYS", "Suite", "SuiteRun", "YAML_TYPES", "find_suite",

@@ -167,13 +167,17 @@ def _scalar(value: Any, kind: str) -> Any:
 # %% ../../nbs/experiments/01_parameters.ipynb #e8110e51
 def convert(
     value: Any, # What was given
-    kind: str, # The declared type: str, int, float, bool, list, list[str], dict, 'int | None'; others are not checked
+    # The declared type: str, int, float, bool, list, list[str], dict, 'int | None', 'list | dict'; others are unchecked
+    kind: str,
 ) -> Any: # The same as that type
     "Read a value as a declared type; raises ValueError, KeyError or TypeError if it isn't one"
     if "|" in kind:
         kinds = [k.strip() for k in kind.split("|")]
         if "None" in kinds and (value is None or str(value).lower() in ("none", "null")): return None
-        return convert(value, next(k for k in kinds if k != "None"))
+        for kind in [k for k in kinds if k != "None"]:
+            try: return convert(value, kind)
+            except (ValueError, KeyError, TypeError): continue
+        raise ValueError(value)
     if kind in ("str", "int", "float", "bool"): return _scalar(value, kind)
     container, _, inner = kind.partition("[")
     if container not in ("list", "dict"): return value

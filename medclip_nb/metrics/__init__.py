@@ -15,7 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "classification": [
         "class_counts", "class_probabilities", "class_ranks", "classification_metrics", "distributions",
-        "label_codes", "label_name", "labeled", "per_class_metrics",
+        "label_codes", "labeled", "per_class_metrics",
     ],
     "curves": [
         "RULES", "ScoreLevels", "Threshold", "auroc", "average_precision", "choose_threshold",

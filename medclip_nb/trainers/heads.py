@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import InputError, atomic_folder, close_matches, unknown_name, write_json
+from ..datasets.classes import class_facts, label_names
 from ..datasets.manifest import Manifest
 from ..embeddings.features import embed
-from ..evaluators.labels import label_classes
+from ..evaluators.labels import check_trained, label_classes
 from ..evaluators.results import Result, classification, provenance
-from ..metrics.classification import label_name
 from ..models.clip import ClipModel
 from .config import make_config
 from .loop import Training, train
@@ -121,7 +121,7 @@ def class_names(
     labels: Sequence, # Strings or numbers; None or NaN for no label
 ) -> list[str]: # Sorted
     "The classes that occur in labels"
-    classes = list(map(label_name, sorted(pd.Series(list(labels), dtype=object).dropna().unique())))
+    classes = label_names(labels)
     if len(classes) < 2:
         raise InputError(f"The labels have one class only ({classes}); there is nothing to distinguish.")
     return classes
@@ -160,6 +160,7 @@ def fit_head(
     # Strengths of the L2 penalty to select from (linear head); without held-out rows the middle one is taken
     penalties: Sequence[float] = PENALTIES,
     *,
+    classes: Sequence[str] | None = None, # In the order of the scores; None sorts those that occur
     class_weight: str = "balanced", # balanced: all classes count the same; none: as frequent as they are
     seed: int = 0, # Of the initial weights and the order of rows
     **descent, # Fields of `DescentConfig`, for a hidden layer: steps, batch_size, lr
@@ -167,7 +168,7 @@ def fit_head(
     "Fit a linear head or a small network on features; raises `InputError` for a single class or labels that do not fit"
     known = [f.name for f in fields(DescentConfig)]
     for name in descent.keys() - set(known): raise InputError(unknown_name("option", name, known))
-    classes = class_names(labels)
+    classes = class_names(labels) if classes is None else list(classes)
     x, y = _labeled(features, labels, classes)
     held = _labeled(*valid, classes) if valid else None
     with torch.random.fork_rng(devices=[]):
@@ -308,10 +309,12 @@ def train_head(
     if backbone == "trained" and out_dir is None:
         raise InputError("A trained backbone needs a folder for its checkpoint: out_dir=...")
     seed, classes = make_config(None, **options).seed, label_classes(train_rows, label)
+    check_trained(train_rows, label, classes)
     features = lambda rows: embed(clip, rows, cache, texts=False).images
     known = [rows[rows[label].notna()] for rows in (train_rows, valid_rows)]
     held = features(known[1]), known[1][label]
-    head = fit_head(features(known[0]), known[0][label], held, hidden, dropout, class_weight=class_weight, seed=seed)
+    how = {"classes": classes, "class_weight": class_weight, "seed": seed}
+    head = fit_head(features(known[0]), known[0][label], held, hidden, dropout, **how)
     training = None
     if backbone == "trained":
         objective = Classify(head, _weights(label_ids(known[0][label], classes), len(classes), class_weight))
@@ -344,7 +347,8 @@ def classify(
         raise InputError(f"{rows.dataset}: no label column {label!r}. {close_matches(label, rows.columns)}")
     label_ids(rows[label], head.classes)
     probabilities = head.probabilities(embed(clip, rows, cache, texts=False).images)
-    details = provenance(clip, rows, n_boot, seed) | {"temperature": float(head.temperature), "hidden": head.hidden}
+    facts = {"temperature": float(head.temperature), "hidden": head.hidden}
+    details = provenance(clip, rows, n_boot, seed) | class_facts(rows, label, head.classes) | facts
     return classification(
         "head", rows, label, head.classes, probabilities, probabilities, positive, n_boot, seed, details
     )
