@@ -58,3 +58,38 @@ def test_timeouts(stub, tmp_path, limit):
     assert "timeout" in refused("suite", path, "--timeout", limit, "--out", tmp_path)
     assert "timeout" in refused("suite", path, "--timeout", limit, "--out", tmp_path, "--dry-run")
     with pytest.raises(InputError, match="timeout"): run_suite(path, tmp_path, timeout=float(limit))
+
+
+@pytest.mark.parametrize("args, says", [
+    (["data", "split", "csv", "--out", "s.csv", "--seed", "-1"], "--seed"),
+    (["data", "shard", "csv", "--out", "s", "--seed", "-1"], "--seed"),
+    (["data", "shard", "csv", "--out", "s", "--max-mb", "nan"], "--max-mb"),
+    (["data", "shard", "csv", "--out", "s", "--max-mb", "-1"], "--max-mb"),
+    (["data", "shard", "csv", "--out", "s", "--max-bad", "nan"], "--max-bad"),
+    (["data", "shard", "csv", "--out", "s", "--per-shard", "0"], "--per-shard"),
+    (["data", "split", "csv", "--out", "s.csv", "--fractions", "train=nan,test=1"], "--fractions"),
+    (["data", "info", "csv", "-o", "columns=" + NESTED.replace("[", '{"a":').replace("]", "}")], "columns"),
+    (["data", "info", "starter", "-o", "n_studies=abc"], "n_studies"),
+    (["data", "info", "starter", "-o", "n_studies=[1, 2]"], "n_studies"),
+    (["data", "info", "starter", "-o", "seed=-1"], "seed"),
+    (["data", "info", "starter", "-o", "workers=0"], "workers"),
+    (["data", "info", "starter", "-o", "lesion_share=nan"], "lesion_share")])
+def test_options_of_data(tmp_path, monkeypatch, args, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.csv").write_text("image,label\na.png,x\n")
+    root = tmp_path / "new" if "starter" in args else tmp_path
+    assert says in refused(*args, "--root", root)
+    assert not [p.name for p in tmp_path.iterdir() if p.name != "t.csv"]
+
+
+@pytest.mark.parametrize("args, says", [
+    (["embed", "csv", ".", "--model", "starter", "--out", "f.npz", "--limit", "-3"], "--limit"),
+    (["embed", "csv", ".", "--model", "starter", "--out", "f.npz", "--batch-size", "0"], "--batch-size"),
+    (["embed", "csv", ".", "--model", "starter", "--out", "f.npz", "--workers", "99999"], "--workers"),
+    (["embed", "csv", ".", "--model", "starter", "--out", "f.npz", "--device", "cpu:7"], "'cpu:7'"),
+    (["cache", "gc", ".", "--older-than", "nan"], "--older-than"),
+    (["rank", "a.png", "--texts", "x", "--top", "-1"], "--top")])
+def test_options_of_models(tmp_path, monkeypatch, args, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.csv").write_text("image,label\na.png,x\n")
+    assert says in refused(*args)

@@ -19,9 +19,10 @@ from medclip_nb.cli.data import (
     SplitsOption,
     _load,
     _writing,
+    finite,
     text_table,
 )
-from ..core import InputError, close_matches
+from ..core import InputError, close_matches, pick_device
 
 # %% ../../nbs/cli/03_cache.ipynb #e1d21a3a
 ENDINGS = (".npz", ".parquet", ".npy")
@@ -88,12 +89,14 @@ def embed(
     cache: Annotated[Optional[Path], typer.Option(help="Folder that keeps features between runs.")] = None,
     out: Annotated[Optional[Path], typer.Option(help="File to write: .npz, .parquet or .npy.")] = None,
     split: Annotated[str, typer.Option(help="Only this split.")] = "",
-    limit: Annotated[int, typer.Option(help="At most so many rows of each split; 0 means all.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="At most so many rows of each split; 0 means all.")] = 0,
     only: Annotated[str, typer.Option(help="Only images, or only texts.")] = "",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Images or texts a batch.")] = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images; 0 decodes in two threads.")] = 0,
+    workers: Annotated[
+        int, typer.Option(min=0, max=1024, help="Processes that decode images; 0 decodes in two threads.")
+    ] = 0,
     long_text: Annotated[
         str,
         typer.Option(
@@ -106,6 +109,7 @@ def embed(
 ) -> None:
     "Compute the features of a dataset's images, or studies, and captions, into a file or a cache."
     _check_out(out, cache, only, overwrite)
+    pick_device(device)
     from medclip_nb.datasets.studies import name_studies
     from medclip_nb.embeddings.features import embed as embed_rows
     from medclip_nb.models.loading import load_model
@@ -188,7 +192,9 @@ def gc(
     folder: CacheArgument,
     older_than: Annotated[
         Optional[float],
-        typer.Option(min=0, metavar="DAYS", help="Also delete stores that were not used for so many days."),
+        typer.Option(
+            min=0, callback=finite, metavar="DAYS", help="Also delete stores that were not used for so many days."
+        ),
     ] = None,
     model: Annotated[
         Optional[str], typer.Option(help="Also delete stores of this model; with --older-than, those that are both.")

@@ -27,7 +27,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "strip_pattern", "text_id",
     ],
     "leaks": ["DEPTHS", "FACTS", "LEAK", "ORDER", "SIMILAR", "file_facts", "leak_table", "nearest_hashes"],
-    "loading": ["load_manifest"],
+    "loading": ["check_options", "load_manifest"],
     "manifest": ["Manifest"],
     "paths": ["PLAIN", "inside", "path_fault", "safe_member", "safe_members", "safe_path", "safe_paths"],
     "phantom": [
@@ -55,8 +55,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "starter": [
         "ANATOMICAL_LEVELS", "CONTRASTS", "CONTRAST_TERMS", "NORMAL", "NORMAL_ITEM", "PATTERNS", "RANGES",
-        "VIEWS", "caption_of", "is_faint", "item_of", "least_area", "level_of", "make_starter", "plan_slices",
-        "read_starter", "slice_row", "study_labels", "write_nifti", "write_series", "write_study",
+        "RECIPE_RANGES", "VIEWS", "caption_of", "check_recipe", "is_faint", "item_of", "least_area", "level_of",
+        "make_starter", "plan_slices", "read_starter", "slice_row", "study_labels", "write_nifti", "write_series",
+        "write_study",
     ],
     "studies": ["name_studies", "series_paths"],
     "tables": ["read_table"],
