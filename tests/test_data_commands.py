@@ -141,6 +141,17 @@ def test_validate_tells_scripts(tmp_path):
     assert sorted(pd.read_csv(tmp_path / "f.csv").query("severity == 'error'").row) == [3, 5]
 
 
+def test_validate_says_how_a_table_was_read_and_which_labels_look_alike(tmp_path):
+    for i in range(6): (tmp_path / f"{i}.png").write_bytes(png(i))
+    names = ["benign", "benign ", "Benign", "01", "1.0", "malignant"]
+    (tmp_path / "t.csv").write_text("Image;label\n" + "".join(f"{i}.png;{n}\n" for i, n in enumerate(names)))
+    code, said = data("validate", "csv", "--root", tmp_path / "t.csv", "--csv", tmp_path / "f.csv")
+    assert code == 0 and "read: t.csv: cells are separated by semicolons" in said
+    assert "column 'Image' is taken as 'image'" in said
+    found = pd.read_csv(tmp_path / "f.csv").set_index("kind")["message"]["labels alike"]
+    assert all(f"{name!r} (1 rows)" in found for name in names[:5]) and "malignant" not in found
+
+
 def test_hostile_text_does_not_reach_the_terminal(tmp_path):
     words = make_csv(tmp_path)
     table = pd.read_csv(tmp_path / "t.csv").assign(caption="\x1b[2J\x1b]0;owned\x07 a\x9b scan")

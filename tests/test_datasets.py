@@ -36,6 +36,7 @@ from medclip_nb.datasets import (
     with_validation,
 )
 from medclip_nb.datasets import registry as datasets
+from medclip_nb.datasets.readers.basic import read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = sorted((ROOT / "data" / "cards").glob("*.yaml"))
@@ -123,12 +124,13 @@ def test_huge_cells_and_long_tables(tmp_path):
 
 @pytest.mark.parametrize("content, says", [
     ("image,caption\na.png,caf\xe9\n".encode("latin-1"), "line 2 holds the byte 0xe9, which is not UTF-8"),
-    ("image,caption\na.png,b\n".encode("utf-16"), "line 1 holds the byte 0xff"), (b"", "No columns"),
+    ("image,caption\na.png,b\n".encode("utf-16")[:-1], "it is not utf-16"), (b"", "No columns"),
     (b"image,caption\n", "no rows found"),
     (b"image,caption\na.png,x\nb.png,y,z\n", "Expected 2 fields in line 3, saw 3"),
     (b"image,caption\na.png,x,y\nb.png,y,z\n", "line 2: more cells"),
     (b'image,caption\na.png,"x\nb.png,y\n', "opened in line 2 is never closed"),
-    (b"image;caption\na.png;x\n", "no column 'image'. It has 'image;caption'"),
+    (b"scan;caption\na.png;x\n", "no column 'image'. It has 'scan', 'caption'; map one with the option columns="),
+    (b"image,caption,dose\na.png,x,0,5\n", "put cells that hold ',' in quotes"),
     (b"\x89PNG\r\n\x1a\n\0\0", "line 1 holds the byte 0x89"),
     (b"image,caption\n,x\n", "row 2: the image path is empty")])
 def test_faulty_tables(tmp_path, content, says):
@@ -147,6 +149,38 @@ def test_tables_as_people_write_them(tmp_path):
     with pytest.raises(InputError, match="separator is one character"): read_table(tmp_path / "a.csv", sep=", ")
     (tmp_path / "p.csv").write_text("made by hand\n\nid,n\n1,2\n")
     assert read_table(tmp_path / "p.csv", skip=2, dtype=int).n.tolist() == [2]
+
+
+@pytest.mark.parametrize("name, content, notes", [
+    ("t.csv", b"image,label\na.png,x\n", []),
+    ("t.csv", b"image;label\na.png;x\n", ["separated by semicolons"]),
+    ("t.csv", b"filepath\ttitle\tlabel\na.png\tA, b.\tx\n", ["separated by tabs", "'filepath' is taken as 'image'",
+                                                              "'title' is taken as 'caption'"]),
+    ("t.tsv", b"image,label\na.png,x\n", ["separated by commas"]),
+    ("t.csv", b"sep=;\r\nimage;label\r\na.png;x\r\n", ["first line names the separator ';'"]),
+    ("t.csv", b"\xef\xbb\xbfImage; LABEL ;dose\na.png;x;0,5\n", ["semicolons", "'Image' is", "' LABEL ' is taken as"]),
+    ("t.csv", "image\tlabel\na.png\tx\n".encode("utf-16"), ["the file is UTF-16", "separated by tabs"]),
+    ("t.csv", b"'image','label'\n'a.png','x'\n", ["single quotes"]),
+    ("t.csv", b'"image";"label"\n"a.png";"x"\n', ["semicolons"]),
+    ("t.csv", b"image|label\na.png|x\n", ["vertical bars"])])
+def test_tables_of_other_programs_are_read_and_said_so(tmp_path, name, content, notes):
+    (tmp_path / name).write_bytes(content)
+    manifest = read_csv(tmp_path / name)
+    assert (manifest["image"].tolist(), manifest["label"].tolist()) == (["a.png"], ["x"])
+    assert len(manifest.attrs["notes"]) == len(notes)
+    assert all(note in said for note, said in zip(notes, manifest.attrs["notes"]))
+
+
+def test_encodings_are_named_and_notes_stay(tmp_path):
+    for i in range(4): (tmp_path / f"{i}.png").touch()
+    rows = "".join(f"{i}.png;caf\xe9\n" for i in range(4))
+    (tmp_path / "t.csv").write_bytes(("Image;label\n" + rows).encode("cp1252"))
+    with pytest.raises(InputError, match="or name its encoding, such as encoding='cp1252'"):
+        load_manifest("csv", tmp_path / "t.csv")
+    manifest = load_manifest("csv", tmp_path / "t.csv", encoding="cp1252")
+    assert set(manifest["label"]) == {"caf\xe9"} and len(manifest.part("train").notes) == 2
+    chosen = load_manifest("csv", tmp_path / "t.csv", encoding="cp1252", labels=["label"], columns={"image": "Image"})
+    assert len(chosen.notes) == 1
 
 
 def test_long_tables_are_read_as_they_stand(tmp_path):

@@ -39,19 +39,22 @@ def table(tmp_path_factory):
 def test_bad_rows_are_left_out_and_counted(command, table, tmp_path):
     rows = pd.read_csv(table)
     rows.loc[3, "image"] = "nowhere.png"
-    rows.to_csv(root := table.with_name("one bad row.csv"), index=False)
+    rows.to_csv(root := table.with_name("one bad row.csv"), index=False, sep=";")
     command_line(command, "run", "linear_probe", "-p", "dataset=csv", "-p", f"data_root={root}", "-p", "device=cpu",
                  "-p", "max_bad=0.05", "--out", tmp_path / "run")
     record = json.loads((tmp_path / "run" / "run.json").read_text())["skipped"]
     assert record["rows"] == 1 and record["kinds"] == {"missing image": 1} and record["list"][0]["row"] == 3
-    assert "nowhere.png" in (tmp_path / "run" / "report.html").read_text()
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "nowhere.png" in report and "cells are separated by semicolons, as the header shows" in report
     said = command_line(command, "run", "linear_probe", "-p", "dataset=csv", "-p", f"data_root={root}", "--out",
                         tmp_path / "strict", code=2)
     assert "1 of 64 rows cannot be used (1.6%, at most 1.0% may be left out)" in said and "raise max_bad" in said
 
 
 @pytest.mark.parametrize("template, metric, extra", [
-    ("linear_probe", "accuracy", []), ("zero_shot", "balanced_accuracy", []), ("retrieval", "image_to_text_R@1", []),
+    ("linear_probe", "accuracy", []),
+    ("zero_shot", "balanced_accuracy", ["-p", "classes=[dark, bright]", "-p", "limit=5"]),
+    ("retrieval", "image_to_text_R@1", []),
     ("finetune", "text_to_image_R@10", FINETUNE),
     ("data_audit", "rows", [])])
 def test_own_csv_without_code(command, table, tmp_path, template, metric, extra):
@@ -63,6 +66,10 @@ def test_own_csv_without_code(command, table, tmp_path, template, metric, extra)
     assert {"report.ipynb", "report.html", "predictions.parquet",
             "run.json"} <= {p.name for p in (tmp_path / "run").iterdir()}
     assert "<b>" not in (tmp_path / "run" / "report.html").read_text().replace("<b></b>", "")
+    if template == "zero_shot":
+        assert found["details"]["classes"] == ["dark", "bright"] and found["details"]["drawn_from"]["test"] > 5
+        report = (tmp_path / "run" / "report.html").read_text()
+        assert "2 classes, from the parameter classes" in report and "Limited run" in report
     if template == "linear_probe": assert found["metrics"]["accuracy"]["value"] > 0.9
     if template == "finetune": assert (tmp_path / "run" / "checkpoint" / "open_clip_model.safetensors").is_file()
 

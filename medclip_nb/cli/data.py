@@ -141,7 +141,8 @@ def info(
     from medclip_nb.datasets.registry import card_markdown
     if root is None: return typer.echo(card_markdown(dataset))
     manifest = _load(dataset, root, option, splits)
-    typer.echo(f"{dataset}: {len(manifest)} rows\nsplits: {manifest.split_source}\n")
+    read = "".join(f"read: {note}\n" for note in manifest.notes)
+    typer.echo(f"{dataset}: {len(manifest)} rows\nsplits: {manifest.split_source}\n{read}")
     _echo(_splits(manifest))
     typer.echo(text_table(_column_rows(manifest), ["column", "filled", "distinct", "first"]) + "\n")
     _echo(skipped_table(manifest.skipped), "skipped by the reader")
@@ -195,6 +196,7 @@ def validate(
         _echo(kinds.drop(columns="remedy"))
         _echo(kinds[["kind", "remedy"]])
     _echo(skipped_table(manifest.skipped), "skipped by the reader")
+    for note in manifest.notes: typer.echo(f"read: {note}")
     errors = int((findings["severity"] == "error").sum())
     typer.echo(f"{len(manifest)} rows: {errors} errors, {len(findings) - errors} others")
     if errors: raise typer.Exit(1)

@@ -60,6 +60,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "write_study",
     ],
     "studies": ["name_studies", "series_paths"],
-    "tables": ["read_table"],
+    "tables": ["SEPARATORS", "TableForm", "read_table", "table_form"],
     "toy": ["make_squares"],
 })

@@ -8,6 +8,7 @@ __all__ = ['label_name', 'label_names', 'ClassList', 'whole_column', 'class_list
 
 # %% ../../nbs/datasets/17_classes.ipynb #5021c542
 import difflib
+import html
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -162,7 +163,7 @@ def class_sentence(
 ) -> str: # Markdown
     "Which classes are offered, where they come from, and which of them these rows lack"
     facts, names = class_facts(rows, label, class_names, source), class_names or class_list(rows, label).names
-    said = [f"**{label}**: {len(names)} classes, from {facts['classes_from']}."]
+    said = [f"**{html.escape(label)}**: {len(names)} classes, from {facts['classes_from']}."]
     if lacking := facts["classes_without_rows"]:
         where = " and ".join(sorted(set(rows["split"]))) if "split" in rows else "these rows"
         said.append(
@@ -177,7 +178,7 @@ def class_sentence(
 
 def _named(names: Sequence[str], most: int = 8) -> str:
     "The first of some names, and how many more there are"
-    shown = ", ".join(names[:most])
+    shown = ", ".join(html.escape(name if name == name.strip() else repr(name), quote=False) for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 # %% ../../nbs/datasets/17_classes.ipynb #857eb6ea

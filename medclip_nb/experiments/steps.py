@@ -64,7 +64,7 @@ def show_skipped(
     rows: Manifest, # From `usable_rows`
 ) -> None:
     "Display how the data were read and which rows were left out, each with its reason; nothing where there is nothing"
-    for note in rows.notes: display(Markdown(f"How the data were read: {note}"))
+    for note in rows.notes: display(Markdown(f"How the data were read: {html.escape(note, quote=False)}"))
     if rows.skipped: display(Markdown("Left out, because they cannot be used:"), skipped_table(rows.skipped))
     if said := limit_sentence(rows): display(Markdown(said))
 
@@ -91,7 +91,8 @@ def show_classes(
     for column in labels:
         every = whole_column(rows, column)
         if alike := alike_sentence(column, look_alikes(rows[column] if every is None else every)):
-            display(Markdown(f"**Warning**: {html.escape(alike)}. If they are one class, write them in one way."))
+            remedy = "If they are one class, write them in one way in the table."
+            display(Markdown(f"**Warning**: {html.escape(alike, quote=False)}. {remedy}"))
 
 # %% ../../nbs/experiments/07_steps.ipynb #b4b5e3bc
 def count_rows(
