@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
 import torch
 from PIL import Image
@@ -279,15 +280,24 @@ def test_good_data_has_no_findings(good):
 
 def test_every_series_of_a_study(data):
     torch.save(torch.zeros(4, 8, 8), data / "a.pt")
-    (data / "slices").mkdir()
-    for i in range(3): picture(i).save(data / "slices" / f"{i}.png")
+    np.save(data / "b.npy", np.zeros((3, 8, 8)))
+    for folder in ("slices", "pictures"): (data / folder).mkdir()
+    for i in range(3):
+        picture(i).save(data / "pictures" / f"{i}.png")
+        ds = pydicom.dcmread(pydicom_file("CT_small.dcm"))
+        ds.ImagePositionPatient = [0, 0, i]
+        ds.save_as(data / "slices" / f"{i}.dcm")
     studies = manifest_of(data,
-                          {"series": [{"t1": "a.pt", "t2": "1.png"}, {"t1": "b.pt"}, {"ct": "slices"}],
-                           "items": [["x"], ["y"], [" "]], "split": ["train", "train", "test"]})
-    found = validate(studies, "decode")
-    assert found[["kind", "row"]].values.tolist() == [["empty items", 2], ["missing image", 1]]
-    assert "series 't1'" in found.message[1]
-    kept, _ = drop_unusable(studies, max_bad=0.5)
+                          {"series": [{"t1": "a.pt", "t2": "b.npy"}, {"t1": "b.pt"}, {"ct": "slices"}, {"x": "1.png"},
+                                      {"x": "pictures"}],
+                           "items": [["x"], ["y"], [" "], ["z"], ["z"]], "split": ["train"] * 4 + ["test"]})
+    for images in ("header", "decode"):
+        found = validate(studies, images, duplicates=False)
+        assert found[["kind", "row"]].values.tolist() == [["empty items", 2], ["missing image", 1],
+                                                          ["unreadable image", 3], ["unreadable image", 4]]
+        assert "series 't1'" in found.message[1] and "a picture, and a series is" in found.message[2]
+        assert "no DICOM images" in found.message[3]
+    kept, _ = drop_unusable(studies, max_bad=0.7)
     assert kept.index.tolist() == [0, 2]
     facts = file_facts(studies)
     assert facts[facts.path == "slices"].frames.tolist() == [3]

@@ -66,13 +66,14 @@ def file_facts(
     named, root = _named_files(manifest), str(getattr(manifest, "root", "."))
     codes, paths = pd.factorize(named["path"], use_na_sentinel=False)
     linked, folders = _linked_folders(root, paths), "image" not in manifest
+    read = getattr(manifest, "read", {})
     def look(path: Any) -> ImageFacts:
         if not (isinstance(path, str) and PLAIN.fullmatch(path)) and (fault := path_fault(path)):
             given = isinstance(path, str) and path.strip()
             return ImageFacts(kind="unsafe path" if given else "missing image", message=f"{path!r}: {fault}")
         full = f"{root}/{path}"
         follow = os.path.dirname(path) in linked or os.path.islink(full)
-        return probe(full, images, hashes and images == "decode", root if follow else None, max_pixels, folders)
+        return probe(full, images, hashes and images == "decode", root if follow else None, max_pixels, folders, read)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = pd.DataFrame(map(attrgetter(*FACTS), _in_threads(look, list(paths), "checking images")), columns=FACTS)

@@ -24,6 +24,7 @@ from ..core import InputError, content_hash, progress
 from ..datasets.manifest import Manifest
 from .store import FeatureCache, file_hashes, stamp
 from .streams import ManifestImages, ManifestStudies, open_rows
+from ..images.reading import READING
 from ..images.studies import StudyPreprocess
 from ..models.clip import ClipModel
 from ..models.freezing import tower_of
@@ -69,6 +70,7 @@ def feature_identity(
     "Name everything that features of one kind depend on, apart from the images and texts themselves"
     probe = _image_probe(clip) if kind == "images" else tokenize(clip, ["No acute finding; a 3 mm Nodule."])
     weights = tower_hash(clip, kind.removesuffix("s"))
+    if kind == "images": how |= {"reading": READING}
     return content_hash(2, kind, weights, clip.config["model_cfg"], clip.precision, probe, how)
 
 # %% ../../nbs/embeddings/01_features.ipynb #451b7202

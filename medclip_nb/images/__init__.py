@@ -14,15 +14,16 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "ANY_IMAGE", "CORRUPTIONS", "Corrupt", "SEVERITIES", "STAINS", "Scale", "corrupt",
         "corrupted_preprocess", "corruption_table", "is_gray", "stain_matrix", "stained",
     ],
+    "formats": ["BY_NAME", "MAGIC", "VOLUMES", "file_format", "is_nifti", "reading_file"],
     "loading": ["ImageDataset", "prefetched"],
-    "reading": ["FORMATS", "read_image"],
+    "reading": ["FORMATS", "READING", "read_image"],
     "studies": [
         "PREPROCESSING", "READ", "Study", "StudyBatch", "StudyDataset", "StudyPreprocess", "draw_series",
         "json_values", "labels_at", "nearest_slices", "pad_studies", "study_preprocess", "token_mask",
     ],
     "volumes": [
-        "MAX_VOXELS", "PLANES", "TENSORS", "Volume", "WINDOWS", "Window", "apply_window", "dicom_pixels",
-        "find_window", "is_volume", "load_volume", "orient", "pad_crop", "read_dicom", "read_volume",
-        "resample", "resize", "stretch", "through_plane_first", "volume_pixels",
+        "MAX_VOXELS", "PIXELS", "PLANES", "Volume", "WINDOWS", "Window", "apply_window", "dicom_pixels",
+        "dicom_slice", "find_window", "first_slice", "is_volume", "load_volume", "orient", "pad_crop",
+        "read_dicom", "read_volume", "resample", "resize", "stretch", "through_plane_first", "volume_pixels",
     ],
 })

@@ -43,6 +43,7 @@ class StudyPreprocess:
     size: tuple[int, int, int] | None = None # Voxels to crop or pad to, around the centre
     mean: float = 0.449 # Subtracted
     std: float = 0.226 # Divisor after the subtraction
+    antialias: bool = True # Filter wherever the steps reduce the resolution; published models were trained without
 
     def __post_init__(self) -> None: # JSON has no tuples
         for f in fields(self):
@@ -88,21 +89,22 @@ def _volume(self: StudyPreprocess,
     **read: Any, # Further facts about the file for `read_volume`, such as file_spacing or rescale
 ) -> Volume: # (d, h, w) or (c, d, h, w), before mean and std
     "One series on its grid, with its place in the patient"
-    how = {name: getattr(self, name) for name in ("spacing", "percentiles", "orientation", "thick_first")}
+    how = {name: getattr(self, name) for name in ("spacing", "percentiles", "orientation", "thick_first", "antialias")}
     how["window"] = window or self.window
     volume = read_volume(path, **how | read)
     if self.divide != 1: volume = replace(volume, array=volume.array / np.float32(self.divide))
     if self.square: volume = pad_crop(volume, (volume.array.shape[-3], *[max(volume.array.shape[-2:])] * 2))
     if self.grid and self.nearest_slices:
-        volume = nearest_slices(resize(volume, (volume.array.shape[-3], *self.grid[1:])), self.grid[0])
-    elif self.grid: volume = resize(volume, self.grid)
+        grid = (volume.array.shape[-3], *self.grid[1:])
+        volume = nearest_slices(resize(volume, grid, self.antialias), self.grid[0])
+    elif self.grid: volume = resize(volume, self.grid, self.antialias)
     return pad_crop(volume, self.size) if self.size else volume
 
 StudyPreprocess.volume = _volume
 
 # %% ../../nbs/images/03_studies.ipynb #2571b30c
-# Options that files may be read with; the window is the preprocessing's own
-READ = sorted(inspect.signature(read_volume).parameters.keys() - {"path", "window"})
+# Options that files may be read with; the window and the filter are the preprocessing's own
+READ = sorted(inspect.signature(read_volume).parameters.keys() - {"path", "window", "antialias"})
 
 def _parts(self: StudyPreprocess, series: Mapping[str, str | Path]) -> list[tuple[str, str | Path, Window | None]]:
     "Name, file and window of every series of the result"
@@ -145,7 +147,8 @@ def labels_at(
 
 # %% ../../nbs/images/03_studies.ipynb #47e14b30
 _CROP = {"size": (48, 224, 224)}
-_SQUARE = {"square": True, "grid": (48, 256, 256), "nearest_slices": True} | _CROP
+_SQUARE = {"square": True, "grid": (48, 256, 256), "nearest_slices": True, "antialias": False} | _CROP
+_CHEST = {"window": (-400, 1500), "spacing": (3, 1, 1), "antialias": False}
 PREPROCESSING: dict[str, dict] = {
     # img.pt of 48 x 256 x 256, values 0 to 255; also head CT after windowing
     "mri-tensors": {"percentiles": None, "divide": 255.0} | _CROP,
@@ -153,8 +156,8 @@ PREPROCESSING: dict[str, dict] = {
     "mri-files": {"orientation": "IPR", "thick_first": True} | _SQUARE, # NIfTI and DICOM
     # NIfTI and DICOM in Hounsfield units
     "head-ct": {"orientation": "IPR", "windows": ("bone", "brain", "blood")} | _SQUARE,
-    "chest-ct": {"window": (-400, 1500), "spacing": (3, 1, 1), "size": (112, 336, 336)}, # CT-RATE, Rad-ChestCT
-    "chest-ct-resize": {"window": (-400, 1500), "spacing": (3, 1, 1), "grid": (112, 336, 336)},
+    "chest-ct": {"size": (112, 336, 336)} | _CHEST, # CT-RATE, Rad-ChestCT
+    "chest-ct-resize": {"grid": (112, 336, 336)} | _CHEST,
 }
 
 def study_preprocess(
