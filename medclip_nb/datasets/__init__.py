@@ -26,7 +26,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "NORMAL_RULES", "NORMAL_TEXTS", "UNREMARKABLE", "item_lists", "normal_flags", "says_normal",
         "strip_pattern", "text_id",
     ],
-    "leaks": ["DEPTHS", "FACTS", "LEAK", "ORDER", "SIMILAR", "file_facts", "leak_table", "nearest_hashes"],
+    "leaks": [
+        "DEPTHS", "FACTS", "LEAK", "LEAK_CHOICES", "ORDER", "PIECE", "SIMILAR", "check_disjoint", "file_facts",
+        "leak_table", "nearest_hashes", "shared_texts", "split_leaks",
+    ],
     "loading": ["check_options", "load_manifest"],
     "manifest": ["Manifest"],
     "paths": ["PLAIN", "inside", "path_fault", "safe_member", "safe_members", "safe_path", "safe_paths"],

@@ -37,7 +37,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "labels": ["STATES", "check_trained", "finding_labels", "label_classes", "named_labels", "validation_split"],
     "logistic": ["Linear", "UpdateHistory", "balanced_weights", "logistic_path"],
     "probes": [
-        "C_GRID", "Fit", "IPCLIP", "NEIGHBORS", "Predict", "choose", "knn", "labeled_features",
+        "C_GRID", "Fit", "FitOptions", "IPCLIP", "NEIGHBORS", "Predict", "choose", "knn", "labeled_features",
         "labeled_parts", "linear_probe", "neighbor_votes",
     ],
     "prompts": [

@@ -18,9 +18,9 @@ from ..datasets.classes import class_facts
 from ..datasets.manifest import Manifest
 from ..embeddings.features import embed
 from .labels import label_classes, named_labels
-from .probes import linear_probe
+from .probes import FitOptions, linear_probe
 from .prompts import class_sentences
-from .results import EvalOptions, Result, bootstrap_groups, image_names, metric_table, provenance
+from .results import Result, bootstrap_groups, image_names, metric_table, provenance
 from .zero_shot_classification import zero_shot_classifier
 from ..images.corruptions import ANY_IMAGE, SEVERITIES, Corrupt, corrupted_preprocess, stained
 from ..images.reading import read_image
@@ -64,14 +64,16 @@ def _probe_scores(
     test: Manifest,
     label: str,
     classes: list[str],
-    how: EvalOptions,
+    how: FitOptions,
 ) -> tuple[Callable, dict]:
     "Features to decision values and probabilities of a probe fitted on clean images, and how it was chosen"
     from scipy.special import softmax
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    chosen = linear_probe(clip, train, test, label, valid, **how.embedding, n_boot=2, seed=how.seed).details
+    chosen = linear_probe(
+        clip, train, test, label, valid, **how.embedding, leaks=how.leaks, n_boot=2, seed=how.seed
+    ).details
     rows = train[train[label].notna()]
     fit = LogisticRegression(C=chosen["C"], class_weight="balanced", max_iter=2000, tol=1e-5, random_state=how.seed)
     features = embed(clip, rows, texts=False, **how.embedding).images
@@ -149,7 +151,7 @@ def _predictions(
 
 # %% ../../nbs/evaluators/17_corruption_robustness.ipynb #5186e4f0
 @dataclass(frozen=True)
-class RobustnessOptions(EvalOptions):
+class RobustnessOptions(FitOptions):
     "Options of `robustness`: those of every evaluator, and the question of a zero-shot classifier"
     class_names: Sequence[str] | None = None # Zero-shot classes; None takes those of the data set
     templates: Sequence[str] = ("a medical image showing {}.",) # Zero-shot sentences with {} where the class goes
@@ -167,7 +169,7 @@ def robustness(
     metric: str = "accuracy", # Any of `metrics.classification_metrics`
     *,
     positive: str | None = None, # Of two classes, the one that sensitivity and AUROC refer to; None for the last
-    **options: Any, # Fields of `RobustnessOptions`: class_names, templates, prompts, and those of `EvalOptions`
+    **options: Any, # Fields of `RobustnessOptions`: class_names, templates, prompts, and those of `FitOptions`
 ) -> Result: # Metrics as in the table above; predictions for every condition
     "Evaluate a classifier made on clean images over corruptions and levels; raises `InputError` for an unknown name"
     how = RobustnessOptions.of(robustness, options)

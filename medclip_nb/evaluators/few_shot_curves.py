@@ -24,6 +24,7 @@ from .labels import check_trained, label_classes, named_labels
 from .logistic import Linear, balanced_weights, logistic_path
 from medclip_nb.evaluators.probes import (
     C_GRID,
+    FitOptions,
     Predict,
     _balanced_accuracy,
     labeled_features,
@@ -31,7 +32,7 @@ from medclip_nb.evaluators.probes import (
     neighbor_votes,
 )
 from .prompts import class_sentences
-from .results import EvalOptions, Result, bootstrap_groups, metric_table, provenance
+from .results import Result, bootstrap_groups, metric_table, provenance
 from .zero_shot_classification import zero_shot_classifier
 from ..metrics.classification import classification_metrics
 from ..metrics.resampling import bootstrap_weights
@@ -259,11 +260,11 @@ def few_shot(
     # Class -> what is written for it; None writes the class itself
     prompts: Mapping[str, str | Sequence[str]] | None = None,
     valid: Manifest | None = None, # Rows to select settings on; None keeps the fixed ones
-    **options: Any, # Fields of `EvalOptions`: cache, batch_size, num_workers, n_boot, seed
+    **options: Any, # Fields of `FitOptions`: leaks, cache, batch_size, num_workers, n_boot, seed
 ) -> Result: # Predictions hold one row per draw and example; details the draws, and the classes that ran short
     "Curves over shots and the zero-shot line; raises `InputError` for one class only, an unknown method or label"
     _check_curves(shots, seeds, methods)
-    how = EvalOptions.of(few_shot, options)
+    how = FitOptions.of(few_shot, options)
     classes = label_classes(train, label, None)
     check_trained(train, label, classes)
     for name in prompts or {}:
@@ -277,7 +278,7 @@ def few_shot(
             f"{train.dataset}: no training row of class {have.idxmin()!r} is left "
             "once the groups of the test split are set aside."
         )
-    parts = labeled_parts(pool, None if valid is None else _apart(valid, test), test, label, classes)
+    parts = labeled_parts(pool, None if valid is None else _apart(valid, test), test, label, classes, how.leaks)
     x, y = labeled_features(clip, parts, label, classes, **how.embedding)
     written = [(prompts or {}).get(c, c) for c in classes]
     texts = zero_shot_classifier(clip, written, templates)

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..core import InputError, close_matches, unknown_name
 from ..datasets.items import NORMAL_RULES
+from ..datasets.leaks import LEAK_CHOICES
 from ..images.augmentation import Augment
 from ..losses.itemized import DIVISORS, ITEM_WEIGHTS
 from ..models.long_text import LONG_TEXT
@@ -62,6 +63,7 @@ class DataConfig:
     flip: float = 0.0 # Share of images that are mirrored, with left and right exchanged in their texts
     augment: Augment | None = Augment() # Augmentation of the training images; None for none. Studies are not augmented
     num_series: int = 0 # Series of a study, drawn in each epoch, repeated if there are fewer; 0 takes all, unchanged
+    leaks: str = "stop" # stop where training and validation rows share an image or a group, or show to accept it
 
 # %% ../../nbs/trainers/02_config.ipynb #7d1f85f7
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class TrainConfig(CheckpointConfig, ItemConfig, DataConfig, OptimConfig):
             "normal_rule": NORMAL_RULES,
             "class_weight": ("none", "balanced"),
             "mixed_precision": ("fp32", "bf16", "fp16"),
+            "leaks": LEAK_CHOICES,
             "report_to": TRACKERS,
         }
         for name, options in known.items():

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..core import InputError, atomic_path, is_batch, progress, reuse_memory, to_jsonable, write_json
+from ..datasets.leaks import check_disjoint
 from ..datasets.manifest import Manifest
 from ..distributed import average_gradients
 from ..evaluators.labels import label_classes
@@ -326,6 +327,7 @@ def begin_run(
 ) -> Run:
     "Create everything that a training run needs; raises `InputError` for what is missing"
     if len(train_rows) < 2: raise InputError(f"Training needs at least 2 pairs, got {len(train_rows)}.")
+    check_disjoint(config.leaks, train=train_rows, valid=valid_rows)
     accelerator = accelerator_of(clip, config, out_dir)
     if clip.device.type == "cpu": reuse_memory()
     size, world = min(config.batch_size, len(train_rows)), accelerator.num_processes
