@@ -15,8 +15,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "gradient_cache": ["cached_step", "in_chunks", "refuse_batch_norm"],
     "heads": [
-        "ClassificationHead", "Classify", "DescentConfig", "LOOKS", "PATH_ROWS", "PATIENCE", "PENALTIES",
-        "class_names", "classify", "fit_head", "fit_head_temperature", "load_head", "save_head", "train_head",
+        "ClassificationHead", "Classify", "DescentConfig", "EpochsConfig", "LOOKS", "PATH_ROWS", "PATIENCE",
+        "PENALTIES", "SOLVERS", "class_names", "classify", "fit_head", "fit_head_epochs", "fit_head_temperature",
+        "load_head", "save_head", "selected_epoch", "train_head",
     ],
     "item_texts": [
         "DrawnItems", "ItemBatch", "ItemGallery", "ItemTexts", "KEPT", "KeptTokens", "PLACEHOLDER",
