@@ -15,11 +15,13 @@ from PIL import Image
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 DEFAULTS = {"dataset": "csv", "device": "cpu", "epochs": 2, "batch_size": 16, "lr": 1e-3, "n_boot": 100}
+HEAD = {"mode": "head", "label": "shade", "epochs": None, "batch_size": None, "lr": None} # Its optimum needs no steps
 
 
 def call(command, table, out, *more, **params):
     "The command line of a run"
-    given = [x for k, v in {**DEFAULTS, "data_root": table, **params}.items() for x in ("-p", f"{k}={v}")]
+    params = {**DEFAULTS, "data_root": table, **params}
+    given = [x for k, v in params.items() if v is not None for x in ("-p", f"{k}={v}")]
     return [command, "run", "finetune", *given, "--out", str(out), *more]
 
 
@@ -57,10 +59,12 @@ def table(tmp_path_factory):
      {"history.jsonl", "checkpoint"}),
     ({"mode": "locked-text", "objective": "prompts", "label": "shade", "templates": "['a {} square']"},
      "balanced_accuracy", {"history.jsonl", "checkpoint"}),
-    ({"mode": "head", "label": "number", "hidden": 8}, "balanced_accuracy", {"head"}),
+    ({**HEAD, "label": "number", "hidden": 8}, "balanced_accuracy", {"head"}),
+    ({"mode": "head", "label": "shade", "solver": "adamw", "epochs": 20, "batch_size": 8, "lr": 1e-2, "warmup": 0.1},
+     "balanced_accuracy", {"head", "history.jsonl"}),
     ({"mode": "head", "label": "shade", "backbone": "trained", "max_steps": 3, "table": "images.csv"},
      "balanced_accuracy", {"history.jsonl", "checkpoint", "head"})],
-    ids=["full, labels, WiSE", "lora", "locked-image, siglip", "locked-text, prompts", "head", "head and tower"])
+    ids=["full, labels, WiSE", "lora", "locked-image, siglip", "locked-text, prompts", "head", "head in epochs", "head and tower"])
 def test_modes(command, table, tmp_path, params, metric, files):
     found, page = run(command, table.with_name(params.pop("table", table.name)), tmp_path / "out", **params)
     assert np.isfinite(found["metrics"][metric]["value"]) and found["details"]["before"]
@@ -71,6 +75,7 @@ def test_modes(command, table, tmp_path, params, metric, files):
         assert (tmp_path / "out" / "checkpoint" / "adapter_config.json").is_file()
     if params.get("wise_ft"): assert 0 <= found["details"]["wise_alpha"] <= 1 and "best on validation" in page
     if params.get("mode") == "head": assert found["metrics"]["balanced_accuracy"]["value"] > 0.9
+    if params.get("solver"): assert len((tmp_path / "out" / "history.jsonl").read_text().splitlines()) == 20
 
 
 @pytest.fixture(scope="module")
@@ -189,13 +194,16 @@ def test_a_suite_goes_on_by_itself(installed, table, whole, tmp_path):
 
 
 @pytest.mark.parametrize("params, message",
-                         [({"mode": "lorra"}, "Did you mean 'lora'"), ({"mode": "head"}, "needs a label column"),
+                         [({"mode": "lorra"}, "Did you mean 'lora'"), ({**HEAD, "label": ""}, "needs a label column"),
                           ({"objective": "siglipp"}, "Did you mean 'siglip'"),
                           ({"mode": "lora"}, "has no layers for targets"),
                           ({"image_tower": "timm:test_resnets"}, "Did you mean 'test_resnet"),
                           ({"text_tower": "timm:test_vit"}, "is an image tower"),
                           ({"text_tower": "hf:no/such/folder"}, "could not be found"),
                           ({"image_tower": "RN50x9"}, "Unknown model 'RN50x9'"),
+                          ({"mode": "head", "label": "shade"}, "parameter 'lr' has no effect here: it needs another mode"),
+                          ({**HEAD, "solver": "sgd"}, "There is: 'adamw', 'auto'"),
+                          ({"rank": 4}, "parameter 'rank' has no effect here: it needs mode=lora"),
                           ({"image_weights": "w.pth"}, "w.pth"), ({"long_text": "chunk"}, "Did you mean 'chunks'")])
 def test_mistakes_are_one_message(command, table, tmp_path, params, message):
     assert message in run(command, table, tmp_path / "out", code=2, **params)

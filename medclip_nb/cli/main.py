@@ -97,10 +97,11 @@ def run(
 ) -> None:
     "Execute one template into a folder."
     from medclip_nb.experiments import runs
-    from medclip_nb.experiments.parameters import find_template
+    from medclip_nb.experiments.parameters import find_template, with_defaults
     if list_: return params(template)
     out = out or Path("reports", find_template(template).stem)
-    record = runs.run(template, parse_parameters(param, file), out, timeout=timeout, resume=resume)
+    given = with_defaults(template, parse_parameters(param), parse_parameters([], file))
+    record = runs.run(template, given, out, timeout=timeout, resume=resume)
     for name, value in record.headline.items(): typer.echo(f"{name}  {value}")
     typer.echo(f"report: {record.path/'report.html'}")
 

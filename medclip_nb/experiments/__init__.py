@@ -17,21 +17,26 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "AT_LEAST_ONE", "BOOLEANS", "COUNT", "Cell", "MAX_TEXT", "PARAMETER_RANGES", "Parameter", "Range", "SHARE",
         "Template", "check_parameters", "convert", "find_template",
         "parameter_files", "read_parameters", "read_template", "template_cells", "template_folder",
-        "template_parameters", "templates",
+        "template_parameters", "templates", "with_defaults",
     ],
     "reports": [
         "ANSI", "ATTRIBUTES", "NOISE", "STYLE", "TAGS", "clean_report", "html_page", "markdown_html",
         "report_html", "report_title", "safe_html", "scrub",
     ],
     "resuming": ["ASKED", "STATE", "alive", "differences", "has_state", "left_behind", "state_folder"],
+    "rules": [
+        "EFFECTS", "Effect", "LOOP", "USES", "Use", "check_split", "idle_message", "idle_parameters",
+        "split_uses",
+    ],
     "runs": [
         "INPUTS", "MAX_SECONDS", "RunError", "RunRecord", "STAMP", "Status", "TABLES", "artefacts", "asked_for",
         "check_timeout", "code_hash", "data_identity", "input_identities", "is_complete", "result_hash", "run",
         "run_folder", "run_key", "run_record",
     ],
     "steps": [
-        "count_rows", "data_notice", "dataset_facts", "limit_sentence", "open_data", "save_result", "show_classes",
-        "show_model", "show_skipped", "usable_rows",
+        "Fitting", "check_fitting", "count_rows", "data_notice", "dataset_facts", "limit_sentence", "open_data",
+        "prompt_sentence", "rests_on", "save_result", "show_classes", "show_fitting", "show_model", "show_skipped",
+        "usable_rows",
     ],
     "suites": [
         "MAX_RUNS", "NAME", "REFERENCE", "RUN_KEYS", "SUITE_KEYS", "Suite", "SuiteRun", "YAML_TYPES", "find_suite",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Cell', 'BOOLEANS', 'COUNT', 'SHARE', 'AT_LEAST_ONE', 'PARAMETER_RANGES', 'MAX_TEXT', 'template_folder', 'templates',
            'find_template', 'parameter_files', 'read_parameters', 'Parameter', 'Template', 'read_template',
-           'template_cells', 'template_parameters', 'convert', 'Range', 'check_parameters']
+           'template_cells', 'template_parameters', 'convert', 'Range', 'check_parameters', 'with_defaults']
 
 # %% ../../nbs/experiments/01_parameters.ipynb #fa4ac8ed
 import ast
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import medclip_nb
 from ..core import InputError, close_matches, parse_json, parse_yaml, read_yaml, unknown_name
+from .rules import check_split, idle_message, idle_parameters
 
 # %% ../../nbs/experiments/01_parameters.ipynb #3b3e5aab
 def template_folder() -> Path:
@@ -279,5 +280,30 @@ def check_parameters(
     problems += [
         f"parameter {n!r} ({specs[n].type}) has to be given: {specs[n].help or 'it has no default'}." for n in missing
     ]
+    if not problems: problems = _broken_rules(template, values)
     if problems: raise InputError("\n".join(f"{template.path.stem}: {p}" for p in problems))
     return values
+
+def _broken_rules(template: Template, values: dict[str, Any]) -> list[str]:
+    "What the rules of a template say against its parameters"
+    name, params = template.path.stem, _completed(template, values)
+    problems = [idle_message(*idle) for idle in idle_parameters(name, values, params).items()]
+    try: check_split(name, params)
+    except InputError as e: problems.append(str(e))
+    return problems
+
+def _completed(template: Template, values: dict[str, Any]) -> dict[str, Any]:
+    "All parameters: the given values, and defaults for the rest"
+    return {name: spec.default for name, spec in template.parameters.items()} | values
+
+def with_defaults(
+    template: Template | str | Path, # As for `read_template`
+    own: dict[str, Any], # Values that were given for this run
+    defaults: dict[str, Any], # Values for many runs, such as those of a suite or of a file of published settings
+) -> dict[str, Any]: # For `check_parameters`
+    "Parameters of a run, completed by defaults; a default that would have no effect on it is left out"
+    template, params = read_template(template), {**defaults, **own}
+    try: values = {k: _checked(k, v, template.parameters[k]) for k, v in params.items() if k in template.parameters}
+    except InputError: return params
+    idle = idle_parameters(template.path.stem, defaults, _completed(template, values))
+    return {k: v for k, v in params.items() if k in own or k not in idle}

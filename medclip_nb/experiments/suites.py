@@ -18,7 +18,13 @@ from typing import Any
 
 from ..core import InputError, close_matches, read_json, read_yaml, write_json
 from .overview import write_index
-from .parameters import check_parameters, find_template, template_folder, template_parameters
+from medclip_nb.experiments.parameters import (
+    check_parameters,
+    find_template,
+    template_folder,
+    template_parameters,
+    with_defaults,
+)
 from medclip_nb.experiments.runs import (
     RunError,
     RunRecord,
@@ -135,7 +141,7 @@ def _ordered(runs: list[SuiteRun]) -> list[SuiteRun]:
 
 # %% ../../nbs/experiments/05_suites.ipynb #031a63b8
 def _apply_defaults(runs: list[SuiteRun], defaults: Mapping[str, Any]) -> None:
-    "Give each run the defaults that its template has; one that none has is a mistake"
+    "Give each run the defaults that its template has and that have an effect; one that no template has is a mistake"
     known = {r.template: set(template_parameters(r.template)) - {"out_dir"} for r in runs}
     for k in defaults:
         if not any(k in names for names in known.values()):
@@ -143,7 +149,8 @@ def _apply_defaults(runs: list[SuiteRun], defaults: Mapping[str, Any]) -> None:
                 f"defaults: no template of this suite has a parameter {k!r}. "
                 f"{close_matches(k, set().union(*known.values()))}"
             )
-    for r in runs: r.params = {**{k: v for k, v in defaults.items() if k in known[r.template]}, **r.params}
+    for r in runs:
+        r.params = with_defaults(r.template, r.params, {k: v for k, v in defaults.items() if k in known[r.template]})
 
 def load_suite(
     path: str | Path, # As for `find_suite`
