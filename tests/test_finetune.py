@@ -64,7 +64,8 @@ def table(tmp_path_factory):
      "balanced_accuracy", {"head", "history.jsonl"}),
     ({"mode": "head", "label": "shade", "backbone": "trained", "max_steps": 3, "table": "images.csv"},
      "balanced_accuracy", {"history.jsonl", "checkpoint", "head"})],
-    ids=["full, labels, WiSE", "lora", "locked-image, siglip", "locked-text, prompts", "head", "head in epochs", "head and tower"])
+    ids=["full, labels, WiSE", "lora", "locked-image, siglip", "locked-text, prompts", "head", "head in epochs",
+         "head and tower"])
 def test_modes(command, table, tmp_path, params, metric, files):
     found, page = run(command, table.with_name(params.pop("table", table.name)), tmp_path / "out", **params)
     assert np.isfinite(found["metrics"][metric]["value"]) and found["details"]["before"]
@@ -201,7 +202,7 @@ def test_a_suite_goes_on_by_itself(installed, table, whole, tmp_path):
                           ({"text_tower": "timm:test_vit"}, "is an image tower"),
                           ({"text_tower": "hf:no/such/folder"}, "could not be found"),
                           ({"image_tower": "RN50x9"}, "Unknown model 'RN50x9'"),
-                          ({"mode": "head", "label": "shade"}, "parameter 'lr' has no effect here: it needs another mode"),
+                          ({"mode": "head", "label": "shade"}, "parameter 'lr' has no effect here: it needs another"),
                           ({**HEAD, "solver": "sgd"}, "There is: 'adamw', 'auto'"),
                           ({"rank": 4}, "parameter 'rank' has no effect here: it needs mode=lora"),
                           ({"image_weights": "w.pth"}, "w.pth"), ({"long_text": "chunk"}, "Did you mean 'chunks'")])

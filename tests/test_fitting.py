@@ -49,7 +49,8 @@ def test_a_split_that_nothing_is_fitted_on_can_be_measured(template, params):
     ("finetune", {"image_weight": 0.7, "objective": "siglip"}, "image_weight", {"objective": "clip"}),
     ("finetune", {"prompts": {"a": "b"}}, "prompts", {"label": "x"}),
     ("itemized", {"objective": "clip", "iis": 0.3}, "iis", {"objective": "itemized"}),
-    ("itemized", {"epochs": 0, "lr": 1.0}, "lr", {"epochs": 1}), ("itemized", {"merge": 2}, "merge", {"sampling": "diverse"}),
+    ("itemized", {"epochs": 0, "lr": 1.0}, "lr", {"epochs": 1}),
+    ("itemized", {"merge": 2}, "merge", {"sampling": "diverse"}),
     ("linear_probe", {"method": "sgd", "Cs": [1.0]}, "Cs", {"method": "logistic"}),
     ("robustness", {"prompts": {"a": "b"}}, "prompts", {"classifier": "zero_shot"}),
     ("zero_shot", {"pack": "kather", "templates": ["{}"]}, "templates", {"pack": ""}),
@@ -96,7 +97,8 @@ def test_one_table_as_both_valid_and_test(squares):
     manifest = load_manifest("csv", squares / "both.csv")
     leaks = split_leaks(manifest)
     assert (leaks["kind"] == "same file").sum() == (leaks["kind"] == "same group").sum() == 16
-    for template, params in (("linear_probe", {"method": "logistic", "Cs": [1, 2]}), ("zero_shot", {"valid_split": "auto"}),
+    for template, params in (("linear_probe", {"method": "logistic", "Cs": [1, 2]}),
+                             ("zero_shot", {"valid_split": "auto"}),
                              ("finetune", {"mode": "full", "backbone": "frozen", "solver": "auto"}),
                              ("itemized", {"epochs": 3, "max_steps": 0}), ("few_shot", {"tune": True}),
                              ("robustness", {"classifier": "probe"}), ("attention_maps", {"valid_split": "auto"})):
@@ -109,8 +111,8 @@ def test_one_table_as_both_valid_and_test(squares):
 
 @pytest.mark.parametrize("table, message", [("both.csv", "whose file"), ("shared.csv", "whose group 'p'")])
 def test_leaks_stop_a_run_unless_they_are_shown(command, squares, tmp_path, table, message):
-    call = [command, "run", "linear_probe", "-p", "dataset=csv", "-p", f"data_root={squares / table}", "-p", "n_boot=20",
-            "--out", str(tmp_path / "run")]
+    call = [command, "run", "linear_probe", "-p", "dataset=csv", "-p", f"data_root={squares / table}",
+            "-p", "n_boot=20", "--out", str(tmp_path / "run")]
     done = subprocess.run(call, capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr and "give leaks=show" in done.stderr
     if table == "shared.csv": return

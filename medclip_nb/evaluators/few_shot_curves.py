@@ -221,7 +221,7 @@ def few_shot_probabilities(
     return (scores * scale if method in ("zero_shot", "nearest_mean") else scores).softmax(1).numpy()
 
 def _zero_shot_line(
-    rows: Manifest, true: np.ndarray, scores: np.ndarray, p: np.ndarray, classes: list[str], how: EvalOptions
+    rows: Manifest, true: np.ndarray, scores: np.ndarray, p: np.ndarray, classes: list[str], how: FitOptions
 ) -> pd.DataFrame:
     "Metrics of the texts alone, with bootstrap intervals"
     weights = bootstrap_weights(bootstrap_groups(rows), how.n_boot, how.seed)

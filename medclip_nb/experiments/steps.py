@@ -138,7 +138,8 @@ class Fitting:
         if not self.uses: return said
         if len(self.leaks):
             rows = self.leaks["row"].nunique()
-            said += f" **{rows} row(s) share a file or a group with a row of another split, which flatters the result:**"
+            said += (f" **{rows} row(s) share a file or a group with a row of another split, which flatters the "
+                     "result:**")
         elif len({self.split, *self.uses}) > 1:
             said += f" No file{' or group' if self.grouped else ''} is in two of these splits"
             said += "." if self.grouped else "; groups are not known."
@@ -237,4 +238,5 @@ def prompt_sentence(
     said = "This run selected no prompt. "
     if pack: said += f"The prompts are those of the pack {pack['name']}, version {pack['version']}. "
     if note: return f"{said}{note.strip()}"
-    return said + ("" if pack else "They were taken as given; whether they were chosen with these data in view is not known.")
+    if pack: return said.strip()
+    return f"{said}They were taken as given; whether they were chosen with these data in view is not known."

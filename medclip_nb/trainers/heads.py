@@ -342,13 +342,14 @@ def _by_epochs(
     for epoch in range(1, config.epochs + 1):
         total = 0.0
         for rows in torch.randperm(len(z)).split(config.batch_size):
-            for group in optimizer.param_groups: group["lr"] = config.lr * SCHEDULES[config.schedule](step, steps, warmup)
+            lr = config.lr * SCHEDULES[config.schedule](step, steps, warmup)
+            for group in optimizer.param_groups: group["lr"] = lr
             loss = F.cross_entropy(head.train().layers(z[rows]), y[rows], weight)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total, step = total + float(loss.detach()) * len(rows), step + 1
-        row = {"epoch": epoch, "step": step, "lr": optimizer.param_groups[0]["lr"], "train_loss": total / len(z)}
+        row = {"epoch": epoch, "step": step, "lr": lr, "train_loss": total / len(z)}
         if held:
             now = _recalls(head, *held)
             row |= {"valid_loss": -now[1], "valid_balanced_accuracy": now[0]} | _f1(head, *held)
@@ -414,8 +415,8 @@ def train_head(
     cache: str | Path | None = None, # Folder of cached features
     hidden: int = 0, # Units of a hidden layer; 0 for a linear head
     class_weight: str = "balanced", # balanced: all classes count the same; none: as frequent as they are
-    # seed, leaks, dropout, standardize; solver (auto, or adamw with fields of `EpochsConfig`); fields of `TrainConfig` for
-    # a trained tower: epochs, batch_size, lr, ...
+    # seed, leaks, dropout, standardize; solver (auto, or adamw with fields of `EpochsConfig`); for a trained tower,
+    # fields of `TrainConfig`: epochs, batch_size, lr, ...
     **options,
 ) -> tuple[ClassificationHead, Training | None]: # The head, and the training run of epochs
     "Train a classification head; raises `InputError` for wrong input, and for an option that has no effect"
@@ -423,7 +424,8 @@ def train_head(
         raise InputError(f"backbone={backbone!r}. {close_matches(backbone, ('frozen', 'trained'))}")
     if backbone == "trained" and out_dir is None:
         raise InputError("A trained backbone needs a folder for its checkpoint: out_dir=...")
-    solver, shape = options.pop("solver", "auto"), {k: options.pop(k) for k in ("dropout", "standardize") if k in options}
+    solver = options.pop("solver", "auto")
+    shape = {k: options.pop(k) for k in ("dropout", "standardize") if k in options}
     _refuse_idle(backbone, solver, hidden, options)
     check_disjoint(options.get("leaks", "stop"), train=train_rows, valid=valid_rows)
     seed, classes = options.get("seed", 0), label_classes(train_rows, label)
