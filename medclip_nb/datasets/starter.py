@@ -306,6 +306,7 @@ def check_recipe(
     for name, value in recipe.items():
         default, (low, high) = getattr(PhantomConfig, name), RECIPE_RANGES[name]
         many, found = isinstance(default, tuple), f"{type(value).__name__} {str(value)[:60]!r}"
+        if name == "n_slices" and type(value) is int: value = [value] * len(default) # The same in every split
         kind = int if isinstance(default[0] if many else default, int) else float
         numbers = list(value) if many and isinstance(value, (list, tuple)) else [value]
         fits = all(type(v) in (int, kind) and low <= v <= high for v in numbers)
