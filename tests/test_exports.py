@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from medclip_nb.cli import main as cli
 from medclip_nb.core import InputError
-from medclip_nb.models import exports, load_checkpoint, load_model, save_checkpoint, swap_towers
+from medclip_nb.models import PASTED, exports, load_checkpoint, load_model, save_checkpoint, swap_towers
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["a lesion", "an axial slice of a normal brain"]
@@ -65,6 +65,26 @@ def test_hugging_face_in_and_out(act, eos, tmp_path):
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert (plain.eval().encode_image(images, normalize=True) - clip.encode_images(images)).abs().max() < 1e-6
+
+
+def test_pasted_texts_have_the_tokens_of_training(tmp_path):
+    "Read by transformers' own classes; what differs is named in the card"
+    from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
+    hf_model(tmp_path / "hf")
+    clip = load_model(str(tmp_path / "hf"))
+    out = exports.export(tmp_path / "hf", "huggingface", tmp_path / "out")
+    tokenizer, processor = AutoTokenizer.from_pretrained(out), CLIPProcessor.from_pretrained(out)
+    theirs, other = CLIPModel.from_pretrained(out).eval(), []
+    for text in PASTED:
+        words = tokenizer([text], return_tensors="pt", truncation=True)
+        assert processor(text=[text], return_tensors="pt", truncation=True)["input_ids"].equal(words["input_ids"])
+        with torch.no_grad(): features = theirs.get_text_features(**words).pooler_output
+        same = torch.allclose(torch.nn.functional.normalize(features), clip.encode_texts([text]), atol=1e-5)
+        if not same: other.append(text)
+    card = (out / "README.md").read_text()
+    assert other == list(PASTED[-2:]) and f"{len(PASTED) - 2} give the same tokens as in training" in card
+    for text in other: assert text in card
+    assert len(tokenizer(["a lesion " * 99], truncation=True).input_ids[0]) == 77
 
 
 def test_pickled_and_sharded_hugging_face_weights(tmp_path):
@@ -137,10 +157,10 @@ def test_what_does_not_fit_is_named_and_changes_nothing(tmp_path):
     state = {k: v.clone() for k, v in clip.model.state_dict().items()}
     before = clip.weights_hash()
     short = {k: v for k, v in state.items() if k != "visual.trunk.position"}
-    long = state | {"text.positional_embedding": torch.zeros(100, 64)}
+    long = state | {"text.token_embedding.weight": torch.zeros(100, 64)}
     for wrong, message in ((short, "missing visual.trunk.position"),
                            (state | {"head.weight": torch.zeros(1)}, "unexpected head.weight"),
-                           (long, r"wrong shape text.positional_embedding \(100, 64\) for \(77, 64\)")):
+                           (long, r"wrong shape text.token_embedding.weight \(100, 64\) for \(49408, 64\)")):
         safetensors.torch.save_file(wrong, tmp_path / "w.safetensors")
         with pytest.raises(InputError, match=message): load_checkpoint(clip, tmp_path / "w.safetensors")
         assert clip.weights_hash() == before

@@ -10,9 +10,16 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "adapters": [
-        "CalledAttentionPool", "PEFT_PREFIX", "SplitAttention", "SplitQKV", "TARGETS", "adapter_state",
+        "ADAPTER_CARD", "CalledAttentionPool", "PEFT_PREFIX", "SplitAttention", "SplitQKV", "TARGETS", "adapter_state",
         "add_lora", "join_attention", "load_adapter", "merge_lora", "plain_state", "save_adapter",
         "split_attention", "write_adapter",
+    ],
+    "archives": [
+        "AVERAGED", "COMPUTED", "Checkpoint", "Inert", "OPENAI_NUMBERS", "PARALLEL", "SHARED", "WRAPPERS",
+        "load_archive", "module_state", "unwrap",
+    ],
+    "cleaning": [
+        "END", "PASTED", "START", "cleaning_facts", "cleaning_rules", "differing", "fast_tokenizer",
     ],
     "clip": [
         "ClipModel", "Encoders", "Towers", "adapter_facts", "describe", "encode_image_tokens",
@@ -25,8 +32,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "freezing": ["TOWERS", "layer_groups", "lock", "tower_of", "trainable"],
     "loading": ["WEIGHTS", "load_checkpoint", "load_model", "quick_gelu", "save_checkpoint"],
     "long_text": [
-        "LONG_TEXT", "Parts", "can_trim", "check_long_text", "cut_share", "split_text", "stretch_context",
-        "token_counts", "tokenize", "trimmed_features",
+        "LONG_TEXT", "Parts", "can_trim", "check_long_text", "cut_share", "give_context", "other_context",
+        "split_text", "stretch_context", "token_counts", "tokenize", "trimmed_features",
     ],
     "maps": [
         "ItemMaps", "MAP_METHODS", "UPSAMPLE", "available_methods", "choose_method", "item_maps",
@@ -52,8 +59,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "merged", "parted", "regroup", "resampled", "sincos", "sincos_grid", "spelled", "stretch_positions",
     ],
     "weights": [
-        "NAMES", "OPENAI_MEAN", "OPENAI_STD", "POSITIONS", "RESAMPLE", "WEIGHT_SUFFIXES", "WRAPPERS",
-        "WRAPPER_PREFIX", "align_state", "find_weights", "has_weights", "hf_configuration", "hf_files",
-        "hf_to_open_clip", "is_hf_clip", "misfits", "open_clip_to_hf", "read_state", "write_config",
+        "NAMES", "OPENAI_MEAN", "OPENAI_STD", "RESAMPLE", "WEIGHT_SUFFIXES", "align_state", "find_weights",
+        "fit_positions", "has_weights", "hf_configuration", "hf_files", "hf_to_open_clip", "is_hf_clip", "misfits",
+        "open_clip_to_hf", "read_checkpoint", "read_state", "write_config",
     ],
 })

@@ -9,7 +9,7 @@ __all__ = ['Towers', 'Encoders', 'ClipModel', 'has_adapters', 'adapter_facts', '
 # %% ../../nbs/models/01_clip.ipynb #8bfb717e
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +93,7 @@ class ClipModel(Encoders):
     device: torch.device # Where the weights are
     precision: str # fp32, bf16 or fp16
     config: dict # open_clip's configuration: model_cfg, preprocess_cfg; long_text unless it is truncate
+    notes: list[str] = field(default_factory=list) # What was changed or assumed when weights were loaded
 
     @property
     def dim(self) -> int: return self.config["model_cfg"]["embed_dim"]
@@ -160,6 +161,7 @@ def describe(
     size = clip.model.visual.image_size
     more = {"long texts": clip.long_text} if clip.long_text != "truncate" else {}
     if has_adapters(clip.model): more["adapters"] = adapter_facts(clip.model)
+    if clip.notes: more["notes"] = "; ".join(clip.notes)
     parameters = list(clip.model.parameters())
     if not all(p.requires_grad for p in parameters):
         trained = sum(p.numel() for p in parameters if p.requires_grad)

@@ -17,6 +17,7 @@ from open_clip import SimpleTokenizer
 
 from ..core import InputError, atomic_folder, atomic_path, close_matches
 from .adapters import plain_state
+from .cleaning import END, START, cleaning_facts, fast_tokenizer
 from .clip import ClipModel
 from .loading import load_model, quick_gelu, save_checkpoint
 from .weights import has_weights, hf_files, open_clip_to_hf, write_config
@@ -36,14 +37,15 @@ def _features(clip: ClipModel, folder: Path) -> float:
         return max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)
 
 def _write_tokenizer(clip: ClipModel, folder: Path) -> None:
-    "CLIP's own tokenizer as transformers reads it"
-    t, start, end = clip.tokenizer, "<|startoftext|>", "<|endoftext|>"
+    "CLIP's own tokenizer with its cleaning, as transformers reads it"
+    fast_tokenizer(clip.tokenizer).save(str(folder/"tokenizer.json"))
+    t, start, end = clip.tokenizer, START, END
     marks = {"<start_of_text>": start, "<end_of_text>": end}
     write_config(folder/"vocab.json", {marks.get(token, token): i for token, i in t.encoder.items()})
     merges = "\n".join(" ".join(pair) for pair in t.bpe_ranks)
     (folder/"merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
     special = {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end}
-    facts = {"tokenizer_class": "CLIPTokenizer", "model_max_length": clip.context_length, "do_lower_case": True}
+    facts = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": clip.context_length}
     write_config(folder/"tokenizer_config.json", facts | special)
 
 # %% ../../nbs/models/08_exports.ipynb #0d67aa6b
@@ -194,6 +196,7 @@ def model_card(
     facts: dict | None = None, # Of the model, see `ClipModel.describe`
     license: str = "other", # The hub's identifier of the licence of the weights
     base_model: str = "", # A model on the hub that this one was trained from
+    texts: str = "", # What a reader must know of the texts, from `cleaning_facts`
 ) -> str: # Markdown with a YAML header
     "Fill a model card from the records of a run"
     details, parameters = run.get("details", {}), run.get("parameters", {})
@@ -230,7 +233,7 @@ def model_card(
         data=bullets(data),
         results=results,
         limits="\n".join(f"- {line}" for line in _limits(details)),
-        loading=f"```python\n{LOADING[to]}\n```",
+        loading=f"```python\n{LOADING[to]}\n```\n{texts}".rstrip(),
         origin=bullets(origin),
     )
 
@@ -274,7 +277,8 @@ def export(
         raise InputError(f"{out} holds what is to be exported; choose another folder.")
     clip = _find_model(source, model)
     {"open_clip": save_checkpoint, "huggingface": save_huggingface}[to](clip, out)
-    card = model_card(run, name or out.name, to, clip.describe(), license, base_model)
+    texts = cleaning_facts(clip.tokenizer, out) if to == "huggingface" else ""
+    card = model_card(run, name or out.name, to, clip.describe(), license, base_model, texts)
     with atomic_path(out/"README.md") as path: path.write_text(card, encoding="utf-8")
     return out
 

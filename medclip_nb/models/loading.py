@@ -25,18 +25,22 @@ from torch import nn
 
 from ..core import InputError, atomic_folder, close_matches, pick_device, pick_precision, read_json, write_json
 from .adapters import SplitAttention, load_adapter, plain_state, write_adapter
+from .archives import Checkpoint
 from .clip import ClipModel, has_adapters, set_long_text
+from .long_text import give_context, other_context
 from .published import PUBLISHED, published_state, text_files
 from .starter import STARTERS
 from .trust import BUILD_ERRORS, check_configuration, check_files, no_foreign_code, reason
 from medclip_nb.models.weights import (
     align_state,
     find_weights,
+    fit_positions,
     has_weights,
     hf_configuration,
     hf_to_open_clip,
     is_hf_clip,
     misfits,
+    read_checkpoint,
     read_state,
     write_config,
 )
@@ -188,6 +192,8 @@ def save_checkpoint(
     return Path(folder)
 
 # %% ../../nbs/models/02_loading.ipynb #c180aef8
+_LOG = logging.getLogger("medclip_nb")
+
 def _is_adapter(path: Path) -> bool: return (path/"adapter_config.json").is_file()
 
 def quick_gelu(
@@ -201,6 +207,20 @@ def _heads(model: nn.Module) -> list[int]:
     kinds = (nn.MultiheadAttention, SplitAttention)
     first = [m for name, m in model.named_modules() if name.endswith("resblocks.0.attn")]
     return sorted(m.num_heads for m in first if isinstance(m, kinds))
+
+def _activation_note(clip: ClipModel, path: Path, found: Checkpoint) -> list[str]:
+    "A note where weights without a configuration may need the other activation; `InputError` where they do"
+    own = quick_gelu(clip.model)
+    if found.openai and own is False:
+        raise InputError(
+            f"{path} was written by OpenAI's code and needs quick_gelu, and model {clip.spec!r} computes gelu. Name an "
+            "architecture that computes quick_gelu, as in 'ViT-B-32-quickgelu', or set quick_gelu in its configuration."
+        )
+    known = found.openai or (path.parent/"open_clip_config.json").is_file() or (path.parent/"config.json").is_file()
+    if own is None or known or clip.spec in STARTERS or clip.spec in PUBLISHED: return []
+    return [f"the weights do not say with which activation they were trained; computed with {_ACTIVATIONS[own]}"]
+
+_ACTIVATIONS = {True: "quick_gelu", False: "gelu, though weights that descend from OpenAI's need quick_gelu"}
 
 def _check_configuration(clip: ClipModel, path: Path, converted: bool) -> None:
     "Raise `InputError` where the configuration beside the weights contradicts the model"
@@ -240,15 +260,35 @@ def load_checkpoint(
         raise InputError(
             f"{path} holds no adapters, and model {clip.spec!r} has some; load the weights first, then add adapters."
         )
-    state, expected = read_state(path), clip.model.state_dict()
-    converted = is_hf_clip(state)
+    found, expected = read_checkpoint(path), clip.model.state_dict()
+    converted = is_hf_clip(found.state)
     _check_configuration(clip, path, converted)
-    state = align_state(hf_to_open_clip(state) if converted else published_state(state), expected)
+    notes = [*found.notes, *_activation_note(clip, path, found)]
+    state = align_state(hf_to_open_clip(found.state) if converted else published_state(found.state), expected)
+    state, resized = fit_positions(state, clip.model)
+    context = other_context(state, clip.model)
+    bias, had = state.get("logit_bias"), "logit_bias" in expected
+    if bias is None and had:
+        state["logit_bias"] = torch.zeros_like(expected["logit_bias"])
+        resized.append("the weights have no logit bias; it is 0")
+    if context: expected |= {n: state[n] for n in expected if n.removeprefix("text.") == "positional_embedding"}
+    if bias is not None and not had: state["logit_bias"] = expected["logit_bias"] = bias.reshape(())
     if wrong := misfits(state, expected):
         other = own.get("model_cfg", clip.config["model_cfg"]) != clip.config["model_cfg"]
         hint = " It is another architecture: give the folder itself as the model." if other else ""
+        if wrong[0].startswith("unexpected"):
+            hint = " If they belong to another part, such as a classifier, save the file without them."
         raise InputError(f"{path} does not fit model {clip.spec!r}: {'; '.join(wrong)}.{hint}")
+    if context:
+        give_context(clip, context)
+        resized.append(f"the model reads texts of {context} tokens, as the weights were trained")
+    if bias is not None and not had:
+        clip.model.logit_bias = nn.Parameter(torch.zeros((), device=clip.device))
+        clip.config["model_cfg"]["init_logit_bias"] = bias.item()
+        resized.append("the weights have a logit bias, which the model was given")
     clip.model.load_state_dict(state, strict=True)
+    clip.notes = [*notes, *resized]
+    for note in clip.notes: _LOG.warning("%s: %s", path.name, note)
 
 def _own_configuration(path: Path) -> dict:
     "open_clip's configuration beside weights; empty if there is none"

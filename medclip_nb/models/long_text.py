@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LONG_TEXT', 'token_counts', 'cut_share', 'split_text', 'Parts', 'check_long_text', 'tokenize', 'stretch_context',
-           'can_trim', 'trimmed_features']
+           'other_context', 'give_context', 'can_trim', 'trimmed_features']
 
 # %% ../../nbs/models/09_long_text.ipynb #baf2d3d4
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -119,6 +119,34 @@ def stretch_context(
     low = at.floor().long().clamp(max=last)
     share = (at - low)[..., None].to(positions.dtype)
     return torch.lerp(positions[low], positions[(low + 1).clamp(max=last)], share.clamp(max=1))
+
+# %% ../../nbs/models/09_long_text.ipynb #4e54af92
+def other_context(
+    state: Mapping[str, Tensor], # Under the names of the model
+    model: nn.Module, # open_clip's
+) -> int | None: # Tokens; None if it is that of the model
+    "The context that weights were trained with, where a model can be given it"
+    text, before = getattr(model, "text", model), "text." if hasattr(model, "text") else ""
+    own, theirs = getattr(text, "positional_embedding", None), state.get(f"{before}positional_embedding")
+    if own is None or theirs is None or theirs.ndim != 2 or theirs.shape[1] != own.shape[1]: return None
+    return len(theirs) if len(own) == model.context_length != len(theirs) else None
+
+def give_context(
+    clip: Any, # A `ClipModel`, changed in place; the new positions are zeros until weights are loaded
+    length: int, # Tokens
+) -> None:
+    "Let a model read texts of another length"
+    text = getattr(clip.model, "text", clip.model)
+    table, mask = text.positional_embedding, getattr(text, "attn_mask", None)
+    text.positional_embedding = nn.Parameter(table.new_zeros(length, table.shape[1]), table.requires_grad)
+    if mask is not None:
+        wider = torch.full((length, length), -math.inf, dtype=mask.dtype, device=mask.device).triu_(1)
+        text.register_buffer("attn_mask", wider, persistent=False)
+    for part in (clip.model, text):
+        part.context_length = length
+        if hasattr(part, "num_pos"): part.num_pos = length
+    clip.tokenizer.context_length = length
+    clip.config["model_cfg"]["text_cfg"]["context_length"] = length
 
 # %% ../../nbs/models/09_long_text.ipynb #6c96627c
 def can_trim(
