@@ -17,19 +17,25 @@ from ..core import InputError
 ABBREVIATIONS = set("dr drs mr mrs ms prof st vs approx fig figs e.g i.e cf ca al resp incl".split())
 NUMBERED = set("no nos fig figs a.m p.m ser img".split())
 TITLED = re.compile(r"\b(?:Drs?|Mrs?|Ms|Prof)\.(?:\s+[A-Z]\.)*\s+\Z")
-MASKS = r"(?:X{3,}|_{3,}|\[\*\*.*?\*\*\])"
-BREAK = re.compile(r"[.!?]+[\"')\]]*(?=\s+[\"'(\[]?([A-Z0-9_])|(?<=[a-z]\.)(?=[A-Z][a-z]))")
-LOWER_BREAK = re.compile(r"[.!?]+(?=\s+(\S))")
+MASKS = re.compile(r"X{3,}|_{3,}|\[\*\*[^\[\]]*?\*\*\]")
+BREAK = re.compile(r"(?<![.!?])[.!?]++[\"')\]]*+(?=\s+[\"'(\[]?([A-Z0-9_])|(?<=[a-z]\.)(?=[A-Z][a-z]))")
+LOWER_BREAK = re.compile(r"(?<![.!?])[.!?]++(?=\s+(\S))")
+_NEAR = 80 # Characters around a full stop that are looked at
+
+def _follows_mask(text: str, end: int) -> bool:
+    "Whether the next word after a place is masked"
+    word = re.compile(r"\W*").match(text, end, end + _NEAR).end()
+    return any(MASKS.match(text, place, end + 3*_NEAR) for place in range(end, word + 1))
 
 def _sentences(text: str) -> list[str]:
     "Split one paragraph into sentences"
     parts, start = [], 0
     for found in (BREAK if re.search("[A-Z]", text) else LOWER_BREAK).finditer(text):
-        word = re.search(r"[\w.]*\Z", text[start:found.start()])[0].lstrip(".").lower()
-        follows = found[1] or "A"
-        numbered = follows.isdigit() or re.match(rf"\W*{MASKS}", text[found.end():])
-        if word in ABBREVIATIONS or word in NUMBERED and numbered: continue
-        if len(word) == 1 and word.isalpha() and TITLED.search(text[start:found.start() - 1]): continue
+        before = text[max(start, found.start() - _NEAR):found.start()]
+        word = re.search(r"[\w.]*\Z", before)[0].lstrip(".").lower()
+        if word in ABBREVIATIONS: continue
+        if word in NUMBERED and ((found[1] or "A").isdigit() or _follows_mask(text, found.end())): continue
+        if len(word) == 1 and word.isalpha() and TITLED.search(before[:-1]): continue
         parts.append(text[start:found.end()])
         start = found.end()
     return [*parts, text[start:]]
@@ -42,11 +48,14 @@ NUMBER_AFTER = set(
 def _paragraphs(text: str) -> list[str]:
     "Split a text at blank lines, bullets and the numbers of a list, which are left out"
     text = re.sub(r"\n\s*(?:\n\s*)+|\n\s*[-*•]+\s+|\A\s*[-*•]+\s+", "\0", text)
-    parts, start, expected = [], 0, 1
+    parts, start, expected, word, words = [], 0, 1, "", re.finditer(r"\w+", text)
     for found in re.finditer(r"(?:(?<=[\s\0])|\A)(\d{1,2})[.)](?:\s+(?=\S)|(?=[A-Za-z]))", text):
-        before = text[:found.start()].rstrip(" \t")
-        border = not before or before[-1] in "\0\n.;:,!?"
-        word = (re.findall(r"\w+", before) or [""])[-1].lower()
+        end = found.start()
+        while end and text[end - 1] in " \t": end -= 1
+        border = not end or text[end - 1] in "\0\n.;:,!?"
+        for one in words: # The last is the number itself
+            if one.start() >= found.start(): break
+            word = one[0].lower()
         number = int(found[1])
         if number == 1 and border or number == expected > 1 and (border or word not in NUMBER_AFTER):
             parts.append(text[start:found.start()])
@@ -54,6 +63,12 @@ def _paragraphs(text: str) -> list[str]:
     return [p for part in [*parts, text[start:]] for p in part.split("\0")]
 
 # %% ../../nbs/datasets/12_reports.ipynb #746f037b
+def _one_stop(text: str) -> str:
+    "Of several stops and commas at the end, the first"
+    core = text.rstrip(" .,;")
+    stop = next((n for n in range(len(core), len(text)) if text[n] != " "), len(text))
+    return text[:stop + 1]
+
 def report_items(
     text: Any, # A report or a section of one; anything but a text gives no items
     masks: str = "keep", # Masked words such as XXXX and ___: keep them, cut them out (drop), or skip their items
@@ -64,10 +79,10 @@ def report_items(
     items: dict[str, str] = {}
     for part in _paragraphs(text.replace("\r\n", "\n")):
         for sentence in _sentences(" ".join(part.split())):
-            if masks == "skip" and re.search(MASKS, sentence): continue
-            if masks == "drop": sentence = re.sub(r"\s+([.,;:!?])", r"\1", re.sub(MASKS, " ", sentence))
-            sentence = re.sub(r"([.,;])[\s.,;]*\Z", r"\1", " ".join(sentence.split()).strip(" -*•,;"))
-            if re.search("[A-Za-z]", re.sub(MASKS, "", sentence)): items.setdefault(sentence.lower(), sentence)
+            if masks == "skip" and MASKS.search(sentence): continue
+            if masks == "drop": sentence = re.sub(" ([.,;:!?])", r"\1", " ".join(MASKS.sub(" ", sentence).split()))
+            sentence = _one_stop(" ".join(sentence.split()).strip(" -*•,;"))
+            if re.search("[A-Za-z]", MASKS.sub("", sentence)): items.setdefault(sentence.lower(), sentence)
     return list(items.values())
 
 # %% ../../nbs/datasets/12_reports.ipynb #9524e3c2
@@ -81,13 +96,14 @@ def report_sections(
     text: str, # A report whose headings are in capitals, such as "FINDINGS: ..."
 ) -> dict[str, str]: # Name in lower case -> its text; sections with the same heading are joined
     "Split a free-text report at its headings"
-    sections: dict[str, str] = {}
+    sections: dict[str, list[str]] = {}
     heads = list(SECTION.finditer(text))
     for head, after in zip(heads, [*heads[1:], None]):
         name = SECTION_NAMES.get(head[1].strip(), head[1].strip().lower())
         body = text[head.end():after.start() if after else None].strip()
-        sections[name] = f"{sections[name]}\n\n{body}" if sections.get(name) else body
-    return sections
+        if sections.get(name) == [""]: sections[name] = []
+        sections.setdefault(name, []).append(body)
+    return {name: "\n\n".join(bodies) for name, bodies in sections.items()}
 
 def report_text(
     sections: Mapping[str, Any], # Name -> text, or something empty

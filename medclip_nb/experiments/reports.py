@@ -19,7 +19,7 @@ from typing import Any
 # %% ../../nbs/experiments/04_reports.ipynb #abb2b8ba
 NOISE = [
     (re.compile(r"^.*(IProgress not found|over TCP without encryption).*\n?(  from .*\n?)?", re.M), ""),
-    (re.compile(r"\S*ipykernel_\d+/\d+\.py"), "cell"),
+    (re.compile(r"(?<!\S)\S*ipykernel_\d+/\d+\.py"), "cell"),
     (re.compile(r" at 0x[0-9a-f]{6,}"), ""),
     (re.compile(r"\bT_[0-9a-f]{5}(?=[_\s\"{])"), "T_table"),
 ]

@@ -132,7 +132,7 @@ def read_coco(
 
 # %% ../../../nbs/datasets/readers/10_natural_images.ipynb #f991b2f4
 TOKEN_LINE = re.compile(r"(?P<image>[^#\t]+)#\d+\t(?P<caption>.*)")
-KAGGLE_LINE = re.compile(r"(?P<image>[^|]+?)\s*\|\s*\d+\s*(?:\||(?=\s))\s*(?P<caption>.*)")
+KAGGLE_LINE = re.compile(r"(?P<image>[^|]*[^|\s])\s*+\|\s*\d+\s*(?:\||(?=\s))\s*(?P<caption>.*)")
 
 def _caption_lines(path: Path, pattern: re.Pattern, header: bool) -> dict[str, list[str]]:
     "Captions by file name, from a text file with one caption per line"
