@@ -22,7 +22,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "json_values", "labels_at", "nearest_slices", "pad_studies", "study_preprocess", "token_mask",
     ],
     "volumes": [
-        "MAX_VOXELS", "PIXELS", "PLANES", "Volume", "WINDOWS", "Window", "apply_window", "dicom_pixels",
+        "MAX_VOXELS", "PLANES", "Volume", "WINDOWS", "Window", "apply_window", "dicom_pixels",
         "dicom_slice", "find_window", "first_slice", "is_volume", "load_volume", "orient", "pad_crop",
         "read_dicom", "read_volume", "resample", "resize", "stretch", "through_plane_first", "volume_pixels",
     ],
