@@ -19,7 +19,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "load_archive", "module_state", "unwrap",
     ],
     "cleaning": [
-        "END", "PASTED", "START", "cleaning_facts", "cleaning_rules", "differing", "fast_tokenizer",
+        "END_TOKEN", "PASTED", "START_TOKEN", "cleaning_facts", "cleaning_rules", "differing", "fast_tokenizer",
     ],
     "clip": [
         "ClipModel", "Encoders", "Towers", "adapter_facts", "describe", "encode_image_tokens",

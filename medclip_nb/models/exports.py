@@ -17,7 +17,7 @@ from open_clip import SimpleTokenizer
 
 from ..core import InputError, atomic_folder, atomic_path, close_matches
 from .adapters import plain_state
-from .cleaning import END, START, cleaning_facts, fast_tokenizer
+from .cleaning import END_TOKEN, START_TOKEN, cleaning_facts, fast_tokenizer
 from .clip import ClipModel
 from .loading import load_model, quick_gelu, save_checkpoint
 from .weights import has_weights, hf_files, open_clip_to_hf, write_config
@@ -39,7 +39,7 @@ def _features(clip: ClipModel, folder: Path) -> float:
 def _write_tokenizer(clip: ClipModel, folder: Path) -> None:
     "CLIP's own tokenizer with its cleaning, as transformers reads it"
     fast_tokenizer(clip.tokenizer).save(str(folder/"tokenizer.json"))
-    t, start, end = clip.tokenizer, START, END
+    t, start, end = clip.tokenizer, START_TOKEN, END_TOKEN
     marks = {"<start_of_text>": start, "<end_of_text>": end}
     write_config(folder/"vocab.json", {marks.get(token, token): i for token, i in t.encoder.items()})
     merges = "\n".join(" ".join(pair) for pair in t.bpe_ranks)
