@@ -225,7 +225,7 @@ def test_command(tmp_path):
     hf_model(tmp_path / "hf")
     done = call(tmp_path / "hf", "--to", "open_clip", "--out", tmp_path / "out", "--name", "tiny", "--license", "mit")
     assert (done.exit_code, done.output) == (0, f"written: {tmp_path / 'out'}\n")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"README.md", "open_clip_config.json",
+    assert {p.name for p in (tmp_path / "out").glob("[!.]*")} == {"README.md", "open_clip_config.json",
                                                               "open_clip_model.safetensors"}
     assert huggingface_hub.ModelCard.load(tmp_path / "out" / "README.md").data.license == "mit"
     for args, message in (((tmp_path / "none", "--to", "open_clip"), "no such run"),

@@ -1,4 +1,5 @@
 "Shards as they are used: by several processes and workers, interrupted, resumed, over the web, damaged"
+import io
 import json
 import os
 import signal
@@ -270,3 +271,46 @@ def test_scans_decode_as_they_do_on_disk(tmp_path):
         assert np.array_equal(study["series"][name].array, read_volume(tmp_path / path).array)
     sample, = Shards(tmp_path / "pictures")
     assert sample["image"].tobytes() == read_image(tmp_path / "ct.dcm").tobytes() and sample["caption"] == "a chest"
+
+
+def test_files_of_any_name_come_back(tmp_path):
+    "What the writer takes, both readers give back: a DICOM file without an ending, one named by its identifier, a JFIF"
+    dicom = Path(get_testdata_file("CT_small.dcm")).read_bytes()
+    for name in ("IM0001", "1.2.840.113619.55"): (tmp_path / name).write_bytes(dicom)
+    Image.fromarray(np.full((4, 4, 3), 90, np.uint8)).save(tmp_path / "b.jfif", "JPEG")
+    (tmp_path / "c.json").write_text("{}")
+    names = ["IM0001", "1.2.840.113619.55", "b.jfif", "c.json"]
+    manifest = Manifest(pd.DataFrame({"image": names, "caption": [f"of {n}" for n in names], "split": ["train"] * 4}))
+    manifest.root = str(tmp_path)
+    index = write_shards(manifest, out := tmp_path / "shards", max_bad=0.3)
+    assert [s["message"] for s in index["skipped"]] == [f"{tmp_path}/c.json: .json is not an image"]
+    wanted = [read_image(tmp_path / n).tobytes() for n in names[:3]]
+    assert [s["image"].tobytes() for s in Shards(out, shuffle=0)] == wanted
+    again = load_manifest("webdataset", out)
+    assert [read_image(p).tobytes() for p in again.paths()] == wanted
+    assert again["caption"].tolist() == manifest["caption"].tolist()[:3] and not again.skipped
+
+
+PAIRS = {"the same key": ["s.png", "s.txt"] * 3, "unsorted": ["a.png", "b.png", "a.txt", "b.txt"],
+         "identifiers": ["1.2.840.0.png", "1.2.840.0.txt", "1.2.840.1.png", "1.2.840.1.txt"],
+         "some with dots": ["scan_0.png", "scan.1.png", "scan_2.png", "scan.3.png"]}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_samples_that_share_a_key_are_not_lost(tmp_path, kind):
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(picture, "PNG")
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for name in PAIRS[kind]:
+            raw = picture.getvalue() if name.endswith("png") else b"a text"
+            info = tarfile.TarInfo(name)
+            info.size = len(raw)
+            tar.addfile(info, io.BytesIO(raw))
+    cause = r"several samples have the key|2 images in it: a key ends at the first dot"
+    with pytest.raises(InputError, match=cause) as caught: load_manifest("webdataset", tmp_path)
+    assert ("a key ends at the first dot" in str(caught.value).lower()) == (kind in ("identifiers", "some with dots"))
+    stream = Shards(tmp_path, shuffle=0)
+    if kind == "identifiers": assert not list(stream) and "first dot" in stream.skipped[0]["message"]
+    else:
+        with pytest.raises(InputError, match=cause): list(stream)
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["train-0.tar"]

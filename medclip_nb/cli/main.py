@@ -175,8 +175,9 @@ def export(
             help="Send the folder to this repository of the Hugging Face hub, made private if it is new.",
         ),
     ] = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> None:
     "Write a trained model for open_clip or transformers, with a model card."
     from medclip_nb.models import exports
-    typer.echo(f"written: {exports.export(source, to, out, model, name, license_, base_model)}")
+    typer.echo(f"written: {exports.export(source, to, out, model, name, license_, base_model, overwrite)}")
     if push: typer.echo(f"sent to: {exports.push(out, push)}")

@@ -32,7 +32,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "loading": ["check_options", "load_manifest"],
     "manifest": ["Manifest"],
-    "paths": ["PLAIN", "inside", "path_fault", "safe_member", "safe_members", "safe_path", "safe_paths"],
+    "paths": [
+        "PLAIN", "checked_path", "file_fault", "inside", "path_fault", "safe_member", "safe_members", "safe_path",
+        "safe_paths",
+    ],
     "phantom": [
         "CENTER", "DETAIL", "FINDING_KINDS", "Finding", "GRID", "Kind", "Layer", "ORIGIN", "PIXELS",
         "PhantomConfig", "PhantomHead", "PhantomStudy", "SEQUENCES", "SIGNAL", "SLICE_AXES", "TEMPLATE_T1",
@@ -49,7 +52,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "SECTION_NAMES", "TITLED", "report_items", "report_sections", "report_text",
     ],
     "shards": [
-        "PICTURES", "Place", "ShardLoader", "Shards", "decode_image", "read_sample", "shuffled",
+        "PICTURES", "Place", "SHARD_FOLDER", "ShardLoader", "Shards", "decode_image", "read_sample", "shuffled",
         "write_shards",
     ],
     "splits": [
@@ -58,9 +61,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "starter": [
         "ANATOMICAL_LEVELS", "CONTRASTS", "CONTRAST_TERMS", "NORMAL", "NORMAL_ITEM", "PATTERNS", "RANGES",
-        "RECIPE_RANGES", "VIEWS", "caption_of", "check_recipe", "is_faint", "item_of", "least_area", "level_of",
-        "make_starter", "plan_slices", "read_starter", "slice_row", "study_labels", "write_nifti", "write_series",
-        "write_study",
+        "RECIPE_RANGES", "STARTER_FOLDER", "VIEWS", "VOLUME_FOLDER", "caption_of", "check_recipe", "is_faint",
+        "item_of", "least_area", "level_of", "make_starter", "plan_slices", "read_starter", "slice_row",
+        "study_labels", "write_nifti", "write_series", "write_study",
     ],
     "studies": ["name_studies", "series_paths"],
     "tables": ["SEPARATORS", "TableForm", "read_table", "table_form"],

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import InputError, content_hash
+from .paths import checked_path
 
 # %% ../../nbs/datasets/01_manifest.ipynb #8b4ca4d2
 def _cell_hashes(column: pd.Series) -> np.ndarray:
@@ -77,12 +78,17 @@ class Manifest(pd.DataFrame):
         return self if self._whole is None else self._whole
 
     def paths(self) -> list[Path]:
-        "The image file of every row"
+        "The image file of every row; raises `InputError` for a link out of the root, a pipe or a device"
         if "image" not in self:
             raise InputError(
                 f"{self.dataset}: the manifest has no column 'image'; it has {', '.join(map(str, self.columns))}."
             )
-        return [Path(self.root, image) for image in self["image"]]
+        return self.files(self["image"])
+
+    def files(self, names: pd.Series) -> list[Path]:
+        "The files named by some rows of a column, such as of masks; raises `InputError` as `paths` does"
+        folders: dict[str, bool] = {}
+        return [checked_path(self.root, name, f"row {row}", folders) for row, name in names.items()]
 
     def part(self, split: str) -> "Manifest":
         "The rows of one split; raises `InputError` naming those that exist"

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ANATOMICAL_LEVELS', 'RANGES', 'NORMAL_ITEM', 'CONTRAST_TERMS', 'NORMAL', 'CONTRASTS', 'PATTERNS', 'RECIPE_RANGES',
-           'VIEWS', 'level_of', 'least_area', 'is_faint', 'plan_slices', 'item_of', 'caption_of', 'slice_row',
-           'write_nifti', 'write_study', 'write_series', 'check_recipe', 'make_starter', 'study_labels', 'read_starter']
+           'VOLUME_FOLDER', 'STARTER_FOLDER', 'VIEWS', 'level_of', 'least_area', 'is_faint', 'plan_slices', 'item_of',
+           'caption_of', 'slice_row', 'write_nifti', 'write_study', 'write_series', 'check_recipe', 'make_starter',
+           'study_labels', 'read_starter']
 
 # %% ../../nbs/datasets/15_starter.ipynb #c16ec563
 import gzip
@@ -21,7 +22,7 @@ import numpy as np
 import pandas as pd
 from numpy.random import Generator
 
-from ..core import InputError, atomic_folder, close_matches, progress, write_json
+from ..core import FolderKind, InputError, atomic_folder, close_matches, progress, write_json
 from medclip_nb.datasets.phantom import (
     CENTER,
     GRID,
@@ -336,11 +337,18 @@ def _made_by(root: Path) -> str:
     try: return json.loads((root/"recipe.json").read_text(encoding="utf-8"))["hash"]
     except (FileNotFoundError, NotADirectoryError): return ""
 
+VOLUME_FOLDER = FolderKind("starter volumes")
+STARTER_FOLDER = FolderKind(
+    "starter data", "recipe.json", ("hash", "recipe"),
+    ("slices.json", "studies.json", "slices/*.png", "slice_masks/*.png", "masks/*.nii.gz", "series/*.nii.gz"),
+    holds=(VOLUME_FOLDER.name,),
+)
+
 @contextmanager
-def _made_once(path: Path, ready: Callable[[], bool]) -> Iterator[Path]:
+def _made_once(path: Path, kind: FolderKind, ready: Callable[[], bool]) -> Iterator[Path]:
     "A temporary folder that becomes `path`, unless another process has finished first"
     try:
-        with atomic_folder(path) as folder:
+        with atomic_folder(path, kind) as folder:
             yield folder
             if ready(): raise FileExistsError(path)
     except OSError: # Another process may also rename its folder at this very moment
@@ -365,7 +373,7 @@ def make_starter(
         raise InputError(f"{root}: holds something else than the starter dataset; give a new or empty folder.")
     made = lambda: _made_by(root) == recipe.hash
     if not made():
-        with _made_once(root, made) as folder:
+        with _made_once(root, STARTER_FOLDER, made) as folder:
             for name in ("slices", "slice_masks", "masks"): (folder/name).mkdir()
             desc = "making slices" if any(recipe.slices) else "making masks"
             rows, studies = zip(*_each_study(write_study, recipe, folder, workers, desc))
@@ -375,7 +383,7 @@ def make_starter(
     volumes = root/"series"
     try:
         if series and not volumes.exists():
-            with _made_once(volumes, volumes.exists) as folder:
+            with _made_once(volumes, VOLUME_FOLDER, volumes.exists) as folder:
                 _each_study(write_series, recipe, folder, workers, "making volumes")
     except OSError:
         if made(): raise

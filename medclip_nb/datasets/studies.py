@@ -11,16 +11,21 @@ from pathlib import Path
 
 from ..core import InputError
 from .manifest import Manifest
+from .paths import checked_path
 
 # %% ../../nbs/datasets/06_studies.ipynb #ae15599f
 def series_paths(
     manifest: Manifest, # With a column 'series'
 ) -> list[dict[str, Path]]: # Name -> file, for each row
-    "The files of every study"
+    "The files of every study; raises `InputError` for a link out of the root, a pipe or a device"
     if "series" not in manifest:
         columns = ", ".join(map(str, manifest.columns))
         raise InputError(f"{manifest.dataset}: the manifest has no column 'series'; it has {columns}.")
-    return [{name: Path(manifest.root, path) for name, path in series.items()} for series in manifest["series"]]
+    folders: dict[str, bool] = {}
+    return [
+        {name: checked_path(manifest.root, path, f"row {row}", folders) for name, path in series.items()}
+        for row, series in manifest["series"].items()
+    ]
 
 # %% ../../nbs/datasets/06_studies.ipynb #89ccdb20
 def name_studies(

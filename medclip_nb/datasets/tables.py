@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..core import InputError, close_matches
+from ..core import InputError, close_matches, plain_file
 
 # %% ../../nbs/datasets/03_tables.ipynb #49530883
 def _not_utf8(path: Path, opener: Callable) -> str:
@@ -96,7 +96,7 @@ def read_table(
     encoding: str | None = None, # None takes UTF-8, or UTF-16 where the file begins with its mark
 ) -> pd.DataFrame: # Every column of the file; empty cells are NaN; `attrs["notes"]` says what was found by looking
     "Read a delimited text file, cells unchanged; raises `InputError` with the line that cannot be read"
-    path = Path(path)
+    path = plain_file(path)
     suffixes = [s.lower() for s in path.suffixes]
     packed = suffixes[-1:] == [".gz"]
     usual = "\t" if {".tsv", ".tab"} & set(suffixes[-2:]) else ","

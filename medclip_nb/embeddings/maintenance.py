@@ -24,11 +24,18 @@ STORE_FILE = re.compile(
 )
 STORE_COLUMNS = ["store", "kind", "model", "precision", "preprocessing", "entries", "bytes", "last_used"]
 
+def _is_store(folder: Path) -> bool:
+    "Whether a folder with a meta.json is a store, and not one that happens to have such a file"
+    meta = _meta(folder)
+    if meta == {"kind": "files"} or meta.get("kind") in ("images", "texts") and "precision" in meta: return True
+    return any(STORE_FILE.fullmatch(p.name) for p in folder.iterdir())
+
 def _store_folders(cache: str | Path) -> list[Path]:
     "The stores in a cache folder, links left out; raises `InputError` if there is no such folder"
     cache = Path(cache)
     if not cache.is_dir(): raise InputError(f"{cache}: no such folder. Give the folder that features are kept in.")
-    return sorted(p for p in cache.iterdir() if p.is_dir() and not p.is_symlink() and (p/"meta.json").is_file())
+    found = (p for p in cache.iterdir() if p.is_dir() and not p.is_symlink() and (p/"meta.json").is_file())
+    return sorted(filter(_is_store, found))
 
 def _files_in(store: Path) -> list[Path]:
     "The files that a store has written"

@@ -37,6 +37,7 @@ def key_numbers(
 
 # %% ../../nbs/embeddings/03_store.ipynb #7bd3e134
 SHARD_BYTES = 32 * 2**20
+_HEX = "[0-9a-f]" * 16 # Pattern of the names that shards have
 INDEX = np.dtype([("key", "<u8"), ("check", "<u4")])
 DAMAGE = (ValueError, IndexError, OSError)
 
@@ -119,7 +120,7 @@ class FeatureCache:
     def shards(self) -> list[Path]: # Files of rows
         "The shards that are whole, as far as can be seen without opening them"
         if self.folder is None or not self.folder.is_dir(): return []
-        return sorted(self.folder/p.name.replace(".index", "") for p in self.folder.glob("[!.]*.index.npy"))
+        return sorted(self.folder/p.name.replace(".index", "") for p in self.folder.glob(f"{_HEX}.index.npy"))
 
     def add(self, keys: Sequence[str], features: np.ndarray) -> None:
         "Write one more shard"

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..core import InputError, progress
+from ..core import InputError, plain_file, progress
 from ..datasets.manifest import Manifest
 from ..datasets.studies import series_paths
 from .results import EvalOptions, Result, bootstrap_groups, provenance
@@ -37,7 +37,7 @@ def read_mask(
 ) -> np.ndarray: # (height, width), k + 1 where item k is
     "Read the mask of an image; raises `InputError` for another size and for values without an item"
     try:
-        with Image.open(path, formats=FORMATS) as image: mask = np.asarray(image)
+        with Image.open(plain_file(path), formats=FORMATS) as image: mask = np.asarray(image)
     except (OSError, SyntaxError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(
@@ -187,7 +187,7 @@ def look_at_row(
     "Maps, and masks where there are some, of texts in an image or study of a manifest"
     one = manifest.loc[[row]]
     own = items_of(one)[0] if texts is None else list(texts)
-    mask = Path(one.root, one["mask"].iloc[0]) if texts is None and has_masks(one) else None
+    mask = one.files(one["mask"])[0] if texts is None and has_masks(one) else None
     if isinstance(clip, StudyModel):
         found = look_at_study(clip, series_paths(one)[0], own, method, mask, True, **one.read)
     else:
@@ -228,17 +228,17 @@ def _on_images(
         part = rows.iloc[start:start + batch_size]
         images, texts = [read_image(path, **rows.read) for path in part.paths()], items_of(part)
         labels = [
-            read_mask(Path(rows.root, mask), image.size[::-1], len(own))
-            for mask, image, own in zip(part["mask"], images, texts)
+            read_mask(mask, image.size[::-1], len(own))
+            for mask, image, own in zip(part.files(part["mask"]), images, texts)
         ]
         for row, items in zip(part.index, look_at_images(clip, images, texts, method, labels, pixel_mm, upsample)):
             for found in items: yield replace(found, row=row)
 
 def _on_studies(clip: StudyModel, rows: Manifest, method: str) -> Iterator[ItemMap]:
     "Items of studies"
-    studies = list(zip(rows.index, series_paths(rows), rows["mask"], items_of(rows)))
+    studies = list(zip(rows.index, series_paths(rows), rows.files(rows["mask"]), items_of(rows)))
     for row, series, mask, own in progress(studies, desc="maps", unit="study"):
-        for found in look_at_study(clip, series, own, method, Path(rows.root, mask), **rows.read):
+        for found in look_at_study(clip, series, own, method, mask, **rows.read):
             yield replace(found, row=row)
 
 def attended(

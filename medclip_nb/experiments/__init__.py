@@ -23,15 +23,15 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "ANSI", "ATTRIBUTES", "NOISE", "STYLE", "TAGS", "clean_report", "html_page", "markdown_html",
         "report_html", "report_title", "safe_html", "scrub",
     ],
-    "resuming": ["ASKED", "STATE", "alive", "differences", "has_state", "left_behind", "state_folder"],
+    "resuming": ["ASKED", "STATE", "differences", "has_state", "left_behind", "state_folder"],
     "rules": [
         "EFFECTS", "Effect", "LOOP", "USES", "Use", "check_split", "idle_message", "idle_parameters",
         "split_uses",
     ],
     "runs": [
-        "INPUTS", "MAX_SECONDS", "RunError", "RunRecord", "STAMP", "Status", "TABLES", "artefacts", "asked_for",
-        "check_timeout", "code_hash", "data_identity", "input_identities", "is_complete", "result_hash", "run",
-        "run_folder", "run_key", "run_record",
+        "FAILED_FOLDER", "INPUTS", "MAX_SECONDS", "RUN_FOLDER", "RunError", "RunRecord", "STAMP", "Status", "TABLES",
+        "artefacts", "asked_for", "check_timeout", "code_hash", "data_identity", "input_identities", "is_complete",
+        "result_hash", "run", "run_folder", "run_key", "run_record",
     ],
     "steps": [
         "Fitting", "check_fitting", "count_rows", "data_notice", "dataset_facts", "limit_sentence", "open_data",

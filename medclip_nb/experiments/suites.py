@@ -290,6 +290,14 @@ def plan_suite(
     return records
 
 # %% ../../nbs/experiments/05_suites.ipynb #56bac84d
+def _refuse_other(folder: Path) -> None:
+    "Raise for a folder whose suite.json or index.html is not that of a suite, and would be replaced"
+    state = folder/"suite.json"
+    found = read_json(state) if state.exists() else None
+    ours = isinstance(found, dict) and "runs" in found
+    for path in (state, folder/"index.html"):
+        if path.exists() and not ours: raise InputError(f"{path}: was not written by a suite. Give another --out.")
+
 def run_suite(
     path: str | Path, # A YAML file, or the name of a suite of the package
     out_dir: str | Path = "reports", # The suite's folder is made in it
@@ -303,6 +311,7 @@ def run_suite(
     suite, only = load_suite(path), set(only or ())
     folder, records = (Path(out_dir)/suite.name).resolve(), {}
     state = folder/"suite.json"
+    _refuse_other(folder)
     before = state.read_bytes() if state.exists() else b""
     for r in _chosen(suite, only):
         bad = {n for n, record in records.items() if record.status in ("failed", "skipped")}

@@ -27,10 +27,13 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "exports": [
         "CARD", "EXPORT_LAYOUTS", "LOADING", "SENT", "export", "model_card", "push", "read_run",
-        "save_huggingface",
+        "save_huggingface", "write_huggingface",
     ],
     "freezing": ["TOWERS", "layer_groups", "lock", "tower_of", "trainable"],
-    "loading": ["WEIGHTS", "load_checkpoint", "load_model", "quick_gelu", "save_checkpoint"],
+    "loading": [
+        "CHECKPOINT_FOLDER", "WEIGHTS", "load_checkpoint", "load_model", "quick_gelu", "save_checkpoint",
+        "write_checkpoint",
+    ],
     "long_text": [
         "LONG_TEXT", "Parts", "can_trim", "check_long_text", "cut_share", "give_context", "other_context",
         "split_text", "stretch_context", "token_counts", "tokenize", "trimmed_features",

@@ -24,7 +24,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..core import InputError, atomic_folder, close_matches
+from ..core import FolderKind, InputError, atomic_folder, close_matches
 from .clip import ClipModel, has_adapters
 from .freezing import TOWERS, _hold, _stay_in_eval, tower_of, trainable
 from .trust import reason
@@ -303,11 +303,11 @@ def write_adapter(
 
 def save_adapter(
     clip: ClipModel, # With adapters
-    folder: str | Path, # Replaced as a whole if it exists
+    folder: str | Path, # An earlier one is replaced as a whole
 ) -> Path: # The folder
-    "Save the adapters as a PEFT folder; raises `InputError` if there are none"
+    "Save the adapters as a PEFT folder; raises `InputError` if there are none, or the folder holds something else"
     if not has_adapters(clip.model): raise InputError("This model has no adapters to save; `add_lora` adds them.")
-    with atomic_folder(folder) as temporary: write_adapter(clip, temporary)
+    with atomic_folder(folder, FolderKind("adapter")) as temporary: write_adapter(clip, temporary)
     return Path(folder)
 
 # %% ../../nbs/models/11_adapters.ipynb #bf02884d

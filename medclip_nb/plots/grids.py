@@ -8,7 +8,6 @@ __all__ = ['show_row', 'cell_grid', 'image_grid', 'study_grid', 'prediction_grid
 # %% ../../nbs/plots/02_grids.ipynb #0e207d22
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -19,13 +18,14 @@ from matplotlib.figure import Figure
 
 from ..core import InputError
 from ..datasets.manifest import Manifest
+from ..datasets.paths import checked_path
 from ..images.reading import read_image
 from .style import RIGHT, WRONG, wrapped
 
 # %% ../../nbs/plots/02_grids.ipynb #ca0cc53a
 def _show(ax: Axes, manifest: Manifest, image: str, frame: Any = None, name: str = "") -> None:
     "One image without axes, or the middle slice of a volume, with a frame and a name where given"
-    ax.imshow(read_image(Path(manifest.root, image), **{} if "series" in manifest else manifest.read))
+    ax.imshow(read_image(checked_path(manifest.root, image), **{} if "series" in manifest else manifest.read))
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
     if name:

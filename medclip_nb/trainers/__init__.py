@@ -15,9 +15,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "gradient_cache": ["cached_step", "in_chunks", "refuse_batch_norm"],
     "heads": [
-        "ClassificationHead", "Classify", "DescentConfig", "EpochsConfig", "LOOKS", "PATH_ROWS", "PATIENCE",
-        "PENALTIES", "SOLVERS", "class_names", "classify", "fit_head", "fit_head_epochs", "fit_head_temperature",
-        "load_head", "save_head", "selected_epoch", "train_head",
+        "ClassificationHead", "Classify", "DescentConfig", "EpochsConfig", "HEAD_FOLDER", "LOOKS", "PATH_ROWS",
+        "PATIENCE", "PENALTIES", "SOLVERS", "class_names", "classify", "fit_head", "fit_head_epochs",
+        "fit_head_temperature", "load_head", "save_head", "selected_epoch", "train_head",
     ],
     "item_texts": [
         "DrawnItems", "ItemBatch", "ItemGallery", "ItemTexts", "KEPT", "KeptTokens", "PLACEHOLDER",
@@ -38,8 +38,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "keep_features", "label_ids", "share", "swap_sides", "text_features", "varied",
     ],
     "state": [
-        "MANAGED", "Progress", "Run", "clear_state", "is_managed", "load_best", "load_state", "restore",
-        "run_identity", "save_state", "state_file", "store", "store_best",
+        "MANAGED", "Progress", "Run", "clear_state", "is_managed", "load_best", "load_state",
+        "refuse_other_state", "restore", "run_identity", "save_state", "state_file", "store", "store_best",
     ],
     "trackers": [
         "PROJECT", "RUN", "accelerator_of", "keep_local", "settings", "track", "tracker_options", "tracking",

@@ -22,7 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..core import InputError, atomic_path, is_batch, progress, reuse_memory, to_jsonable, write_json
+from medclip_nb.core import (
+    InputError,
+    atomic_path,
+    is_batch,
+    progress,
+    replaceable,
+    reuse_memory,
+    to_jsonable,
+    write_json,
+)
 from ..datasets.leaks import check_disjoint
 from ..datasets.manifest import Manifest
 from ..distributed import average_gradients
@@ -30,7 +39,7 @@ from ..evaluators.labels import label_classes
 from ..images.augmentation import Augment, laterality
 from ..images.studies import StudyBatch
 from ..models.clip import ClipModel
-from ..models.loading import save_checkpoint
+from ..models.loading import CHECKPOINT_FOLDER, save_checkpoint
 from ..models.long_text import Parts
 from ..models.study_clip import StudyModel
 from .config import ITEM_METRICS, TrainConfig, make_config
@@ -54,6 +63,7 @@ from medclip_nb.trainers.state import (
     is_managed,
     load_best,
     load_state,
+    refuse_other_state,
     run_identity,
     save_state,
     store_best,
@@ -454,6 +464,8 @@ def _start(run: Run) -> None:
     "Continue from a stored state, or start from the beginning"
     resume = run.config.resume or is_managed(run)
     run.out_dir.mkdir(parents=True, exist_ok=True)
+    replaceable(run.checkpoint, CHECKPOINT_FOLDER)
+    refuse_other_state(run)
     clear_state(run, everything=not resume)
     if resume and load_state(run):
         write_history(run)

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['MANAGED', 'Progress', 'Run', 'is_managed', 'state_file', 'run_identity', 'store', 'restore', 'save_state',
-           'load_state', 'store_best', 'load_best', 'clear_state']
+           'load_state', 'store_best', 'load_best', 'refuse_other_state', 'clear_state']
 
 # %% ../../nbs/trainers/08_state.ipynb #a6938645
 import math
 import os
-import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from ..core import RENAMED, InputError, atomic_path, content_hash
+from ..core import RENAMED, InputError, atomic_path, clear_leftovers, content_hash
 from ..datasets.manifest import Manifest
 from ..models.clip import ClipModel
 from .config import PASSING, TrainConfig
@@ -181,6 +180,22 @@ def load_best(run: Run) -> None:
     "Return to the best weights"
     put(run.module, restore(state_file(run).with_name("best.pt")))
 
+def refuse_other_state(
+    run: Run, # Whose state will be stored
+) -> None:
+    "Raise `InputError` if the folder holds files of the names of a state that are something else"
+    path = state_file(run)
+    best = path.with_name("best.pt")
+    if is_managed(run) or _holds(path, {"identity", "progress"}): return
+    for p in (p for p in (path, best) if p.exists()):
+        if p == best and _holds(p, set(moving(run.module))): continue # Left by a run that was killed in its first epoch
+        raise InputError(f"{p}: is not the state of a training run and not replaced. Give another state_dir.")
+
+def _holds(path: Path, names: set[str]) -> bool:
+    "Whether a file that torch can load holds these names"
+    try: return names <= set(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except Exception: return False
+
 def clear_state(
     run: Run, # Whose folders are tidied
     everything: bool, # Whether the state and the best weights are removed too
@@ -189,8 +204,9 @@ def clear_state(
     if not run.accelerator.is_main_process: return
     path = state_file(run)
     folder = path.parent
-    incomplete = [*folder.glob(".state.pt.*"), *folder.glob(".best.pt.*"), *run.out_dir.glob(".history.jsonl.*")]
+    names = [(folder, "state.pt"), (folder, "best.pt"), (run.out_dir, "history.jsonl")]
+    incomplete = [p for where, name in names for p in where.glob(f".{name}.{'[0-9a-f]' * 8}{Path(name).suffix}")]
     whole = [path, folder/"best.pt"] if everything else []
     for p in incomplete + whole: p.unlink(missing_ok=True)
-    for p in run.out_dir.glob(".checkpoint.*"): shutil.rmtree(p, ignore_errors=True)
+    clear_leftovers(run.out_dir)
     if folder.is_dir() and not any(folder.iterdir()): folder.rmdir()

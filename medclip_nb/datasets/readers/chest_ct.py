@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from ...core import InputError
+from ...core import InputError, read_json
 from ..paths import safe_paths
-from .common import finding, listed_items, read_json
+from .common import finding, listed_items
 from ..registry import register
 from ..reports import report_items
 from ..tables import read_table

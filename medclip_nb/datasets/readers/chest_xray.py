@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ...core import InputError, progress
-from ..paths import safe_paths
+from ..paths import checked_path, safe_paths
 from .common import first_existing, keep_texts, skip_records, table_with
 from ..registry import register
 from ..reports import report_sections, report_text
@@ -196,7 +196,7 @@ def _mimic_reports(root: Path, folder: Path, studies: pd.DataFrame, masks: str) 
     found: dict[str, tuple] = {}
     pairs = zip(studies["place"], studies["study_id"])
     for place, study in progress(pairs, total=len(studies), desc="reading reports"):
-        path = folder/f"{place}.txt"
+        path = checked_path(folder, f"{place}.txt", f"study {study}")
         if not path.is_file(): continue
         caption, items = report_text(report_sections(path.read_text(encoding="utf-8", errors="replace")), masks=masks)
         if caption: found[study] = caption, items

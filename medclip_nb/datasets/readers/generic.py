@@ -16,9 +16,9 @@ from typing import Any
 
 import pandas as pd
 
-from ...core import InputError, atomic_path, close_matches, content_hash, progress
+from ...core import InputError, atomic_path, close_matches, content_hash, plain_file, progress, read_json
 from ..paths import safe_path, safe_paths
-from .common import image_store, join_items, listed_items, read_json, split_of, store_image
+from .common import image_store, join_items, listed_items, split_of, store_image
 from ..registry import register
 
 # %% ../../../nbs/datasets/readers/03_generic.ipynb #f64f024a
@@ -52,7 +52,7 @@ def read_records(
     path: str | Path, # A JSON list, JSON lines, or an object of image -> caption
 ) -> tuple[list[Any], list[int] | None]: # The entries, and the line number of each in a file of JSON lines
     "The entries of a JSON file in any of these spellings; raises `InputError` with the line that is not JSON"
-    path = Path(path)
+    path = plain_file(path)
     try:
         with open(path, encoding="utf-8-sig") as f:
             first, second = f.readline(1 << 16), f.readline(1 << 16)
@@ -378,7 +378,7 @@ def read_parquet(
         facts = part.stat()
         key = content_hash(part.relative_to(base).as_posix(), facts.st_size, facts.st_mtime_ns, str(image))
         try:
-            with pq.ParquetFile(part) as file:
+            with pq.ParquetFile(plain_file(part)) as file:
                 batches = (pa.Table.from_batches([b]) for b in file.iter_batches(batch_size=512))
                 data = arrow_rows(batches, base, image_store(base), key, image)
         except (pa.ArrowException, OSError) as error:

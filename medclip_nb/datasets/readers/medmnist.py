@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ...core import InputError, atomic_folder, close_matches, progress
+from ...core import FolderKind, InputError, atomic_folder, close_matches, progress
 from ..registry import register
 
 # %% ../../../nbs/datasets/readers/11_medmnist.ipynb #60ce0a9b
@@ -124,7 +124,10 @@ def _write_images(archive: zipfile.ZipFile, path: Path, folder: Path, counts: di
     file.close()
     suffix, marker = ".npz" if len(shape) == 4 and shape[-1] != 3 else ".png", folder/"source.json"
     if marker.is_file() and marker.read_text() == source: return suffix
-    with atomic_folder(folder) as made, progress(total=sum(counts.values()), desc=f"writing {folder.name}") as bar:
+    kind = FolderKind("unpacked images", "source.json", ("file", "bytes", "time", "images"),
+                      tuple(f"{part}/*{suffix}" for part in PARTS))
+    bar = progress(total=sum(counts.values()), desc=f"writing {folder.name}")
+    with atomic_folder(folder, kind) as made, bar:
         for part in PARTS:
             (made/part).mkdir()
             for n, pixels in enumerate(_rows(archive, f"{part}_images", str(path))):

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from ...core import InputError, progress
+from ...core import InputError, plain_file, progress, read_json
 from ..paths import safe_path, safe_paths
-from .common import finding, join_items, listed_items, read_json
+from .common import finding, join_items, listed_items
 from ..registry import register
 from ..tables import read_table
 
@@ -196,7 +196,7 @@ def _header(path: Path) -> tuple[str | None, str | None, float | None]:
     import pydicom
     tags = ["PatientID", "StudyInstanceUID", "ImagePositionPatient"]
     try:
-        head = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+        head = pydicom.dcmread(plain_file(path), stop_before_pixels=True, specific_tags=tags)
         raw = [head.get_item(tag).value.decode("ascii").strip(" \0") if tag in head else None for tag in tags]
         return raw[0], raw[1], float(raw[2].split("\\")[2]) if raw[2] else None
     except (OSError, ValueError, IndexError, AttributeError, pydicom.errors.InvalidDicomError): return None, None, None

@@ -1,0 +1,298 @@
+"Folders that are not ours survive every command that writes one, and no file outside the data is opened"
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from medclip_nb.cli.main import app
+from medclip_nb.core import MARK, InputError, folder_mark, replaceable
+from medclip_nb.datasets import Manifest, load_manifest, make_starter, write_shards
+from medclip_nb.datasets.readers.natural_images import extract_once
+from medclip_nb.embeddings import embed
+from medclip_nb.evaluators import look_at_row
+from medclip_nb.experiments import run
+from medclip_nb.experiments.runs import FAILED_FOLDER, RUN_FOLDER, run_folder
+from medclip_nb.models import add_lora, load_model, save_adapter, save_checkpoint, save_huggingface
+from medclip_nb.trainers import ClassificationHead, save_head
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def tree(root: Path) -> dict[str, object]:
+    "Every file below a folder with its content, every link with its target, every empty folder"
+    found = {}
+    for p in sorted(root.rglob("*")):
+        name = p.relative_to(root).as_posix()
+        if p.is_symlink(): found[name] = ("link", os.readlink(p))
+        else: found[name] = p.read_bytes() if p.is_file() else "folder"
+    return found
+
+
+def call(*words):
+    "Exit code and output of the command; a traceback fails the test"
+    done = CliRunner().invoke(app, list(map(str, words)))
+    if done.exception and not isinstance(done.exception, SystemExit): raise done.exception
+    return done.exit_code, done.output
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, make_template):
+    "What the commands of these tests read: a checkpoint, a table with pictures, a template"
+    root = tmp_path_factory.mktemp("made")
+    save_checkpoint(load_model("starter", device="cpu"), root / "model")
+    (root / "data").mkdir()
+    for i in range(4): Image.fromarray(np.full((8, 8, 3), 60 * i, np.uint8)).save(root / "data" / f"{i}.png")
+    rows = "".join(f"{i}.png,picture {i},train\n" for i in range(4))
+    (root / "data" / "t.csv").write_text("image,caption,split\n" + rows)
+    make_template(root / "stub.ipynb", 'out_dir: str = "."', "print(1)")
+    run(root / "stub.ipynb", {}, root / "run", quiet=True)
+    return root
+
+
+def commands(made):
+    "Command lines that write a folder, without the folder"
+    table = ["--root", made / "data" / "t.csv"]
+    return {"export": ["export", made / "model", "--to", "open_clip", "--overwrite", "--out"],
+            "shard": ["data", "shard", "csv", *table, "--overwrite", "--out"],
+            "run": ["run", made / "stub.ipynb", "--out"]}
+
+
+def callables(made):
+    "Functions that write a folder"
+    clip = load_model(str(made / "model"), device="cpu")
+    adapted = add_lora(load_model(str(made / "model"), device="cpu"), rank=1, towers=("text",))
+    return {"checkpoint": lambda p: save_checkpoint(clip, p, epoch=1),
+            "adapter": lambda p: save_adapter(adapted, p),
+            "head": lambda p: save_head(ClassificationHead(4, ["a", "b"]), p),
+            "unpacked": lambda p: extract_once(p, made / "data" / "t.csv", lambda folder: {}),
+            "starter": lambda p: make_starter(p, workers=1, n_studies=(1, 0, 0), n_slices=(1, 1, 1))}
+
+
+@pytest.fixture
+def strangers(tmp_path, monkeypatch):
+    "Places that hold what a user may not lose"
+    work, home = tmp_path / "work", tmp_path / "home"
+    for folder in (work / "photos" / "2019", home, work / "empty"): folder.mkdir(parents=True)
+    (work / "photos" / "2019" / "a.jpg").write_bytes(b"one of a kind")
+    (work / "photos" / "index.json").write_text('{"shards": [], "samples": 0}')  # An index, but of something else
+    (work / "photos" / "run.json").write_text('{"km": 12}')
+    (work / "link").symlink_to("photos")
+    (work / "empty link").symlink_to("empty")
+    (work / "file").write_text("text")
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("HOME", str(home))
+    return {"files": work / "photos", "link": work / "link", "empty link": work / "empty link", "file": work / "file",
+            "here": ".", "above": "..", "home": home, "root": "/"}
+
+
+@pytest.mark.parametrize("name", ["export", "shard", "run"])
+def test_commands_replace_nothing_that_they_did_not_make(made, strangers, tmp_path, name):
+    before = tree(tmp_path)
+    for place, out in strangers.items():
+        code, output = call(*commands(made)[name], out)
+        assert code == 2 and output.startswith("error: ") and output.count("\n") == 1, (place, output)
+        assert tree(tmp_path) == before, place
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "adapter", "head", "unpacked", "starter"])
+def test_functions_replace_nothing_that_they_did_not_make(made, strangers, tmp_path, name):
+    before, write = tree(tmp_path), callables(made)[name]
+    for out in strangers.values():
+        with pytest.raises(InputError, match="is not replaced|is a file|holds something else"): write(out)
+        assert tree(tmp_path) == before
+
+
+def test_a_whole_file_system_is_not_replaced(made, tmp_path, monkeypatch):
+    (disk := tmp_path / "disk").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda p: Path(p) == disk)
+    for words in commands(made).values():
+        code, output = call(*words, disk)
+        assert code == 2 and "is a whole file system, which is not replaced" in output
+    assert list(disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["export", "shard", "run"])
+def test_own_folders_are_replaced_unless_they_hold_something_else(made, tmp_path, name):
+    words, out = commands(made)[name], tmp_path / "out"
+    out.mkdir()  # An empty folder may be filled
+    if name == "run": shutil.copytree(made / "run", out, dirs_exist_ok=True)
+    else: assert call(*words, out)[0] == 0
+    assert call(*words, out)[0] == 0
+    if name != "run":
+        assert folder_mark(out)["kind"] == {"export": "export", "shard": "shards"}[name]
+        code, output = call(*[w for w in words if w != "--overwrite"], out)
+        assert code == 2 and "or --overwrite" in output
+    (out / "notes").mkdir()
+    (out / "notes" / "mine.txt").write_text("three weeks of reading")
+    before = tree(tmp_path)
+    code, output = call(*words, out)
+    assert code == 2 and "holds notes/mine.txt, which does not belong to it" in output
+    assert tree(tmp_path) == before
+    for other in {"export", "shard", "run"} - {name}:
+        code, output = call(*commands(made)[other], out)
+        assert code == 2 and "so it is not replaced" in output and tree(tmp_path) == before
+
+
+def test_a_card_replaces_no_other_readme(made, tmp_path):
+    (mine := tmp_path / "project").mkdir()
+    (mine / "README.md").write_text("# My project")
+    words = ["export", made / "run", "--to", "card", "--out"]
+    assert "is there already" in call(*words, mine)[1]
+    code, output = call(*words, mine, "--overwrite")
+    assert code == 2 and "is not a model card of this package" in output
+    assert (mine / "README.md").read_text() == "# My project"
+    for _ in range(2): assert call(*words, tmp_path / "card", "--overwrite")[0] == 0
+
+
+def test_the_folder_of_a_failed_run_is_ours_before_it_is_replaced(made, tmp_path):
+    (mine := tmp_path / "run.failed").mkdir()
+    (mine / "analysis.xlsx").write_bytes(b"mine")
+    with pytest.raises(InputError, match="run.failed: is not a folder of medclip_nb"):
+        run(made / "stub.ipynb", {}, tmp_path / "run", quiet=True)
+    assert tree(tmp_path) == {"run.failed": "folder", "run.failed/analysis.xlsx": b"mine"}
+    (mine / "analysis.xlsx").rename(mine / "report.ipynb")
+    (mine / "report.ipynb").write_text('{"cells": [], "nbformat": 4}')  # As earlier versions left it
+    run(made / "stub.ipynb", {}, tmp_path / "run", quiet=True)
+    assert not mine.exists()
+
+
+@pytest.mark.parametrize("report", sorted(p.parent.name for p in (ROOT / "reports" / "starter").glob("*/run.json")))
+def test_runs_of_earlier_versions_are_replaced(report, tmp_path):
+    shutil.copytree(ROOT / "reports" / "starter" / report, tmp_path / report)
+    (tmp_path / report / ".ipynb_checkpoints").mkdir()
+    (tmp_path / report / ".ipynb_checkpoints" / "report-checkpoint.ipynb").touch()  # It was opened in Jupyter
+    assert replaceable(tmp_path / report, RUN_FOLDER) == tmp_path / report
+    (tmp_path / report / "figure for the talk.png").touch()
+    with pytest.raises(InputError, match="holds figure for the talk.png"): replaceable(tmp_path / report, RUN_FOLDER)
+
+
+def test_starter_data_of_earlier_versions_are_replaced(tmp_path):
+    tiny = dict(workers=1, n_studies=(1, 0, 0), n_slices=(1, 1, 1))
+    root = make_starter(tmp_path / "starter", series=True, **tiny)
+    for p in root.rglob(MARK): p.unlink()
+    make_starter(root, **tiny, seed=1)
+    assert folder_mark(root)["kind"] == "starter data" and not (root / "series").exists()
+    make_starter(root, series=True, **tiny, seed=2)
+    (root / "masks" / "mine.txt").touch()
+    with pytest.raises(InputError, match="holds masks/mine.txt"): make_starter(root, **tiny, seed=3)
+
+
+def killed(code: str, until: Path, pattern: str) -> None:
+    "Start Python on some code, and kill it when a path appears"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    for _ in range(600):
+        if list(until.glob(pattern)): break
+        assert process.poll() is None, "it ended too early"
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(until.glob(pattern))
+
+
+def test_a_killed_shard_write_is_cleared_away(made, tmp_path):
+    code = ("import time\nfrom medclip_nb.datasets import load_manifest, shards\n"
+            "shards._add = lambda *_: time.sleep(60)\n"
+            f"shards.write_shards(load_manifest('csv', {str(made / 'data')!r}), {str(tmp_path / 'out')!r})")
+    killed(code, tmp_path, ".out.*/*.tar")
+    living = tmp_path / f".out.{os.getpid()}-{next(tmp_path.glob('.out.*')).name.split('-')[1]}-00000000"
+    for folder in (living, tmp_path / ".out.mine"): folder.mkdir()
+    write_shards(load_manifest("csv", made / "data"), tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["out", ".out.mine", living.name])
+
+
+def test_a_run_killed_between_its_two_renames_comes_back(made, tmp_path):
+    shutil.copytree(made / "run", tmp_path / "run")
+    before = tree(tmp_path / "run")
+    code = ("import os, time\nfrom medclip_nb.experiments import runs\nplain = os.replace\n"
+            "def slow(a, b):\n    plain(a, b)\n    time.sleep(60)\n"
+            f"with runs.run_folder({str(tmp_path / 'run')!r}): os.replace = slow")
+    killed(code, tmp_path, ".partial/.run.*.old")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(RuntimeError), run_folder(tmp_path / "other"): raise RuntimeError
+    assert tree(tmp_path / "run") == before and not (tmp_path / ".partial").exists()
+
+
+def test_huggingface_folders_replace_their_like(tmp_path):
+    (mine := tmp_path / "mine").mkdir()
+    (mine / "model.safetensors").touch()
+    with pytest.raises(InputError, match="of the kind 'huggingface'"):
+        save_huggingface(load_model("starter", device="cpu"), mine)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"] and FAILED_FOLDER.name == "failed run"
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    "A data folder with a link out of it, a pipe, a device and a picture that may be read"
+    secret, data = tmp_path / "secret", tmp_path / "data"
+    for folder in (secret, data / "scan"): folder.mkdir(parents=True)
+    Image.fromarray(np.full((8, 8, 3), 77, np.uint8)).save(secret / "secret.png")
+    Image.fromarray(np.full((8, 8, 3), 9, np.uint8)).save(data / "a.png")
+    (data / "link.png").symlink_to(secret / "secret.png")
+    (data / "up").symlink_to(secret)
+    (data / "zero.png").symlink_to("/dev/zero")
+    os.mkfifo(data / "pipe.png")
+    (data / "scan" / "1.dcm").symlink_to(secret / "secret.png")
+    return data
+
+
+FAULTS = {"link.png": "is a link out of", "up/secret.png": "is a link out of", "zero.png": "is a link out of",
+          "pipe.png": "is a pipe or a device", "scan": "holds 1.dcm, which is a link out of"}
+
+
+def table(root, *images, **columns):
+    same = {"caption": ["a"] * len(images), "split": ["train"] * len(images)}
+    rows = Manifest({"image": list(images), **same, **columns})
+    rows.root = str(root)
+    return rows
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_no_reader_leaves_the_folder_or_waits_at_a_pipe(made, hostile, name):
+    clip, rows = load_model("starter", device="cpu"), table(hostile, "a.png", name)
+    for read in (rows.paths, lambda: embed(clip, rows), lambda: look_at_row(clip, rows, 1, ["a lesion"])):
+        with pytest.raises(InputError, match=FAULTS[name]) as caught: read()
+        assert f"data/{name}: " in str(caught.value) and "(row 1)" in str(caught.value)
+    masks = table(hostile, "a.png", mask=[name], items=[["a lesion"]])
+    with pytest.raises(InputError, match=FAULTS[name]): look_at_row(clip, masks, 0)
+    index = write_shards(rows, hostile.parent / "shards", max_bad=0.5)
+    assert index["samples"] == 1 and [s["row"] for s in index["skipped"]] == [1]
+    assert FAULTS[name] in index["skipped"][0]["message"]
+    secret = (hostile.parent / "secret" / "secret.png").read_bytes()
+    assert secret not in (hostile.parent / "shards" / "train-000000.tar").read_bytes()
+
+
+def test_embed_and_shard_end_with_one_line(hostile, command):
+    for name, words in FAULTS.items():
+        if name == "scan": continue
+        (hostile / "t.csv").write_text(f"image,caption\n{name},x\na.png,y\n")
+        for verb in (["embed", "csv", "t.csv", "--model", "starter", "--out", "f.npz"],
+                     ["data", "shard", "csv", "--root", "t.csv", "--out", "s"]):
+            done = subprocess.run([command, *verb], cwd=hostile, capture_output=True, text=True,
+                                  timeout=120)
+            assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+            assert not (hostile / "f.npz").exists() and not (hostile / "s").exists()
+
+
+@pytest.mark.parametrize("reader, name", [
+    ("csv", "t.csv"), ("json-pairs", "pairs.json"), ("json-pairs", "pairs.jsonl"), ("study-json", "train.json"),
+    ("parquet", "t.parquet"), ("webdataset", "train-0.tar")])
+def test_a_pipe_is_no_table(tmp_path, command, reader, name):
+    os.mkfifo(tmp_path / name)
+    done = subprocess.run([command, "data", "info", reader, "--root", "."], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_mark_says_what_it_marks(tmp_path):
+    save_head(ClassificationHead(4, ["a", "b"]), tmp_path / "head")
+    assert json.loads((tmp_path / "head" / MARK).read_text()) == {"kind": "head",
+                                                                  "files": ["head.json", "head.safetensors"]}
