@@ -135,6 +135,7 @@ EFFECTS = {
         Effect("class_weight", "mode=head or objective=prompts", _by_class),
         Effect("templates prompts", "classes, which a label names", lambda p: p["label"]),
         Effect("prompt_note", "mode=head or objective=prompts", _by_class),
+        Effect("classes", "a label", lambda p: p["label"]),
         Effect("backbone hidden standardize solver", "mode=head", _is_head),
         Effect("solver", "backbone=frozen", lambda p: p["backbone"] == "frozen"),
         Effect("rank alpha lora_targets towers", "mode=lora", lambda p: p["mode"] == "lora"),
@@ -155,7 +156,7 @@ EFFECTS = {
         ),
         Effect("merge", "sampling=diverse", lambda p: p["sampling"] == "diverse"),
         Effect("templates prompts prompt_note", "labels or findings", lambda p: p["labels"] or p["findings"]),
-        Effect("positive", "labels", lambda p: p["labels"]),
+        Effect("positive classes", "labels", lambda p: p["labels"]),
     ),
 }
 

@@ -132,9 +132,10 @@ class Fitting:
     def sentence(self) -> str: # Markdown
         "What is fitted where, whether that flatters the result, and what splits share"
         uses = ", ".join(f"on *{split}* {what}" for split, what in self.uses.items())
-        said = f"{uses[:1].upper()}{uses[1:]}; " if uses else "Nothing is fitted; "
-        if self.split in self.uses: said += f"**and the result is measured on *{self.split}* too, which flatters it.**"
-        else: said += f"*{self.split}* is only measured."
+        said = f"{uses[:1].upper()}{uses[1:]}" if uses else "Nothing is fitted"
+        if self.split in self.uses:
+            said += f", **and the result is measured on *{self.split}* too, which flatters it.**"
+        else: said += f"; *{self.split}* is only measured."
         if not self.uses: return said
         if len(self.leaks):
             rows = self.leaks["row"].nunique()
@@ -239,4 +240,4 @@ def prompt_sentence(
     if pack: said += f"The prompts are those of the pack {pack['name']}, version {pack['version']}. "
     if note: return f"{said}{note.strip()}"
     if pack: return said.strip()
-    return f"{said}They were taken as given; whether they were chosen with these data in view is not known."
+    return f"{said}Its prompts were taken as given; whether they were chosen with these data in view is not known."
