@@ -30,6 +30,7 @@ from medclip_nb.evaluators import (
     with_columns,
 )
 from medclip_nb.experiments import compare, over_runs, seed_groups
+from medclip_nb.metrics import mcnemar
 
 
 def run(seed, skill, rows=120, patients=40, classes=("no", "yes"), task="zero_shot", split="test"):
@@ -55,9 +56,9 @@ def test_each_test_says_what_it_should(seed):
     a, b = run(seed, 0.8), run(seed + 50, 1.4)
     found = paired_tests(a, b, n_boot=300).set_index(["metric", "test"])
     x, y = a.predictions, b.predictions
-    assert set(found.index) == {("accuracy", "paired bootstrap"), ("accuracy", "McNemar"),
+    assert set(found.index) == {("accuracy", "paired bootstrap"), ("accuracy", "McNemar, by group"),
                                 ("balanced_accuracy", "paired bootstrap"), ("auroc", "paired bootstrap"),
-                                ("auroc", "DeLong")}
+                                ("auroc", "DeLong, by group")}
     score = lambda p: {"accuracy": p.correct.mean(), "balanced_accuracy": balanced_accuracy_score(p.label, p.predicted),
                        "auroc": roc_auc_score(p.label == "yes", p["p(yes)"])}
     for (metric, test), row in found.iterrows():
@@ -65,7 +66,13 @@ def test_each_test_says_what_it_should(seed):
         assert row.difference == pytest.approx(row.after - row.before)
         assert (row["rows"], row.groups) == (120, 40)
     gained, lost = (y.correct & ~x.correct).sum(), (x.correct & ~y.correct).sum()
-    assert found.loc[("accuracy", "McNemar"), "p"] == pytest.approx(binomtest(int(gained), int(gained + lost)).pvalue)
+    assert found.loc[("accuracy", "McNemar, by group"), "p"] == pytest.approx(
+        mcnemar(x.correct, y.correct, groups=x.group)["p"])
+    for r in (a, b): r.predictions["group"] = range(120)
+    alone = paired_tests(a, b, n_boot=20).set_index(["metric", "test"])
+    assert alone.loc[("accuracy", "McNemar"), "p"] == pytest.approx(
+        binomtest(int(gained), int(gained + lost)).pvalue)
+    for r in (a, b): r.predictions["group"] = [f"p{i % 40}" for i in range(120)]
     short = paired_differences(a, b, n_boot=300)
     assert [d["metric"] for d in short] == ["accuracy"]
     assert (short[0]["value"], short[0]["low"],
@@ -86,7 +93,7 @@ def test_rows_that_only_one_run_answered_are_left_out():
     a.predictions.loc[:9, "correct"] = None
     b = Result(b.task, b.metrics, b.predictions.iloc[20:], b.details)
     found = paired_tests(a, b, 100).set_index(["metric", "test"])
-    assert found.loc[("accuracy", "McNemar"), "rows"] == 100
+    assert found.loc[("accuracy", "McNemar, by group"), "rows"] == 100
     with pytest.raises(InputError, match="no row in common"): paired_tests(a, run(1, 1, split="valid"))
 
 
@@ -105,7 +112,7 @@ def test_unknown_labels_abstain():
     found = paired_tests(a, b, 50)
     assert (found["rows"] == 115).all()
     known = a.predictions.iloc[5:]
-    assert found.set_index(["metric", "test"]).loc[("auroc", "DeLong"),
+    assert found.set_index(["metric", "test"]).loc[("auroc", "DeLong, by group"),
                                                    "before"] == pytest.approx(
                                                        roc_auc_score(known.label == "yes", known["p(yes)"]))
 
@@ -123,7 +130,7 @@ def test_several_labels_and_robustness_are_kept_apart():
         worse.append(r)
     assert len(paired_rows(*worse)) == 360
     counts = paired_tests(*worse, 50).set_index(["metric", "test"])["rows"]
-    assert counts["clean/accuracy", "McNemar"] == 120 and counts["jpeg/accuracy", "McNemar"] == 240
+    assert counts["clean/accuracy", "McNemar, by group"] == 120 and counts["jpeg/accuracy", "McNemar, by group"] == 240
 
 
 def test_holm_is_over_the_whole_report():
@@ -267,7 +274,8 @@ def test_compare_template_on_hand_made_runs(command, tmp_path):
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert {"before -> after-0: accuracy", "before -> after-0: auroc"} <= set(found["metrics"])
     assert found["metrics"]["before -> after-0: accuracy"]["low"] > 0
-    assert {"McNemar", "DeLong", "paired bootstrap"} == {t["test"] for t in found["details"]["tests"]}
+    tests = {t["test"] for t in found["details"]["tests"]}
+    assert tests == {"McNemar, by group", "DeLong, by group", "paired bootstrap"}
     assert {(s["group"], s["n"]) for s in found["details"]["seeds"]} == {("after", 2)}
     assert any(s["subgroup"] == "B" and s["few"] for s in found["details"]["subgroups"]["after-0"])
     report = (tmp_path / "out" / "report.html").read_text()

@@ -57,8 +57,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "BY_PARAMETER", "PromptSpec", "Question", "class_question", "finding_question", "pack_questions", "prompt_spec",
     ],
     "results": [
-        "EvalOptions", "Result", "SCHEMA", "bootstrap_groups", "classification", "finding_result",
-        "image_names", "join_results", "metric_table", "provenance", "skipped_rows",
+        "COLUMNS", "EvalOptions", "Result", "SCHEMA", "bootstrap_groups", "classification", "finding_result",
+        "image_names", "join_results", "metric_bounds", "metric_table", "provenance", "skipped_rows",
+        "unit_of",
     ],
     "scores": ["BELOW", "MODES", "check_mode", "item_scores", "text_queries"],
     "subgroup_tables": ["small_subgroups", "subgroups", "with_columns"],

@@ -24,7 +24,7 @@ from .results import Result, bootstrap_groups, image_names, metric_table, proven
 from .zero_shot_classification import zero_shot_classifier
 from ..images.corruptions import ANY_IMAGE, SEVERITIES, Corrupt, corrupted_preprocess, stained
 from ..images.reading import read_image
-from ..metrics.classification import classification_metrics
+from ..metrics.classification import classification_metrics, classification_units
 from ..metrics.resampling import bootstrap_weights
 from ..models.clip import ClipModel
 
@@ -179,7 +179,9 @@ def robustness(
     if train is None: scores_of, about = _zero_shot_scores(clip, classes, how.templates, how.prompts)
     else: scores_of, about = _probe_scores(clip, train, valid, rows, label, classes, how)
     values, samples, tables = {}, {}, []
-    weights = bootstrap_weights(bootstrap_groups(rows), how.n_boot, how.seed)
+    groups = bootstrap_groups(rows)
+    weights = bootstrap_weights(groups, how.n_boot, how.seed)
+    units = classification_units(named_labels(rows[label]), classes, groups, positive)
     for condition in (None, *conditions):
         key = (condition.name, condition.level) if condition else ("clean", 0)
         shown = corrupted(clip, condition) if condition else clip
@@ -191,6 +193,7 @@ def robustness(
         {f"{k}/{metric}": float(v[0]) for k, v in value.items()},
         {f"{k}/{metric}": v for k, v in sample.items()},
         len(rows),
+        units.get(metric) or units[""],
     )
     facts = {
         "label": label,

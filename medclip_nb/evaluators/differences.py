@@ -14,8 +14,9 @@ import pandas as pd
 
 from ..core import InputError
 from .results import Result
-from ..metrics.classification import classification_metrics
+from ..metrics.classification import class_counts
 from ..metrics.curves import auroc
+from ..metrics.resampling import group_counts, mean_fixed, ratio
 from ..metrics.significance import delong_test, holm, mcnemar, paired_bootstrap
 
 # %% ../../nbs/evaluators/15_differences.ipynb #8e585299
@@ -85,20 +86,30 @@ def balanced_accuracy(
     weights: np.ndarray, # (n, rows) from `bootstrap_weights`
     classes: int, # Number of classes
 ) -> np.ndarray: # (n,)
-    "Mean recall of the classes on every resample"
-    votes = entries[:, 1:] == np.arange(classes)
-    return classification_metrics(entries[:, 0], votes.astype(float), range(classes), weights)["balanced_accuracy"]
+    "Mean recall of the classes that occur, on every resample"
+    true, predicted = entries.T
+    predicted = np.where(predicted < 0, classes, predicted)
+    recalls = [
+        ratio(right, support)[:, :classes]
+        for support, _, right in (
+            class_counts(true, predicted, classes + 1, w) for w in (np.ones((1, len(true))), weights)
+        )
+    ]
+    return mean_fixed(recalls[1], recalls[0][0])
 
 def _scored(
     rows: pd.DataFrame, classes: list[str], positive: str
-) -> Iterator[tuple[str, np.ndarray, np.ndarray, Callable]]:
-    "Metric, entries of both runs, and the metric as a function of entries and weights"
+) -> Iterator[tuple[str, np.ndarray, np.ndarray, Callable, int]]:
+    "Metric, entries of both runs, the metric as a function of entries and weights, and the groups that it rests on"
     true, column = pd.Categorical(rows["label"], classes).codes, f"p({positive})"
     entries = [np.stack([true, pd.Categorical(rows[c], classes).codes], 1) for c in ("predicted", "predicted_after")]
-    yield "balanced_accuracy", *entries, lambda entries, weights: balanced_accuracy(entries, weights, len(classes))
-    if not positive or column not in rows or f"{column}_after" not in rows: return
+    have, rest = group_counts(rows["group"], true[:, None] == np.arange(len(classes)))
+    metric = lambda entries, weights: balanced_accuracy(entries, weights, len(classes))
+    yield "balanced_accuracy", *entries, metric, int(have[have > 0].min())
+    if not positive or "corruption" in rows or column not in rows or f"{column}_after" not in rows: return
     scores = [np.stack([true == classes.index(positive), rows[c]], 1) for c in (column, f"{column}_after")]
-    yield "auroc", *scores, lambda entries, weights: auroc(*entries.T, weights)
+    both = min(have[classes.index(positive)], rest[classes.index(positive)])
+    yield "auroc", *scores, lambda entries, weights: auroc(*entries.T, weights), int(both)
 
 # %% ../../nbs/evaluators/15_differences.ipynb #9115bbd3
 def _line(metric: str, test: str, groups: pd.Series, found: dict[str, Any]) -> dict[str, Any]:
@@ -111,6 +122,10 @@ def _line(metric: str, test: str, groups: pd.Series, found: dict[str, Any]) -> d
         "groups": groups.nunique(),
     }
 
+def _repeated(groups: pd.Series) -> pd.Series | None:
+    "The groups where one of them has several rows, else None: rows are then independent"
+    return groups if groups.duplicated().any() else None
+
 def _part_tests(
     prefix: str, rows: pd.DataFrame, classes: list[str], positive: str, how: dict[str, int]
 ) -> Iterator[dict[str, Any]]:
@@ -119,13 +134,20 @@ def _part_tests(
         yield _line(prefix + name, "paired bootstrap", groups, paired_bootstrap(old, new, groups=groups, **how))
         if name == "accuracy":
             means = {"before": old.mean(), "after": new.mean(), "difference": new.mean() - old.mean()}
-            yield _line(prefix + name, "McNemar", groups, {**means, **mcnemar(old, new)})
+            units = _repeated(groups)
+            test = "McNemar" if units is None else "McNemar, by group"
+            yield _line(prefix + name, test, groups, {**means, **mcnemar(old, new, groups=units)})
     if not classes or not {"label", "predicted", "predicted_after"} <= set(rows): return
     known = rows[rows["label"].isin(classes)]
     groups = known["group"]
-    for name, old, new, metric in _scored(known, classes, positive):
-        yield _line(prefix + name, "paired bootstrap", groups, paired_bootstrap(old, new, metric, groups=groups, **how))
-        if name == "auroc": yield _line(prefix + name, "DeLong", groups, delong_test(old[:, 0], old[:, 1], new[:, 1]))
+    if not len(known): return
+    units = _repeated(groups)
+    for name, old, new, metric, support in _scored(known, classes, positive):
+        found = paired_bootstrap(old, new, metric, groups=groups, support=support, **how)
+        yield _line(prefix + name, "paired bootstrap", groups, found)
+        if name == "auroc":
+            test = "DeLong" if units is None else "DeLong, by group"
+            yield _line(prefix + name, test, groups, delong_test(old[:, 0], old[:, 1], new[:, 1], groups=units))
 
 def paired_tests(
     before: Result, # One run

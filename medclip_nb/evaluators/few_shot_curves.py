@@ -34,7 +34,7 @@ from medclip_nb.evaluators.probes import (
 from .prompts import class_sentences
 from .results import Result, bootstrap_groups, metric_table, provenance
 from .zero_shot_classification import zero_shot_classifier
-from ..metrics.classification import classification_metrics
+from ..metrics.classification import classification_metrics, classification_units
 from ..metrics.resampling import bootstrap_weights
 from ..metrics.significance import over_seeds
 from ..models.clip import ClipModel
@@ -224,10 +224,11 @@ def _zero_shot_line(
     rows: Manifest, true: np.ndarray, scores: np.ndarray, p: np.ndarray, classes: list[str], how: FitOptions
 ) -> pd.DataFrame:
     "Metrics of the texts alone, with bootstrap intervals"
-    weights = bootstrap_weights(bootstrap_groups(rows), how.n_boot, how.seed)
+    groups = bootstrap_groups(rows)
+    weights, units = bootstrap_weights(groups, how.n_boot, how.seed), classification_units(true, classes, groups)
     values, samples = (classification_metrics(true, scores, classes, w, probabilities=p) for w in (None, weights))
     named = [{f"zero_shot/{m}": found[m] for m in FEW_SHOT_METRICS} for found in (values, samples)]
-    return metric_table(*named, values["n"])
+    return metric_table(*named, values["n"], units)
 
 def _predictions(
     rows: Manifest, true: np.ndarray, classes: list[str], scores: Tensor, p: np.ndarray | None, **draw: Any

@@ -398,7 +398,8 @@ def method_differences(
             raise InputError(f"{first} and {name} were not evaluated on the same items.")
         for measure in (m for m in measures if m in one.predictions and m in other.predictions):
             gaps = (both[measure] - both[f"{measure}_other"]).to_numpy(float)
-            span = bootstrap(gaps, n=n_boot, seed=seed, groups=both["group"].to_numpy())
+            groups, known = both["group"].to_numpy(), ~np.isnan(gaps)
+            span = bootstrap(gaps, n=n_boot, seed=seed, groups=groups, units=len(set(groups[known])))
             rows.append((first, name, measure, float(np.nanmean(gaps)), *span, int((~np.isnan(gaps)).sum())))
     return pd.DataFrame(rows, columns=["of", "against", "measure", "value", "low", "high", "n"])
 

@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import connected_components
 from ..core import InputError, close_matches
 from ..datasets.manifest import Manifest
 from ..embeddings.features import embed
-from .results import EvalOptions, Result, bootstrap_groups, metric_table, provenance
+from .results import EvalOptions, Result, bootstrap_groups, metric_table, provenance, unit_of
 from ..metrics.resampling import bootstrap_weights
 from ..metrics.retrieval import chance_recall, query_metrics, retrieval_queries
 from ..models.clip import ClipModel
@@ -167,10 +167,12 @@ def _direction(
     gallery: int,
     ks: Sequence[int],
     weights: np.ndarray,
+    groups: np.ndarray,
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     "Metrics of one direction, and their chance levels"
     queries = table.iloc[code[counted]]
-    metrics = metric_table(query_metrics(queries), query_metrics(queries, weights[:, counted]), int(counted.sum()))
+    values, samples = query_metrics(queries), query_metrics(queries, weights[:, counted])
+    metrics = metric_table(values, samples, int(counted.sum()), unit_of(groups, counted))
     chance = chance_levels(queries["positives"].to_numpy(), gallery, ks)
     return metrics.assign(name=[f"{way}_{name}" for name in metrics["name"]]), {
         f"{way}_{name}": value for name, value in chance.items()
@@ -220,9 +222,10 @@ def retrieval(
     queries = rank_pairs(*features, right, ks, ties)
     pair = pd.DataFrame({"image": image, "text": text})
     counted = {"image_to_text": ~pair["image"].duplicated().to_numpy(), "text_to_image": ~pair.duplicated().to_numpy()}
-    weights = bootstrap_weights(bootstrap_groups(manifest), how.n_boot, how.seed)
+    groups = bootstrap_groups(manifest)
+    weights = bootstrap_weights(groups, how.n_boot, how.seed)
     ways = [
-        _direction(way, table, codes[way], counted[way], right.shape[way == "image_to_text"], ks, weights)
+        _direction(way, table, codes[way], counted[way], right.shape[way == "image_to_text"], ks, weights, groups)
         for way, table in queries.items()
     ]
     predictions = pd.DataFrame(

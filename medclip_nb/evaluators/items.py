@@ -27,6 +27,7 @@ from .image_text_retrieval import chance_levels
 from .labels import finding_labels, label_classes
 from .questions import Question, class_question, finding_question
 from medclip_nb.evaluators.results import (
+    COLUMNS,
     EvalOptions,
     Result,
     bootstrap_groups,
@@ -35,11 +36,12 @@ from medclip_nb.evaluators.results import (
     image_names,
     metric_table,
     provenance,
+    unit_of,
 )
 from .scores import check_mode, item_scores
 from ..metrics.curves import choose_thresholds
-from ..metrics.multilabel import multilabel_metrics
-from ..metrics.resampling import bootstrap_weights, weighted_means
+from ..metrics.multilabel import multilabel_metrics, multilabel_units
+from ..metrics.resampling import Units, bootstrap_weights, weighted_means
 from ..metrics.retrieval import query_metrics, query_table
 from ..models.clip import ClipModel
 
@@ -135,9 +137,11 @@ def _way(
     gallery: int,
     ks: Sequence[int],
     weights: np.ndarray,
+    units: Units,
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     "Metrics of one direction, and their chance levels"
-    found = metric_table(_summed(table, complete_ks, None), _summed(table, complete_ks, weights), len(table))
+    values, samples = (_summed(table, complete_ks, w) for w in (None, weights))
+    found = metric_table(values, samples, len(table), units)
     chance = chance_levels(table["positives"].to_numpy(), gallery, ks) | {
         f"COMPLETE@{k}": complete_chance(table["positives"].to_numpy(), gallery, k) for k in complete_ks or ()
     }
@@ -163,10 +167,12 @@ def item_retrieval_result(
         )
     ranks = [right_ranks(scores, right), right_ranks(scores.T, right.T.tocsr())]
     tables = [query_ranks(found, size, ks) for found, size in zip(ranks, scores.shape)]
-    weights, pairs = bootstrap_weights(bootstrap_groups(manifest), n_boot, seed), right.tocoo()
+    groups, pairs = bootstrap_groups(manifest), right.tocoo()
+    weights = bootstrap_weights(groups, n_boot, seed)
     counted = tables[0]["positives"].to_numpy() > 0
-    ways = [_way("image_to_text", tables[0][counted], complete_ks, scores.shape[1], ks, weights[:, counted]),
-            _way("text_to_image", tables[1].iloc[pairs.col], None, scores.shape[0], ks, weights[:, pairs.row])]
+    parts = [weights[:, counted], unit_of(groups, counted)], [weights[:, pairs.row], unit_of(groups, pairs.row)]
+    ways = [_way("image_to_text", tables[0][counted], complete_ks, scores.shape[1], ks, *parts[0]),
+            _way("text_to_image", tables[1].iloc[pairs.col], None, scores.shape[0], ks, *parts[1])]
     best = torch.from_numpy(scores).topk(min(top, scores.shape[1]), dim=1)
     mine = ranks[0].groupby("query").agg(list).reindex(range(len(scores)))
     lists = {
@@ -268,15 +274,16 @@ def check_apart(
 def class_rows(
     result: Result, # Result of a classification or of findings
     metrics: Sequence[str], # Columns of its table of classes
-) -> pd.DataFrame: # name (class/metric), value, low, high, n
+) -> pd.DataFrame: # name (class/metric), value, low, high, n, groups, note
     "Metrics of single classes, as rows for the table of metrics"
     known = lambda c: c["positives"] + c["negatives"] if "positives" in c else len(result.predictions)
+    groups_of = lambda c: (c.get("positive_groups"), c.get("note", ""))
     rows = [
-        (f"{c['class']}/{m}", c[m], c[f"{m}_low"], c[f"{m}_high"], known(c))
+        (f"{c['class']}/{m}", *(c[f"{m}{end}"] for end in ("", "_low", "_high")), known(c), *groups_of(c))
         for c in result.details["per_class"]
         for m in metrics
     ]
-    return pd.DataFrame(rows, columns=["name", "value", "low", "high", "n"])
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 # %% ../../nbs/evaluators/11_items.ipynb #0f36e1a6
 def findings_scored(
@@ -307,11 +314,14 @@ def findings_scored(
     more = [class_rows(result, ["auroc"])]
     if test_tuned:
         tuned = choose_thresholds(labels, scores, names, rule, "the measured rows")
-        weights = bootstrap_weights(bootstrap_groups(manifest), how.n_boot, how.seed)
+        groups = bootstrap_groups(manifest)
+        weights = bootstrap_weights(groups, how.n_boot, how.seed)
+        units = multilabel_units(labels, names, groups)
         values, samples = (multilabel_metrics(labels, scores, names, tuned, w) for w in (None, weights))
         wanted = [m for m in values if m.endswith("_macro") and m not in ("auroc_macro", "average_precision_macro")]
         named = [{m + TEST_TUNED: found[m] for m in wanted} for found in (values, samples)]
-        more.append(metric_table(*named, values["n"]))
+        units = {name + TEST_TUNED: unit for name, unit in units.items()} | {"": units[""]}
+        more.append(metric_table(*named, values["n"], units))
     result.metrics = pd.concat([result.metrics, *more], ignore_index=True)
     return result
 

@@ -28,12 +28,23 @@ from medclip_nb.evaluators.items import (
 )
 from .labels import finding_labels
 from .questions import Question
-from .results import Result, bootstrap_groups, classification, join_results, metric_table
+from medclip_nb.evaluators.results import (
+    COLUMNS,
+    Result,
+    bootstrap_groups,
+    classification,
+    join_results,
+    metric_table,
+    unit_of,
+)
 from ..metrics.curves import choose_thresholds, class_areas
+from ..metrics.multilabel import multilabel_units
 from medclip_nb.metrics.resampling import (
     bootstrap_weights,
+    group_counts,
     interval,
     mean_defined,
+    mean_fixed,
     ratio,
     resample_blocks,
     weighted_means,
@@ -58,9 +69,14 @@ class Scored:
     details: Mapping[str, Any] = field(default_factory=dict) # What produced the scores
 
     @property
+    def groups(self) -> np.ndarray: # (n,)
+        "The unit of resampling of each row"
+        return bootstrap_groups(self.manifest)
+
+    @property
     def weights(self) -> np.ndarray: # (n_boot, n)
         "Bootstrap weights of the rows"
-        return bootstrap_weights(bootstrap_groups(self.manifest), self.n_boot, self.seed)
+        return bootstrap_weights(self.groups, self.n_boot, self.seed)
 
     @property
     def keywords(self) -> dict[str, Any]: # n_boot, seed and details
@@ -115,8 +131,9 @@ def _brain_task(scored: Scored, classes: Sequence[str]) -> Result:
     )
     if not two: return only(result, MANY_WAY)
     disease = result.details["per_class"][1]
-    line = lambda m: (m, disease[m], disease[f"{m}_low"], disease[f"{m}_high"], result.metrics["n"].max())
-    more = pd.DataFrame([line(m) for m in ("recall", "precision")], columns=list(result.metrics))
+    about = result.metrics["n"].max(), disease["positive_groups"], disease["note"]
+    line = lambda m: (m, disease[m], disease[f"{m}_low"], disease[f"{m}_high"], *about)
+    more = pd.DataFrame([line(m) for m in ("recall", "precision")], columns=COLUMNS)
     return only(replace(result, metrics=pd.concat([result.metrics, more])), TWO_WAY)
 
 def _by_path(scored: Scored, task: str) -> tuple[np.ndarray, pd.Series]:
@@ -154,13 +171,20 @@ def brain_result(
     return with_published(result, pd.concat(published)) if published else result
 
 # %% ../../nbs/evaluators/13_protocol_metrics.ipynb #0df1dd77
-def _area_rows(labels: pd.DataFrame, scores: np.ndarray, weights: np.ndarray, n: int) -> pd.DataFrame:
+def _area_rows(
+    labels: pd.DataFrame, scores: np.ndarray, weights: np.ndarray, groups: np.ndarray
+) -> pd.DataFrame:
     "finding/auroc and their mean, as rows of metrics"
     once, many = (class_areas(labels, scores, w)[0] for w in (None, weights))
     values = {f"{name}/auroc": area[0] for name, area in zip(labels, once.T)}
     samples = {f"{name}/auroc": areas for name, areas in zip(labels, many.T)}
-    values["auroc_macro"], samples["auroc_macro"] = mean_defined(once)[0], mean_defined(many)
-    return metric_table(values, samples, n)
+    values["auroc_macro"], samples["auroc_macro"] = mean_defined(once)[0], mean_fixed(many, once[0])
+    mean = multilabel_units(labels, list(labels), groups)["auroc_macro"]
+    own = [multilabel_units(labels[[name]], [name], groups)["auroc_macro"] for name in labels]
+    parts = [
+        metric_table({name: values[name]}, samples, len(labels), unit) for name, unit in zip(values, [*own, mean])
+    ]
+    return pd.concat(parts, ignore_index=True)
 
 def areas_result(
     scored: Scored, # Rows with a column for each finding
@@ -179,7 +203,7 @@ def areas_result(
         taken = ~scored.manifest["study"].duplicated().to_numpy()
     if not scored.as_published or taken.all() and not exchanged: return result
     theirs = labels.rename(columns=dict(zip(exchanged, reversed(exchanged))))[names][taken]
-    return with_published(result, _area_rows(theirs, answers[taken], scored.weights[:, taken], len(theirs)))
+    return with_published(result, _area_rows(theirs, answers[taken], scored.weights[:, taken], scored.groups[taken]))
 
 # %% ../../nbs/evaluators/13_protocol_metrics.ipynb #26bd3619
 CALLED = ("accuracy", "balanced_accuracy", "f1_weighted", "recall", "precision")
@@ -210,18 +234,21 @@ def called_metrics(
 
 # %% ../../nbs/evaluators/13_protocol_metrics.ipynb #69dc075d
 def _called(
-    labels: pd.DataFrame, called: np.ndarray, weights: np.ndarray, zero: bool = False
+    labels: pd.DataFrame, called: np.ndarray, weights: np.ndarray, groups: np.ndarray, zero: bool = False
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # metric_macro as rows; one row per finding
     "Means over the findings, and the findings; undefined values are left out of means, or count as zero"
     once, many = (called_metrics(labels.to_numpy(), called, w) for w in (np.ones((1, len(labels))), weights))
     if zero: once, many = ({m: np.nan_to_num(v) for m, v in found.items()} for found in (once, many))
     rows = metric_table(
         {f"{m}_macro": mean_defined(once[m])[0] for m in CALLED},
-        {f"{m}_macro": mean_defined(many[m]) for m in CALLED},
+        {f"{m}_macro": mean_fixed(many[m], once[m][0]) for m in CALLED},
         len(labels),
+        multilabel_units(labels, list(labels), groups)["balanced_accuracy_macro"],
     )
+    counts = [int(min(one)) for one in zip(*group_counts(groups, labels))]
+    ends = {m: [interval(s, groups=k, bounds=(0, 1)) for s, k in zip(many[m].T, counts)] for m in CALLED}
     table = {m: once[m][0] for m in CALLED} | {
-        f"{m}{end}": [interval(s)[i] for s in many[m].T] for m in CALLED for i, end in enumerate(("_low", "_high"))
+        f"{m}{end}": [pair[i] for pair in ends[m]] for m in CALLED for i, end in enumerate(("_low", "_high"))
     }
     return rows, pd.DataFrame(table, index=pd.Index(labels.columns, name="class"))
 
@@ -229,12 +256,12 @@ def _over(scores: np.ndarray, limits: np.ndarray) -> np.ndarray: # 1, 0, NaN wit
     return np.where(np.isnan(limits), np.nan, scores >= limits)
 
 def _tuned(
-    labels: pd.DataFrame, scores: np.ndarray, weights: np.ndarray, grid: np.ndarray
+    labels: pd.DataFrame, scores: np.ndarray, weights: np.ndarray, groups: np.ndarray, grid: np.ndarray
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     "As published, with thresholds from the evaluated rows; their true balanced accuracy; and the findings"
     steps = np.nextafter(grid, np.inf)
     limits = choose_thresholds(labels, scores, list(labels), "corner", "the measured rows", steps)["value"]
-    rows, table = _called(labels, _over(scores, limits.to_numpy()), weights, zero=True)
+    rows, table = _called(labels, _over(scores, limits.to_numpy()), weights, groups, zero=True)
     honest = rows[rows["name"] == "balanced_accuracy_macro"].assign(name="balanced_accuracy_macro" + TEST_TUNED)
     renamed = {"name": {"accuracy_macro": "balanced_accuracy_macro"}}
     published = rows[rows["name"] != "balanced_accuracy_macro"].replace(renamed)
@@ -258,17 +285,17 @@ def threshold_result(
     parts = [result.metrics[result.metrics["name"].str.contains("auroc|average_precision")]]
     per_class = pd.DataFrame(result.details["per_class"]).set_index("class")
     if valid is not None:
-        rows, table = _called(labels, _over(scores, per_class["threshold"].to_numpy()), weights)
+        rows, table = _called(labels, _over(scores, per_class["threshold"].to_numpy()), weights, scored.groups)
         parts, per_class = [*parts, rows], per_class[[c for c in per_class if c not in table]].join(table)
     if scored.question.absent:
-        rows = _called(labels, (scores > 0.5).astype(float), weights)[0]
+        rows = _called(labels, (scores > 0.5).astype(float), weights, scored.groups)[0]
         parts.append(rows.assign(name=rows["name"] + "_argmax"))
     result.details |= {
         "headline": ["auroc_macro"] + ["balanced_accuracy_macro"] * (valid is not None),
         "per_class": per_class.reset_index().to_dict("records"),
     }
     if not scored.as_published: return replace(result, metrics=pd.concat(parts, ignore_index=True))
-    published, honest, table = _tuned(labels, scores, weights, grid)
+    published, honest, table = _tuned(labels, scores, weights, scored.groups, grid)
     result.details["as_published"] = table.reset_index().to_dict("records")
     return with_published(replace(result, metrics=pd.concat([*parts, honest], ignore_index=True)), published)
 
@@ -287,12 +314,12 @@ def scenes_result(
 def bootstrap_means(
     columns: Mapping[str, np.ndarray], # Name -> (rows,) numbers
     weights: np.ndarray, # (n, rows) resamples
-) -> pd.DataFrame: # name, value, low, high, n
+    groups: np.ndarray | None = None, # (rows,) unit of resampling; None counts none
+) -> pd.DataFrame: # As from `metric_table`
     "Means with intervals, as rows of metrics"
     many = weighted_means(np.stack(list(columns.values()), 1), weights)
-    return metric_table(
-        {k: float(np.mean(v)) for k, v in columns.items()}, dict(zip(columns, many.T)), weights.shape[1]
-    )
+    values, units = {k: float(np.mean(v)) for k, v in columns.items()}, None if groups is None else unit_of(groups)
+    return metric_table(values, dict(zip(columns, many.T)), weights.shape[1], units)
 
 def _published_ranks(
     right_numbers: pd.DataFrame, scored: Scored, right: csr_array, ks: Sequence[int], from_zero: bool
@@ -300,7 +327,9 @@ def _published_ranks(
     "Ranks as published scripts count them"
     ranks, metrics, rows = right_ranks(scored.scores.T, right.T.tocsr()), right_numbers.set_index("name"), []
     single = bootstrap_means(
-        {f"text_to_image_R@{k}": ranks["rank"].to_numpy() <= k for k in ks}, scored.weights[:, ranks["answer"]]
+        {f"text_to_image_R@{k}": ranks["rank"].to_numpy() <= k for k in ks},
+        scored.weights[:, ranks["answer"]],
+        scored.groups[ranks["answer"]],
     )
     if from_zero: changed = {f"image_to_text_{m}": lambda v: v - 1 for m in ("mean_item_rank", "mean_worst_rank")}
     else: changed = {f"{way}_median_rank": np.floor for way in ("image_to_text", "text_to_image")}

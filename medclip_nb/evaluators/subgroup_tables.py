@@ -43,18 +43,21 @@ def with_columns(
     return rows.assign(**{column: found[column].to_numpy() for column in columns})
 
 # %% ../../nbs/evaluators/16_subgroup_tables.ipynb #9b6c4cb2
-def _measures(result: Result, rows: pd.DataFrame, label: str) -> Iterator[tuple[str, pd.DataFrame, Callable]]:
-    "Name of a metric, the rows where it is defined, and the metric as a function of rows and weights"
+def _measures(
+    result: Result, rows: pd.DataFrame, label: str
+) -> Iterator[tuple[str, pd.DataFrame, Callable, Callable | None]]:
+    "Metric, the rows where it is defined, its function of rows and weights, and the groups that it rests on"
     for name, (column, right) in OUTCOMES.items():
         if column not in rows or rows[column].isna().all(): continue
         known = rows[rows[column].notna()]
-        yield name, known.assign(**{column: right(known[column])}), column
+        yield name, known.assign(**{column: right(known[column])}), column, None
     classes, _ = classes_of(result, label)
     if not classes or not {"label", "predicted"} <= set(rows): return
     code = lambda column: pd.Categorical(column, classes).codes
     entries = lambda part: np.stack([code(part["label"]), code(part["predicted"])], 1)
     metric = lambda part, weights: balanced_accuracy(entries(part), weights, len(classes))
-    yield "balanced_accuracy", rows[rows["label"].isin(classes)], metric
+    rarest = lambda part: part.groupby("label")["group"].nunique().min() if len(part) else 0
+    yield "balanced_accuracy", rows[rows["label"].isin(classes)], metric, rarest
 
 def subgroups(
     result: Result, # Result of a classification or a retrieval
@@ -71,8 +74,10 @@ def subgroups(
     for label, part in parts:
         for column in columns:
             cut = bins if pd.api.types.is_numeric_dtype(manifest[column]) and manifest[column].nunique() > 12 else None
-            for name, known, metric in _measures(result, part, label):
-                table = subgroup_table(known, column, metric, bins=cut, n=n_boot, seed=seed, few=few)
+            for name, known, metric, support in _measures(result, part, label):
+                table = subgroup_table(
+                    known, column, metric, bins=cut, n=n_boot, seed=seed, few=few, support=support
+                )
                 table = table.rename(columns={"units": "groups"}).rename_axis("subgroup").reset_index()
                 tables.append(table.assign(metric=f"{label}/{name}" if label else name, column=column))
     order = ["metric", "column", "subgroup", "rows", "groups", "value", "low", "high", "few"]

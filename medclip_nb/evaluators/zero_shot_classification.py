@@ -32,12 +32,13 @@ from medclip_nb.evaluators.results import (
     classification,
     finding_result,
     provenance,
+    unit_of,
 )
 from ..metrics.calibration import Temperature, calibration_metrics, fit_temperature, reliability_table
-from ..metrics.classification import classification_metrics
+from ..metrics.classification import classification_metrics, classification_units
 from ..metrics.curves import choose_thresholds
-from ..metrics.multilabel import multilabel_metrics
-from ..metrics.resampling import bootstrap_weights, interval
+from ..metrics.multilabel import multilabel_metrics, multilabel_units
+from ..metrics.resampling import Units, bootstrap_weights, interval
 from ..models.clip import ClipModel
 
 # %% ../../nbs/evaluators/05_zero_shot_classification.ipynb #122ddfd0
@@ -104,14 +105,17 @@ def calibration_record(
     probabilities: np.ndarray, # (rows, classes)
     classes: Sequence[str], # In the order of the columns
     weights: np.ndarray, # (n, rows) from `bootstrap_weights`
+    groups: np.ndarray | None = None, # (rows,) from `bootstrap_groups`; None counts none
 ) -> dict[str, Any]: # ece, brier and nll with value, low and high, and the table of the reliability diagram
     "Calibration of probabilities, for a report"
+    count = None if groups is None else unit_of(groups, pd.notna(pd.Series(list(y_true), dtype=object))).groups
     once, many = (calibration_metrics(y_true, probabilities, classes, w) for w in (None, weights))
     found = {
-        name: {"value": once[name], **dict(zip(("low", "high"), interval(many[name])))}
+        name: {"value": once[name], **dict(zip(("low", "high"), interval(many[name], groups=count)))}
         for name in ("ece", "brier", "nll")
     }
-    return found | {"table": reliability_table(y_true, probabilities, classes, weights=weights).to_dict("records")}
+    table = reliability_table(y_true, probabilities, classes, weights=weights, groups=groups)
+    return found | {"table": table.to_dict("records")}
 
 def validation_temperature(
     classifier: TextClassifier, # Classes with their sentences
@@ -154,7 +158,8 @@ def zero_shot(
     result = classification(
         "zero_shot", manifest, label, classes, scores, probabilities, positive, **how.bootstrap, details=details
     )
-    true, weights = named_labels(manifest[label]), bootstrap_weights(bootstrap_groups(manifest), how.n_boot, how.seed)
+    true, groups = named_labels(manifest[label]), bootstrap_groups(manifest)
+    weights = bootstrap_weights(groups, how.n_boot, how.seed)
     if sensitivity:
         def measure(scores):
             p = softmax(classifier.scale * scores.astype(float), axis=1)
@@ -162,11 +167,14 @@ def zero_shot(
                 classification_metrics(true, scores, classes, w, positive, probabilities=p) for w in (None, weights)
             ]
         kept = ("balanced_accuracy", "auroc_macro")
-        result.details["sensitivity"] = prompt_sensitivity(classifier, images, measure, kept)
+        result.details["sensitivity"] = prompt_sensitivity(
+            classifier, images, measure, kept, classification_units(true, classes, groups, positive)
+        )
     temperature = None if valid is None else validation_temperature(classifier, features(valid), valid, label)
-    record = {"before": calibration_record(true, probabilities, classes, weights)}
+    record = {"before": calibration_record(true, probabilities, classes, weights, groups)}
     if temperature:
-        record["after"] = calibration_record(true, temperature(classifier.scale * scores), classes, weights)
+        scaled = temperature(classifier.scale * scores)
+        record["after"] = calibration_record(true, scaled, classes, weights, groups)
     result.details["calibration"] = {"temperature": temperature and asdict(temperature), **record}
     rows = [
         {"name": name, **record[key]["ece"], "n": result.metrics["n"].max()}
@@ -182,6 +190,7 @@ def prompt_sensitivity(
     images: np.ndarray, # (n, d) features
     measure: Callable, # Scores (n, classes) -> metrics of the data as they are, and on each resample
     metrics: Sequence[str], # The metrics to keep
+    units: Mapping[str, Units] | None = None, # The groups that each metric rests on; None counts none
 ) -> list[dict]: # template, metric, value, low, high; but for the first also change, change_low, change_high
     "One row per template and metric, the ensemble of all templates first; nothing for a single template"
     if len(classifier.question.templates) < 2: return []
@@ -189,10 +198,11 @@ def prompt_sensitivity(
     for place, name in [(None, "all together"), *enumerate(classifier.question.templates)]:
         value, own = (whole, samples) if place is None else measure(classifier.ranking(images, place))
         for m in metrics:
-            low, high = interval(own[m])
+            count = units and units[m].groups
+            low, high = interval(own[m], groups=count, bounds=(0, 1))
             row = {"template": name, "metric": m, "value": value[m], "low": low, "high": high}
             if place is not None:
-                low, high = interval(own[m] - samples[m])
+                low, high = interval(own[m] - samples[m], groups=count)
                 row |= {"change": value[m] - whole[m], "change_low": low, "change_high": high}
             rows.append(row)
     return rows
@@ -242,7 +252,9 @@ def zero_shot_findings(
         weights = bootstrap_weights(bootstrap_groups(manifest), how.n_boot, how.seed)
         measure = lambda scores: [multilabel_metrics(labels, scores, names, None, w) for w in (None, weights)]
         kept = ("auroc_macro", "average_precision_macro")
-        result.details["sensitivity"] = prompt_sensitivity(classifier, images, measure, kept)
+        result.details["sensitivity"] = prompt_sensitivity(
+            classifier, images, measure, kept, multilabel_units(labels, names, bootstrap_groups(manifest))
+        )
     return result
 
 # %% ../../nbs/evaluators/05_zero_shot_classification.ipynb #1ca6c2c4
@@ -297,6 +309,7 @@ def chance_sentence(
     metric, chance = ("auroc_macro", 0.5) if several else ("balanced_accuracy", result.details["chance"])
     low, high = result.metrics.set_index("name").loc[metric, ["low", "high"]]
     verdict = "above chance" if low > chance else "below chance" if high < chance else "indistinguishable from chance"
+    if np.isnan(low): verdict = "not compared with chance"
     what, unit = ("mean AUROC", "findings") if several else ("balanced accuracy", "classes")
     value, count = result.format_metric(metric), len(result.details["classes"])
     return f"**{name}**: {what} {value} over {count} {unit} (chance {chance:.3f}) is {verdict}."

@@ -14,8 +14,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "reliability_table",
     ],
     "classification": [
-        "class_counts", "class_probabilities", "class_ranks", "classification_metrics", "distributions",
-        "label_codes", "labeled", "per_class_metrics",
+        "class_counts", "class_note", "class_probabilities", "class_ranks", "classification_metrics",
+        "classification_units", "distributions", "label_codes", "labeled", "per_class_metrics",
     ],
     "curves": [
         "RULES", "ScoreLevels", "Threshold", "auroc", "average_precision", "choose_threshold",
@@ -25,10 +25,13 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "CUTS", "choose_map_threshold", "enlarge", "localize", "overlaps", "pointing", "summarize_maps",
         "within",
     ],
-    "multilabel": ["known_labels", "multilabel_metrics", "multilabel_table", "threshold_values"],
+    "multilabel": [
+        "known_labels", "multilabel_metrics", "multilabel_table", "multilabel_units", "threshold_values",
+    ],
     "resampling": [
-        "SUMMARIES", "as_objects", "bootstrap", "bootstrap_weights", "grouping", "interval", "mean_defined",
-        "ratio", "resample_blocks", "summary_of", "weighted_means", "weighted_median",
+        "FEW_GROUPS", "SUMMARIES", "Units", "as_objects", "bootstrap", "bootstrap_weights", "group_codes",
+        "group_counts", "grouping", "interval", "mean_defined", "mean_fixed", "ratio", "resample_blocks",
+        "summary_of", "weighted_means", "weighted_median",
     ],
     "retrieval": [
         "MANY", "TIES", "chance_recall", "positive_pairs", "query_metrics", "query_table", "rank_metrics",

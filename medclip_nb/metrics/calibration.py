@@ -15,7 +15,15 @@ from numpy.typing import ArrayLike
 
 from ..core import InputError
 from .classification import distributions, labeled
-from .resampling import grouping, interval, ratio, resample_blocks, weighted_means
+from medclip_nb.metrics.resampling import (
+    as_objects,
+    group_counts,
+    grouping,
+    interval,
+    ratio,
+    resample_blocks,
+    weighted_means,
+)
 
 # %% ../../nbs/metrics/05_calibration.ipynb #a4f83cff
 def probability_rows(
@@ -84,6 +92,7 @@ def reliability_table(
     bins: int = 15, # Bins at most; empty ones are left out
     equal_mass: bool = False, # Whether bins hold equally many rows instead of being equally wide
     weights: np.ndarray | None = None, # (n, rows) from `bootstrap_weights`; None for no intervals
+    groups: ArrayLike | None = None, # The group of each row; a bin with few groups gets no interval. None counts none
 ) -> pd.DataFrame: # One row per bin: above, upto, rows, confidence, accuracy; with weights also accuracy_low and _high
     "Confidence and accuracy of each bin"
     keep, true, p = probability_rows(y_true, probabilities, class_names)
@@ -94,10 +103,14 @@ def reliability_table(
     table.insert(0, "above", edges[table.index])
     table.insert(1, "upto", edges[table.index + 1])
     if weights is None: return table.reset_index(drop=True)
-    groups = grouping(codes, len(edges) - 1)
-    shares = [ratio(groups @ (block * right[:, None]), groups @ block) for block in resample_blocks(weights[:, keep])]
+    bins_of = grouping(codes, len(edges) - 1)
+    shares = [ratio(bins_of @ (block * right[:, None]), bins_of @ block) for block in resample_blocks(weights[:, keep])]
     ends = np.full((len(table), 2), np.nan)
-    if shares: ends = np.array([interval(line) for line in np.concatenate(shares, 1)[table.index]])
+    in_bin = codes[:, None] == np.arange(len(edges) - 1)
+    units = None if groups is None else group_counts(as_objects(groups)[keep], in_bin)[0]
+    if shares:
+        lines, of = np.concatenate(shares, 1), lambda bin: None if units is None else int(units[bin])
+        ends = np.array([interval(lines[b], groups=of(b), bounds=(0, 1)) for b in table.index])
     return table.assign(accuracy_low=ends[:, 0], accuracy_high=ends[:, 1]).reset_index(drop=True)
 
 # %% ../../nbs/metrics/05_calibration.ipynb #c89115af

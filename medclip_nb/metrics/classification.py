@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['label_codes', 'class_counts', 'class_ranks', 'labeled', 'distributions', 'class_probabilities',
-           'classification_metrics', 'per_class_metrics']
+           'classification_metrics', 'class_note', 'per_class_metrics', 'classification_units']
 
 # %% ../../nbs/metrics/02_classification.ipynb #dff34189
 from collections.abc import Sequence
@@ -18,10 +18,12 @@ from ..core import InputError, close_matches
 from ..datasets.classes import label_name
 from .curves import class_areas
 from medclip_nb.metrics.resampling import (
+    Units,
     as_objects,
+    group_counts,
     grouping,
     interval,
-    mean_defined,
+    mean_fixed,
     ratio,
     resample_blocks,
     weighted_means,
@@ -59,14 +61,18 @@ def class_counts(
     return tuple(counts.transpose(0, 2, 1))
 
 # %% ../../nbs/metrics/02_classification.ipynb #389b3538
-def _count_metrics(support: np.ndarray, predicted: np.ndarray, right: np.ndarray) -> dict[str, np.ndarray]:
-    "Averages over the classes of one or more resamples"
+def _count_metrics(
+    support: np.ndarray, predicted: np.ndarray, right: np.ndarray, once: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> dict[str, np.ndarray]:
+    "Averages over the classes of one or more resamples, for the classes that the counts of the data have"
+    fixed = lambda top, under, values: mean_fixed(values, ratio(top[0], under[0]))
     total, f1 = support.sum(1), ratio(2 * right, support + predicted)
     hits, by_chance = right.sum(1), (support * predicted).sum(1)
     spread = np.sqrt((total**2 - (support**2).sum(1)) * (total**2 - (predicted**2).sum(1)))
     mcc = np.where(total > 0, np.nan_to_num(ratio(hits * total - by_chance, spread)), np.nan)
-    return {"accuracy": ratio(hits, total), "balanced_accuracy": mean_defined(ratio(right, support)),
-            "f1_macro": mean_defined(f1), "f1_weighted": ratio(np.nansum(f1 * support, 1), total),
+    return {"accuracy": ratio(hits, total), "balanced_accuracy": fixed(once[2], once[0], ratio(right, support)),
+            "f1_macro": fixed(2 * once[2], once[0] + once[1], f1),
+            "f1_weighted": ratio(np.nansum(f1 * support, 1), total),
             "kappa": ratio(hits * total - by_chance, total**2 - by_chance), "mcc": mcc}
 
 # %% ../../nbs/metrics/02_classification.ipynb #53377427
@@ -132,10 +138,12 @@ def _resampled(
 ) -> dict[str, np.ndarray]:
     "Every classification metric on each resample"
     classes = scores.shape[1]
-    counts = class_counts(true, scores.argmax(1), classes, weights)
-    areas, precisions = class_areas(np.eye(classes)[true], ranking, weights)
-    macro = {"auroc_macro": mean_defined(areas), "average_precision_macro": mean_defined(precisions)}
-    out = _count_metrics(*counts) | macro
+    every, predicted, hot = np.ones((1, len(true))), scores.argmax(1), np.eye(classes)[true]
+    counts = class_counts(true, predicted, classes, weights)
+    areas, precisions = class_areas(hot, ranking, weights)
+    once = [area[0] for area in class_areas(hot, ranking, every)]
+    macro = {"auroc_macro": mean_fixed(areas, once[0]), "average_precision_macro": mean_fixed(precisions, once[1])}
+    out = _count_metrics(*counts, class_counts(true, predicted, classes, every)) | macro
     if classes == 2:
         recall = ratio(counts[2], counts[0])
         out |= {"auroc": areas[:, positive], "average_precision": precisions[:, positive],
@@ -144,7 +152,6 @@ def _resampled(
     names = {f"top{k}_accuracy": place <= k for k in top_k if 1 < k < classes} | {"mean_rank": mean}
     ranks = weighted_means(np.stack(list(names.values()), 1), weights).T
     return out | dict(zip(names, ranks)) | {"n": weights.sum(1, dtype=float)}
-
 
 # %% ../../nbs/metrics/02_classification.ipynb #bc5954a5
 def classification_metrics(
@@ -168,6 +175,25 @@ def classification_metrics(
     return {name: int(v[0]) if name == "n" else float(v[0]) for name, v in out.items()}
 
 # %% ../../nbs/metrics/02_classification.ipynb #fd6d7620
+def class_note(
+    have: int, # Groups with the class
+    rest: int, # Groups without it
+    called: int | None = None, # Groups with a row that is predicted to have it; None where that does not matter
+) -> str: # Empty where nothing is withheld
+    "Why metrics of a class have no interval"
+    units = (Units(int(have), "with the class"), Units(int(rest), "without the class"))
+    if called is not None: units = (*units, Units(int(called), "predicted to have the class"))
+    return "; ".join(one.note for one in units if one.note)
+
+def _class_groups(
+    true: np.ndarray, predicted: np.ndarray, classes: int, groups: ArrayLike
+) -> dict[str, np.ndarray]:
+    "Metric -> the groups (classes,) that it rests on"
+    have, rest = group_counts(groups, np.eye(classes)[true])
+    called, both = group_counts(groups, np.eye(classes)[predicted])[0], np.minimum(have, rest)
+    counts = {"precision": called, "recall": have, "specificity": rest, "f1": have}
+    return counts | {"auroc": both, "average_precision": both}
+
 def _by_class(
     true: np.ndarray, scores: np.ndarray, ranking: np.ndarray, weights: np.ndarray
 ) -> dict[str, np.ndarray]:
@@ -193,7 +219,8 @@ def per_class_metrics(
     weights: np.ndarray | None = None, # (n, rows) from `bootstrap_weights`; None for no intervals
     level: float = 0.95, # Share of the resamples inside an interval
     probabilities: ArrayLike | None = None, # As for `classification_metrics`
-) -> pd.DataFrame: # One row per class; with weights, each metric but support also has columns _low and _high
+    groups: ArrayLike | None = None, # The group of each row; None counts none, and widens or withholds no interval
+) -> pd.DataFrame: # One row per class; with weights, _low and _high of each metric; with groups, their counts and note
     "Each class against the rest: precision, recall, specificity, f1, auroc, average_precision and support"
     keep, true, scores = labeled(y_true, scores, class_names)
     ranking = _ranking(keep, scores, probabilities)
@@ -202,7 +229,54 @@ def per_class_metrics(
     table = pd.DataFrame({name: values[0] for name, values in once.items()}, index=index).astype({"support": int})
     if weights is None: return table
     many = _by_class(true, scores, ranking, weights[:, keep])
-    ends = {name: np.array([interval(column, level) for column in many[name].T]) for name in table if name != "support"}
+    counts = None if groups is None else _class_groups(true, scores.argmax(1), len(index), as_objects(groups)[keep])
+    ends = {
+        name: np.array(
+            [
+                interval(column, level, None if counts is None else int(counts[name][c]), (0, 1))
+                for c, column in enumerate(many[name].T)
+            ]
+        )
+        for name in table
+        if name != "support"
+    }
     wide = {f"{name}{end}": ends[name][:, i] for name in ends for i, end in enumerate(("_low", "_high"))}
     order = [c for name in table for c in (name, f"{name}_low", f"{name}_high") if c in table or c in wide]
-    return table.assign(**wide)[order]
+    table = table.assign(**wide)[order]
+    if counts is None: return table
+    return table.assign(
+        positive_groups=counts["recall"],
+        negative_groups=counts["specificity"],
+        note=[class_note(*one) for one in zip(counts["recall"], counts["specificity"], counts["precision"])],
+    )
+
+# %% ../../nbs/metrics/02_classification.ipynb #c7a1e002
+def _fewest(counts: np.ndarray, which: str, names: list[str]) -> Units:
+    "The smallest positive count"
+    if not (counts > 0).any(): return Units(0)
+    place = int(np.where(counts > 0, counts, np.iinfo(int).max).argmin())
+    return Units(int(counts[place]), f"{which} class {names[place]!r}")
+
+def classification_units(
+    y_true: ArrayLike, # (rows,) labels; rows with NaN or None are left out
+    class_names: Sequence, # The classes
+    groups: int | ArrayLike, # The group of each row, or the number of rows when each is its own group
+    positive: Any = None, # Of two classes, the one sensitivity refers to; None for the last
+) -> dict[str, Units]: # Metric -> its groups; "" for metrics that are not listed
+    "The groups that each metric of `classification_metrics` rests on"
+    true, names = label_codes(y_true, class_names), [label_name(c) for c in class_names]
+    keep = true >= 0
+    which = len(names) - 1 if positive is None else label_codes([positive], class_names)[0]
+    of = np.arange(len(true)) if isinstance(groups, (int, np.integer)) else as_objects(groups).to_numpy()
+    true, of = true[keep], of[keep]
+    have, rest = group_counts(of, np.eye(len(names))[true])
+    every = Units(int(group_counts(of, np.ones((len(true), 1)))[0][0]))
+    rarest, unlike = _fewest(have, "with", names), _fewest(np.where(have > 0, rest, 0), "without", names)
+    area = min(rarest, unlike, key=lambda units: units.groups or np.inf)
+    common = int(np.bincount(true, minlength=len(names)).argmax())
+    out = {"": every, **dict.fromkeys(("balanced_accuracy", "f1_macro"), rarest)}
+    out |= dict.fromkeys(("auroc_macro", "average_precision_macro", "auroc", "average_precision"), area)
+    out |= dict.fromkeys(("kappa", "mcc"), Units(int(rest[common]), f"without class {names[common]!r}"))
+    if len(names) != 2: return out
+    pick = lambda c: Units(int(have[c]), f"with class {names[c]!r}")
+    return out | {"sensitivity": pick(which), "specificity": pick(1 - which)}

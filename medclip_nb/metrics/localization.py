@@ -15,7 +15,7 @@ from scipy.ndimage import distance_transform_edt
 from scipy.stats import rankdata
 
 from ..core import InputError
-from .resampling import bootstrap
+from .resampling import Units, bootstrap, group_counts
 
 # %% ../../nbs/metrics/07_localization.ipynb #e37c95c1
 def enlarge(
@@ -136,13 +136,15 @@ def summarize_maps(
     groups: ArrayLike | None = None, # Patient of each row; None resamples single rows
     n_boot: int = 1000, # Resamples behind each interval
     seed: int = 0, # Of the resampling
-) -> pd.DataFrame: # name, value, low, high, n
+) -> pd.DataFrame: # name, value, low, high, n, groups, note
     "Mean of each column over the rows where it is defined, with its 95 % interval over groups"
     groups = np.arange(len(rows)) if groups is None else np.asarray(groups)
     found = []
     for name, values in rows.items():
         known = values.notna().to_numpy()
         data = values[known].to_numpy(float)
-        ends = bootstrap(data, n=n_boot, seed=seed, groups=groups[known]) if known.any() else (np.nan, np.nan)
-        found.append((name, float(values[known].mean()), *ends, int(known.sum())))
-    return pd.DataFrame(found, columns=["name", "value", "low", "high", "n"])
+        units, how = Units(int(group_counts(groups[known], known[known][:, None])[0][0])), {"n": n_boot, "seed": seed}
+        ends = (np.nan, np.nan)
+        if known.any(): ends = bootstrap(data, groups=groups[known], units=units.groups, bounds=(0, 1), **how)
+        found.append((name, float(values[known].mean()), *ends, int(known.sum()), units.groups, units.note))
+    return pd.DataFrame(found, columns=["name", "value", "low", "high", "n", "groups", "note"])

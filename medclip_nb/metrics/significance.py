@@ -15,7 +15,15 @@ from numpy.typing import ArrayLike
 
 from ..core import InputError, close_matches
 from .curves import split_rows
-from .resampling import as_objects, bootstrap_weights, interval, summary_of
+from medclip_nb.metrics.resampling import (
+    FEW_GROUPS,
+    as_objects,
+    bootstrap_weights,
+    group_codes,
+    grouping,
+    interval,
+    summary_of,
+)
 
 # %% ../../nbs/metrics/08_significance.ipynb #38e72443
 def _paired_weights(
@@ -30,12 +38,21 @@ def _paired_weights(
     counts = {"rows": len(before), "groups": len(before) if groups is None else unit_count(groups)}
     return [np.ones((1, len(before)), weights.dtype), weights], counts
 
-def _difference(before: Sequence[np.ndarray], after: Sequence[np.ndarray], level: float) -> dict[str, float]:
+def _p_value(share: float, groups: int) -> float:
+    "Twice a share of the resamples as the p-value of the interval for so many groups"
+    from scipy.special import ndtri, stdtr
+    if groups < FEW_GROUPS: return np.nan
+    return float(min(1, 2 * stdtr(groups - 1, ndtri(min(share, 0.5)) * np.sqrt((groups - 1) / groups))))
+
+def _difference(
+    before: Sequence[np.ndarray], after: Sequence[np.ndarray], level: float, groups: int
+) -> dict[str, float]:
     "Compare (1,) values of the data and (n,) of the resamples"
     (a, many_a), (b, many_b) = ([np.ravel(x) for x in way] for way in (before, after))
     change = many_b - many_a
-    known, low_high = change[np.isfinite(change)], interval(change, level)
-    p = min(1, 2 * (1 + min((known <= 0).sum(), (known >= 0).sum())) / (1 + len(known))) if len(known) > 1 else np.nan
+    known, low_high = change[np.isfinite(change)], interval(change, level, groups)
+    share = (1 + min((known <= 0).sum(), (known >= 0).sum())) / (1 + len(known))
+    p = _p_value(float(share), groups) if len(known) > 1 else np.nan
     names = ("before", "after", "difference", "low", "high", "p")
     return dict(zip(names, (float(a[0]), float(b[0]), float(b[0] - a[0]), *low_high, float(p))))
 
@@ -55,23 +72,40 @@ def paired_bootstrap(
     n: int = 1000, # Resamples
     seed: int = 0, # Equal seeds give equal results
     level: float = 0.95, # Share of the resamples inside
+    support: int | None = None, # Groups that the metric rests on; None for all
 ) -> dict[str, float | int]: # before, after, difference (after minus before), low, high, p, rows, groups
     "Difference of a metric between two models on the same rows; raises `InputError` for different lengths"
     weights, counts = _paired_weights(before, after, groups, n, seed)
     of = summary_of(metric) if isinstance(metric, str) else metric
-    return _difference([of(before, w) for w in weights], [of(after, w) for w in weights], level) | counts
+    found = [[of(values, w) for w in weights] for values in (before, after)]
+    return _difference(*found, level, counts["groups"] if support is None else support) | counts
 
 # %% ../../nbs/metrics/08_significance.ipynb #db601460
+def _sign_flips(
+    gains: np.ndarray, # (groups,) whole numbers
+) -> float: # Share of all signs with a sum as far from zero, exactly
+    "Two-sided p-value of a sum whose terms change sign at random"
+    sizes, counts = np.unique(np.abs(gains[gains != 0]), return_counts=True)
+    reach = int((sizes * counts).sum())
+    angles = 2 * np.pi * np.arange(2 * reach + 1) / (2 * reach + 1)
+    wave = np.prod([np.cos(size * angles) ** count for size, count in zip(sizes, counts)], axis=0, initial=1.0)
+    chance = np.fft.fft(wave * np.ones(len(angles))).real.clip(0) / len(angles)
+    sums = np.abs(np.fft.fftfreq(len(angles), 1 / len(angles)).round())
+    return float(min(1, chance[sums >= abs(int(gains.sum()))].sum()))
+
 def mcnemar(
     before: ArrayLike, # (rows,) whether the first model was right; rows with NaN or None are left out
     after: ArrayLike, # (rows,) whether the second was
     method: str = "exact", # exact (binomial) or continuity (chi-squared with continuity correction)
+    groups: ArrayLike | None = None, # Unit (patient) of each row, for `exact`; None takes rows as independent
 ) -> dict[str, float | int | str]: # lost, gained, rows, statistic, p, method
-    "Paired test of two accuracies on independent rows; for grouped rows use `paired_bootstrap`"
+    "Paired test of two accuracies, on independent rows or on groups of rows"
     if method not in ("exact", "continuity"):
         raise InputError(f"Unknown method {method!r}. {close_matches(method, ('exact', 'continuity'))}")
     if len(before) != len(after):
         raise InputError(f"{len(before)} rows before and {len(after)} after; a paired comparison needs the same rows.")
+    if groups is not None and (method != "exact" or len(groups) != len(before)):
+        raise InputError(f"Give the group of each of {len(before)} rows, and method 'exact'.")
     from scipy.stats import binomtest, chi2
     a, b = (pd.to_numeric(as_objects(x)).to_numpy(float) for x in (before, after))
     known = np.isfinite(a) & np.isfinite(b)
@@ -80,6 +114,10 @@ def mcnemar(
     apart, exact = lost + gained, method == "exact"
     statistic = min(lost, gained) if exact else max(abs(lost - gained) - 1, 0) ** 2 / max(apart, 1)
     p = 1.0 if not apart else binomtest(gained, apart).pvalue if exact else chi2.sf(statistic, 1)
+    if groups is not None:
+        codes = group_codes(as_objects(groups)[known])
+        gains = np.bincount(codes, weights=b.astype(float) - a, minlength=1).astype(int)
+        statistic, p = abs(int(gains.sum())), _sign_flips(gains)
     counts = {"lost": lost, "gained": gained, "rows": int(known.sum())}
     return counts | {"statistic": float(statistic), "p": float(p), "method": method}
 
@@ -87,6 +125,7 @@ def mcnemar(
 def delong_covariance(
     positive: ArrayLike, # (rows,) 1, 0, or NaN for a row without a label
     scores: ArrayLike, # (models, rows), higher means more likely positive
+    groups: ArrayLike | None = None, # Unit (patient) of each row; None takes rows as independent
 ) -> tuple[np.ndarray, np.ndarray]: # AUROC (models,) and covariance (models, models), NaN with too few rows
     "AUROCs of models on the same rows and their covariance (DeLong et al. 1988), in O(rows log rows)"
     from scipy.stats import rankdata
@@ -98,19 +137,40 @@ def delong_covariance(
     if not p or not n: return np.full(len(scores), np.nan), np.full((len(scores),) * 2, np.nan)
     v, w = (every[:, :p] - ranks(hits)) / n, 1 - (every[:, p:] - ranks(others)) / p
     if min(p, n) < 2: return v.mean(1), np.full((len(scores),) * 2, np.nan)
-    return v.mean(1), np.atleast_2d(np.cov(v)) / p + np.atleast_2d(np.cov(w)) / n
+    if groups is None: return v.mean(1), np.atleast_2d(np.cov(v)) / p + np.atleast_2d(np.cov(w)) / n
+    codes = group_codes(groups)
+    size = codes.max() + 1
+    parts = [
+        (grouping(codes[rows], size) @ (own - own.mean(1, keepdims=True)).T / len(rows), len(set(codes[rows])))
+        for rows, own in ((hits, v), (others, w))
+    ]
+    if min(count for _, count in parts) < 2: return v.mean(1), np.full((len(scores),) * 2, np.nan)
+    (x, i), (y, j) = parts
+    every = len(set(codes[np.concatenate([hits, others])]))
+    both = x.T @ y * every / (every - 1)
+    return v.mean(1), x.T @ x * i / (i - 1) + y.T @ y * j / (j - 1) + both + both.T
 
 # %% ../../nbs/metrics/08_significance.ipynb #44acdb13
+def _t_reach(
+    level: float, positive: ArrayLike, groups: ArrayLike | None
+) -> tuple[float, int | None]: # Standard errors on each side, NaN for too few groups; degrees of freedom of t
+    "Half the width of an interval"
+    from scipy.stats import norm, t
+    if groups is None: return float(norm.ppf((1 + level) / 2)), None
+    codes, positive = group_codes(groups), np.asarray(positive, float)
+    fewest = min(len(set(codes[positive == kind])) for kind in (0, 1))
+    return (float(t.ppf((1 + level) / 2, fewest - 1)) if fewest >= FEW_GROUPS else np.nan), fewest - 1
+
 def delong(
     positive: ArrayLike, # (rows,) 1, 0, or NaN for a row without a label
     scores: ArrayLike, # (rows,), higher means more likely positive
     level: float = 0.95, # Of the interval
+    groups: ArrayLike | None = None, # Unit (patient) of each row; None takes rows as independent
 ) -> dict[str, float | int]: # auroc, variance, low, high, positives, negatives
-    "AUROC with its DeLong variance and normal interval, clipped to [0, 1]; for independent rows"
-    from scipy.stats import norm
+    "AUROC with its DeLong variance and an interval, clipped to [0, 1]; of independent rows, or of groups"
     hits, others, _ = split_rows(positive, scores)
-    (area,), ((variance,),) = delong_covariance(positive, scores)
-    reach = norm.ppf((1 + level) / 2) * np.sqrt(variance)
+    (area,), ((variance,),) = delong_covariance(positive, scores, groups)
+    reach = _t_reach(level, positive, groups)[0] * np.sqrt(np.maximum(0, variance))
     low, high = np.clip([area - reach, area + reach], 0, 1)
     found = {"auroc": float(area), "variance": float(variance), "low": float(low), "high": float(high)}
     return found | {"positives": len(hits), "negatives": len(others)}
@@ -120,19 +180,22 @@ def delong_test(
     before: ArrayLike, # (rows,) scores of one model
     after: ArrayLike, # (rows,) scores of another on the same rows
     level: float = 0.95, # Of the interval
+    groups: ArrayLike | None = None, # Unit (patient) of each row; None takes rows as independent
 ) -> dict[str, float | int]: # before, after, difference (after minus before), low, high, z, p, positives, negatives
-    "Paired test of two AUROCs on independent rows; p is NaN where they differ but have no variance"
-    from scipy.stats import norm
+    "Paired test of two AUROCs; p is NaN where they differ but have no variance, and with too few groups"
+    from scipy.stats import norm, t
     if len(before) != len(after):
         raise InputError(f"{len(before)} rows before and {len(after)} after; a paired comparison needs the same rows.")
-    (a, b), covariance = delong_covariance(positive, [before, after])
+    (a, b), covariance = delong_covariance(positive, [before, after], groups)
     hits, others, _ = split_rows(positive, before)
     variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
     difference, spread = float(b - a), float(np.sqrt(np.maximum(0, variance)))
     z = difference / spread if spread > 1e-12 else 0.0 if difference == 0 and spread == spread else np.nan
-    reach = norm.ppf((1 + level) / 2) * spread
+    errors, df = _t_reach(level, positive, groups)
+    p = float(2 * (norm.sf(abs(z)) if df is None else t.sf(abs(z), df) if errors == errors else np.nan))
+    reach = errors * spread
     found = {"before": float(a), "after": float(b), "difference": difference}
-    found |= {"low": difference - reach, "high": difference + reach, "z": float(z), "p": float(2 * norm.sf(abs(z)))}
+    found |= {"low": difference - reach, "high": difference + reach, "z": float(z), "p": p}
     return found | {"positives": len(hits), "negatives": len(others)}
 
 # %% ../../nbs/metrics/08_significance.ipynb #dc22ee98
@@ -164,7 +227,8 @@ def paired_table(
     names = [m for m in found[0][0] if m != "n"] if names is None else list(names)
     lost = [m for m in names if m not in found[0][0]]
     if lost: raise InputError(f"Unknown metric {lost[0]!r}. {close_matches(lost[0], found[0][0])}")
-    rows = {name: _difference(*([part[name] for part in way] for way in found), level) | counts for name in names}
+    pairs = {name: [[part[name] for part in way] for way in found] for name in names}
+    rows = {name: _difference(*pair, level, counts["groups"]) | counts for name, pair in pairs.items()}
     table = pd.DataFrame(rows.values(), index=pd.Index(rows, name="metric"))
     table.insert(list(table).index("p") + 1, "p_holm", holm(table["p"]))
     return table
@@ -205,6 +269,8 @@ def subgroup_table(
     seed: int = 0, # Equal seeds give equal results
     level: float = 0.95, # Share of the resamples inside
     few: int = 30, # Units below which a subgroup is flagged
+    # Of the rows of a subgroup, gives the units that the metric rests on (those with the rarest class); None for all
+    support: Callable[[pd.DataFrame], int] | None = None,
 ) -> pd.DataFrame: # Indexed by subgroup, "all" first; rows, units, value, low, high, few
     "A metric in each subgroup of a column, with counts and interval; raises `InputError` for an unknown column"
     for name in [column] + ([metric] if isinstance(metric, str) else []):
@@ -218,7 +284,9 @@ def subgroup_table(
         units = rows[groups] if groups and groups in rows else np.arange(len(rows))
         weights = np.ones((1, len(rows)), np.uint16), bootstrap_weights(units, n, seed)
         value, samples = (np.ravel(of(rows, w)) for w in weights)
-        count = unit_count(units)
-        found[name] = (len(rows), count, float(value[0]), *interval(samples, level), count < few)
+        count, seen = unit_count(units), samples[np.isfinite(samples)]
+        bounds = (0, 1) if len(seen) and 0 <= seen.min() and seen.max() <= 1 else None
+        ends = interval(samples, level, count if support is None else support(rows), bounds)
+        found[name] = (len(rows), count, float(value[0]), *ends, count < few)
     columns = ["rows", "units", "value", "low", "high", "few"]
     return pd.DataFrame(found.values(), columns=columns, index=pd.Index(found, name=column))

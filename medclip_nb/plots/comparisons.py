@@ -65,7 +65,7 @@ def accuracy_curves(
     for ax in axes.flat[len(names):]: ax.set_visible(False)
     for ax, name in zip(axes.flat, names):
         part = rest[rest["corruption"] == name]
-        ax.axhspan(clean["low"], clean["high"], color="0.5", alpha=0.15, linewidth=0)
+        if np.isfinite(clean["low"]): ax.axhspan(clean["low"], clean["high"], color="0.5", alpha=0.15, linewidth=0)
         ax.axhline(clean["value"], color="0.35", linewidth=1.4, label="clean")
         if chance is not None:
             ax.axhline(chance, color=CHANCE, linewidth=1.2, linestyle="--", label="chance (equally frequent classes)")
@@ -76,7 +76,7 @@ def accuracy_curves(
     for ax in axes.flat[max(0, len(names) - columns):len(names)]:
         ax.set_xlabel("severity")
         ax.tick_params(labelbottom=True)
-    axes.flat[0].set_ylim(min(0, rest["low"].min()) - 0.02, 1.02)
+    axes.flat[0].set_ylim(min(0, rest["low"].min() if rest["low"].notna().any() else 0) - 0.02, 1.02)
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 

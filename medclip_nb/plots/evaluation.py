@@ -42,7 +42,9 @@ def class_bars(
         ax.set(title=metric_words(metric), xlim=(0, 1.02), xticks=np.linspace(0, 1, 5), xlabel="value, 95 % interval")
         ax.grid(False, axis="y")
     counts = rows["support" if "support" in rows else "positives"]
-    names = [f"{wrapped(name, 34, 1)}  ({n:.0f})" for name, n in counts.items()]
+    groups = rows.get("positive_groups", counts)
+    of = [f"{n:.0f}" if k == n else f"{n:.0f} of {k:.0f} groups" for n, k in zip(counts, groups)]
+    names = [f"{wrapped(name, 34, 1)}  ({about})" for name, about in zip(counts.index, of)]
     axes[0, 0].set(yticks=places, yticklabels=names, ylim=(len(rows) - 0.4, -0.6))
     more = f" (first {most} of {len(table)} classes)" if len(table) > most else ""
     if title or more: figure.suptitle(wrapped(title + more, 90), x=0.01, ha="left", fontsize=11)
@@ -126,7 +128,7 @@ def _curves(ax: Axes, result: Any, metric: str) -> None:
     "Curves of one result"
     table = curve_table(result, metric)
     zero = result.metrics.set_index("name").loc[f"zero_shot/{metric}"]
-    ax.axhspan(zero["low"], zero["high"], color=CHANCE, alpha=0.12, linewidth=0)
+    if np.isfinite(zero["low"]): ax.axhspan(zero["low"], zero["high"], color=CHANCE, alpha=0.12, linewidth=0)
     ax.axhline(zero["value"], color=CHANCE, linewidth=1.5, linestyle="--", label="zero-shot")
     level = {"balanced_accuracy": result.details.get("chance"), "auroc_macro": 0.5}.get(metric)
     if level is not None: ax.axhline(level, color=CHANCE, linewidth=1.2, linestyle=":", label="chance")
