@@ -27,7 +27,7 @@ from medclip_nb.evaluators import (
 from medclip_nb.evaluators import (
     scores as module,
 )
-from medclip_nb.metrics import bootstrap_weights
+from medclip_nb.metrics import bootstrap_weights, interval
 from medclip_nb.models import STARTER, build
 
 WORDS = ["a nodule on the left", "Effusion", "effusion.", "clear lungs", "a fracture of a rib",
@@ -155,9 +155,12 @@ def test_item_retrieval_equals_brute_force_and_resamples_groups(seed, tmp_path):
     weights = bootstrap_weights(rows["group"], 40, seed)
     many = pd.DataFrame([summary(scores, own, np.repeat(np.arange(n), w), (1, 3), (2, 4))
                          for w in weights if any(own[i].any() for i in np.flatnonzero(w))])
+    units = rows["group"][own.any(1)].nunique()
     for name in many:
         row = found.metrics.set_index("name").loc[name]
-        assert [row["low"], row["high"]] == pytest.approx(np.quantile(many[name], [.025, .975]), abs=1e-9), name
+        ends = interval(many[name], groups=units, bounds=None if "rank" in name else (0, 1))
+        assert [row["low"], row["high"]] == pytest.approx(ends, abs=1e-9, nan_ok=True), name
+        assert row["groups"] == units and bool(row["note"]) == (units < 5)
     assert found.details["images_without_items"] == (~own.any(1)).sum() and len(found.predictions) == n
     for i, line in found.predictions.iterrows():
         assert line["item_ranks"] == (ranks_by_hand(scores[i], own[i]) if own[i].any() else [])
