@@ -1,4 +1,5 @@
 "The classes that are offered do not depend on the rows that are evaluated; every evaluator agrees on them"
+import json
 import pickle
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 
 from medclip_nb.core import InputError
-from medclip_nb.datasets import class_list, load_manifest, validate, with_classes
+from medclip_nb.datasets import ClassList, Manifest, class_list, load_manifest, validate, with_classes
 from medclip_nb.evaluators import (
     few_shot,
     item_zero_shot,
@@ -126,14 +127,32 @@ def test_findings_of_a_list_are_those_of_the_data_set(data):
 
 
 def test_the_card_lists_classes_that_files_on_disk_may_lack():
-    rows = load_manifest("starter", "data/starter")
-    assert class_list(rows, "side").source == "the card of the data set"
-    few = rows[rows["side"] == "left"]
-    few._whole = few
-    assert class_list(few, "side").names == ["left", "right"]
-    few = few.assign(side="up")
-    few._whole = few
+    few = Manifest({"side": ["left", "left"]})
+    few.dataset, few._whole = "starter", few
+    assert class_list(few, "side") == ClassList(["left", "right"], "the card of the data set")
+    few["side"] = "up"
     with pytest.raises(InputError, match="one class only"): class_list(few, "side")
+
+
+def test_lists_in_the_files_of_a_data_set_are_used(data, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    feature = {"info": {"features": {"kind": {"names": ["z", "a", "m"], "_type": "ClassLabel"}}}}
+    table = pa.table({"image": ["1.png", "2.png"], "kind": [0, 1], "split": ["train", "test"]})
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(feature)}), tmp_path / "t.parquet")
+    rows = load_manifest("parquet", tmp_path, columns={"label": "kind"})
+    assert rows["label"].tolist() == ["z", "a"]
+    found = class_list(rows.part("test"), "label")
+    assert (found.names, found.source) == (["a", "m", "z"], "the files of the data set")
+
+
+def test_groups_that_look_alike_across_splits(data):
+    rows = data.assign(group=[f"p{i}" for i in range(len(data))])
+    assert "groups alike" not in set(validate(rows, images="none")["kind"])
+    rows.loc[[0, 40], "group"] = ["Patient 7", "patient\N{NO-BREAK SPACE}7 "]
+    rows.loc[[1, 2], "group"] = ["Patient 8", "patient 8"]
+    said = validate(rows, images="none").set_index("kind").loc["groups alike"]
+    assert said["count"] == 2 and "'Patient 7'" in said["message"] and "8" not in said["message"]
 
 
 def test_the_whole_survives_selection_copies_and_other_processes(data):

@@ -125,6 +125,8 @@ def _questions(classes: list[str], templates: list[str], pack: str, labels: list
     if labels: raise InputError("--label picks a label column of a pack; with --classes there is none.")
     if len(set(classes)) < max(2, len(classes)):
         raise InputError(f"--classes needs two classes or more, all different; got {', '.join(classes)}.")
+    from medclip_nb.datasets.classes import look_alikes
+    for group in look_alikes(classes): _note(f"classes {' and '.join(map(repr, group))} look like one written twice")
     return {"": class_question(classes, templates or ["a medical image showing {}."])}, None
 
 def _answers(asked: Any, features: Any, label: str, top: int) -> list[list[dict]]: # For each image, its best classes

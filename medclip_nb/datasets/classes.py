@@ -56,9 +56,11 @@ def whole_column(
     column = whole[label]
     return column if column.loc[rows.index].astype(str).equals(rows[label].astype(str)) else None
 
-def _card_classes(dataset: str, label: str) -> list[str]:
-    "The classes that the card of a data set lists"
-    return card(dataset)["classes"].get(label, []) if dataset in card_names() else []
+def _known_classes(rows: Manifest, label: str) -> ClassList:
+    "The classes that the files or the card of a data set list, sorted; none where they list none"
+    if own := (rows._listed or {}).get(label): return ClassList(sorted(set(own)), "the files of the data set")
+    listed = card(rows.dataset)["classes"].get(label, []) if rows.dataset in card_names() else []
+    return ClassList(listed, "the card of the data set")
 
 def class_list(
     rows: Manifest, # A table with a label column: a data set, one of its splits, or a few of its rows
@@ -73,9 +75,8 @@ def class_list(
     column = whole_column(rows, label)
     if column is None: return _checked(ClassList(label_names(rows[label]), "the labels of these rows"), rows, label)
     found = label_names(column)
-    listed = _card_classes(rows.dataset, label)
-    if listed and set(found) <= set(listed):
-        return _checked(ClassList(listed, "the card of the data set"), rows, label)
+    listed = _known_classes(rows, label)
+    if listed.names and set(found) <= set(listed.names): return _checked(listed, rows, label)
     return _checked(ClassList(found, "all splits of the data set"), rows, label)
 
 def _checked(found: ClassList, rows: Manifest, label: str) -> ClassList:

@@ -68,7 +68,7 @@ def load_manifest(
     manifest = Manifest(table.reset_index(drop=True))
     manifest.dataset, manifest.root = dataset, str(facts.get("root", root))
     manifest.skipped, manifest.read = facts.get("skipped", []), facts.get("read", {}) if read is None else read
-    manifest.notes = facts.get("notes", [])
+    manifest.notes, manifest._listed = facts.get("notes", []), facts.get("classes")
     if facts.get("labels"): manifest.labels = facts["labels"]
     if splits: manifest = load_splits(manifest, splits)
     elif "split" in manifest:

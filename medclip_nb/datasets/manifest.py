@@ -32,9 +32,9 @@ def _cell_hashes(column: pd.Series) -> np.ndarray:
 class Manifest(pd.DataFrame):
     "A DataFrame of examples that knows its dataset, its root folder, its labels and where its splits come from"
     _metadata = ["dataset", "root", "split_source", "_labels", "_skipped", "_read", "_notes", "_classes", "_whole",
-                 "drawn_from"]
+                 "_listed", "drawn_from"]
     dataset, root, split_source, _labels, _skipped, _read = "table", ".", "unknown", None, None, None
-    _notes, _classes, _whole = None, None, None
+    _notes, _classes, _whole, _listed = None, None, None, None
     drawn_from: dict | None = None # Split -> its rows, before `limited` drew some of them
 
     @property

@@ -35,8 +35,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "steps": [
         "Fitting", "check_fitting", "count_rows", "data_notice", "dataset_facts", "limit_sentence", "open_data",
-        "prompt_sentence", "rests_on", "save_result", "show_classes", "show_fitting", "show_model", "show_skipped",
-        "usable_rows",
+        "prompt_sentence", "rests_on", "save_result", "show_classes", "show_fitting", "show_model", "show_notes",
+        "show_skipped", "usable_rows",
     ],
     "suites": [
         "MAX_RUNS", "NAME", "REFERENCE", "RUN_KEYS", "SUITE_KEYS", "Suite", "SuiteRun", "YAML_TYPES", "find_suite",

@@ -35,7 +35,7 @@ from medclip_nb.core import (
 from ..datasets.leaks import check_disjoint
 from ..datasets.manifest import Manifest
 from ..distributed import average_gradients
-from ..evaluators.labels import label_classes
+from ..evaluators.labels import check_trained, label_classes
 from ..images.augmentation import Augment, laterality
 from ..images.studies import StudyBatch
 from ..models.clip import ClipModel
@@ -312,6 +312,8 @@ def _class_labels(
     "The classes of the label column, and the labels of both splits"
     if not config.label: return [], [None, None]
     classes = label_classes(train_rows, config.label)
+    if config.objective == "prompts" and config.class_weight == "balanced":
+        check_trained(train_rows, config.label, classes)
     if config.flip and (sided := [c for c in classes if laterality(c)]):
         raise InputError(f"flip={config.flip:g}, but {config.label!r} has a class {sided[0]!r}, and a mirrored image "
                          "would belong to the other side. Set flip to 0.")

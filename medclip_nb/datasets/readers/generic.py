@@ -346,6 +346,11 @@ def _rename(data: pd.DataFrame, columns: Mapping[str, str] | None, where: Path) 
         data["label"] = data["label"].map(lambda v: v if v is None or isinstance(v, (list, str)) or v != v else str(v))
     return data
 
+def _named_so(classes: Mapping[str, list[str]], columns: Mapping[str, str] | None) -> dict[str, list[str]]:
+    "Lists of classes by the manifest's names of their columns"
+    other = {source: name for name, source in (columns or {}).items()}
+    return {other.get(column, column): names for column, names in classes.items()}
+
 def _without_image(data: pd.DataFrame, where: Path) -> pd.DataFrame:
     "The rows that have an image; the others are listed in attrs['skipped']"
     lost = data.index[data["image"].isna()] if "image" in data else []
@@ -370,6 +375,7 @@ def read_parquet(
     if not parts:
         raise InputError(f"{path}: " + ("no .parquet file in it." if path.is_dir() else "no such file or folder."))
     named = lambda part: split_of(part.stem) or split_of(part.parent.relative_to(base).as_posix())
+    classes: dict[str, list[str]] = {}
     tables, splits = [], [] if path.is_file() else [named(part) for part in parts]
     if any(splits) and not all(splits):
         nameless = parts[splits.index(None)].name
@@ -379,13 +385,14 @@ def read_parquet(
         key = content_hash(part.relative_to(base).as_posix(), facts.st_size, facts.st_mtime_ns, str(image))
         try:
             with pq.ParquetFile(plain_file(part)) as file:
+                classes |= arrow_class_names(file.schema_arrow)
                 batches = (pa.Table.from_batches([b]) for b in file.iter_batches(batch_size=512))
                 data = arrow_rows(batches, base, image_store(base), key, image)
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{part}: cannot be read as parquet ({error}). Download it again.") from None
         tables.append(data.assign(split=splits[n]) if any(splits) and "split" not in data else data)
     data = _without_image(_rename(pd.concat(tables, ignore_index=True), columns, path), path)
-    data.attrs["root"] = str(base)
+    data.attrs |= {"root": str(base), "classes": _named_so(classes, columns)}
     return data
 
 # %% ../../../nbs/datasets/readers/03_generic.ipynb #73c6cfd1
@@ -412,13 +419,14 @@ def read_huggingface(
     columns: Mapping[str, str] | None = None, # Name in the manifest -> name in the dataset
 ) -> pd.DataFrame: # All columns; image bytes are files below .images/
     "A dataset saved to disk by the library of Hugging Face, with its splits and the names of its classes"
-    root, tables = Path(root), []
+    root, tables, classes = Path(root), [], {}
     for split, data in _load_from_disk(root).items():
         files = [Path(f["filename"]) for f in data.cache_files]
         key = content_hash(split, str(image), [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files])
+        classes |= arrow_class_names(data.features.arrow_schema)
         arrow = data.with_format("arrow")
         rows = arrow_rows((arrow[i:i + 512] for i in range(0, len(data), 512)), root, image_store(root), key, image)
         tables.append(rows.assign(split=split) if split and "split" not in rows else rows)
     data = _without_image(_rename(pd.concat(tables, ignore_index=True), columns, root), root)
-    data.attrs["root"] = str(root)
+    data.attrs |= {"root": str(root), "classes": _named_so(classes, columns)}
     return data
