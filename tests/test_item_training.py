@@ -258,12 +258,12 @@ def test_each_loss_alone(table, models, tmp_path, name):
 
 
 def test_the_history_holds_losses_without_their_weights(table, models, tmp_path):
-    weights = {"ila": 0.5, "mps": 2.0, "iis": 0.3, "kta": 1.0}
+    weights = {"ila": 0.5, "mps": 0.4, "iis": 0.3, "kta": 0.1}
     _, training = trained(table, models, tmp_path / "out", item_weights=weights, epochs=2)
     history = training.history
     terms = history[[f"train_{name}" for name in weights]]
     assert np.allclose(terms @ list(weights.values()), history["train_loss"], rtol=1e-5)
-    assert not np.allclose(terms.sum(axis=1), history["train_loss"], rtol=0.1)
+    assert (terms.sum(axis=1) > 1.5 * history["train_loss"]).all()
 
 
 def test_the_text_tower_reads_each_different_text_once(table, models, tmp_path, monkeypatch):
