@@ -1,11 +1,18 @@
 "Input that is hostile or slips of the hand: one line that says what to mend, exit code 2, in seconds"
+import gzip
+import json
+
 import pytest
 from typer.testing import CliRunner
 
 from medclip_nb.cli import main as cli
 from medclip_nb.core import InputError
+from medclip_nb.datasets import tables
+from medclip_nb.datasets.readers import radiology
 from medclip_nb.datasets.registry import read_card
 from medclip_nb.evaluators.prompts import read_pack
+from medclip_nb.experiments import runs
+from medclip_nb.experiments.overview import write_index
 from medclip_nb.experiments.parameters import read_parameters
 from medclip_nb.experiments.suites import load_suite, run_suite
 
@@ -93,3 +100,60 @@ def test_options_of_models(tmp_path, monkeypatch, args, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.csv").write_text("image,label\na.png,x\n")
     assert says in refused(*args)
+
+
+def test_names_are_looked_up_before_a_kernel_starts(tmp_path):
+    out = ["--out", tmp_path / "run"]
+    assert "Did you mean 'starter'" in refused("run", "zero_shot", "-p", "dataset=startr", *out)
+    assert "Did you mean 'starter'" in refused("run", "zero_shot", "-p", "model=startr", *out)
+    assert "no such file or folder" in refused("run", "zero_shot", "-p", "checkpoint=" + "x" * 5000, *out)
+    (path := tmp_path / "s.yaml").write_text("runs: [{name: a, template: zero_shot, params: {checkpoint: no.pt}}]")
+    assert "a: checkpoint='no.pt'" in refused("suite", path, "--dry-run", "--out", tmp_path)
+
+
+def test_foreign_metrics(tmp_path):
+    (tmp_path / "run").mkdir()
+    metric = {"value": 1, "low": None, "high": None, "n": "<script>"}
+    foreign = [json.dumps({"schema": 1, "task": "x", "metrics": m}) for m in ({"a": metric}, [1], {"a": 1})]
+    for content in (NESTED, "[]", "{", '{"schema": 1}', *foreign):
+        (tmp_path / "run" / "metrics.json").write_text(content)
+        assert "metrics.json" in refused("compare", tmp_path)
+        with pytest.raises(InputError, match="metrics.json"): write_index(tmp_path)
+
+
+def test_formulas_are_marked_and_metrics_sort_as_numbers(tmp_path):
+    (run := tmp_path / "=HYPERLINK(1)").mkdir()
+    metric = {"value": -1, "low": None, "high": None, "n": 1}
+    (run / "metrics.json").write_text(
+        json.dumps({"schema": 1, "task": "@x", "metrics": {"a@16": metric, "a@2": metric}}))
+    result = CliRunner().invoke(cli.app, ["compare", str(tmp_path), "--csv", str(tmp_path / "t.csv")])
+    assert result.exit_code == 0, result.output
+    lines = (tmp_path / "t.csv").read_text().splitlines()[1:]
+    assert lines == [f"'=HYPERLINK(1),'@x,,,{m},-1,,,1" for m in ("a@2", "a@16")]
+
+
+def test_a_packed_table_is_unpacked_within_limits(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "_UNPACKED_LEAST", 2**20)
+    (path := tmp_path / "t.csv.gz").write_bytes(gzip.compress(b"image\n" + b"0" * 2**24))
+    with pytest.raises(InputError, match="t.csv.gz: unpacks to more than"): tables.read_table(path)
+    path.write_bytes(gzip.compress(b"image\n" + b"a.png\n" * 1000))
+    assert len(tables.read_table(path)) == 1000
+
+
+def test_threads_identify_what_trains_and_order_identifies_nothing(make_template, tmp_path, monkeypatch):
+    trains = make_template(tmp_path / "t.ipynb", "epochs: int = 1\nn: int = 0\nout_dir: str = 'o'")
+    measures = make_template(tmp_path / "m.ipynb", "n: int = 0\nout_dir: str = 'o'")
+    found = {}
+    for n in ("1", "2"):
+        monkeypatch.setenv("OMP_NUM_THREADS", n)
+        found[n] = [runs.run_key(t, {}, {}) for t in (trains, measures)] + [runs.asked_for(trains, {}, {})]
+    assert found["1"][0] != found["2"][0] and found["1"][1] == found["2"][1]
+    name = "the number of threads"
+    assert found["1"][2].items() ^ found["2"][2].items() == {(name, "1"), (name, "2")}
+    assert runs.run_key(trains, {"n": 1, "epochs": 2}, {}) == runs.run_key(trains, {"epochs": 2, "n": 1}, {})
+
+
+@pytest.mark.parametrize("encoding", ["nothing-known", "utf-7", "utf-16"])
+def test_encodings_of_xml(tmp_path, encoding):
+    (path := tmp_path / "1.xml").write_text(f'<?xml version="1.0" encoding="{encoding}"?><a/>')
+    with pytest.raises(InputError, match="1.xml"): radiology._openi_report(path)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['data', 'DatasetArgument', 'RootOption', 'ReaderOption', 'SplitsOption', 'OverwriteOption', 'MAX_SEED', 'text_table',
-           'option_value', 'reader_options', 'finite', 'list_', 'info', 'validate', 'parse_fractions', 'split', 'shard',
-           'rebase', 'write_table', 'convert']
+           'option_value', 'reader_options', 'spreadsheet_safe', 'finite', 'list_', 'info', 'validate',
+           'parse_fractions', 'split', 'shard', 'rebase', 'write_table', 'convert']
 
 # %% ../../nbs/cli/02_data.ipynb #9c138a21
 import inspect
@@ -99,6 +99,18 @@ def _writing(out: Path, overwrite: bool) -> Iterator[None]:
     try: yield
     except OSError as error: raise InputError(f"{out}: cannot be written ({error.strerror or error}).") from None
 
+# %% ../../nbs/cli/02_data.ipynb #8d1ea6ba
+def spreadsheet_safe(
+    table: Any, # A DataFrame
+) -> Any: # The same, with texts marked that a spreadsheet would compute
+    "Put an apostrophe before texts that begin with =, +, -, @, a tab or a line break, unless they are numbers"
+    def mark(cell: Any) -> Any:
+        if not isinstance(cell, str) or cell[:1] not in ("=", "+", "-", "@", "\t", "\r", "\n") or not cell: return cell
+        try: float(cell)
+        except ValueError: return f"'{cell}"
+        return cell
+    return table.map(mark).rename(columns=mark)
+
 # %% ../../nbs/cli/02_data.ipynb #07b4d0c3
 data = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True,
                    help="List, look at, check, split, shard and convert datasets.")
@@ -190,7 +202,7 @@ def validate(
     manifest = _load(dataset, root, option, splits)
     findings = validate_manifest(manifest, images=images, labels=manifest.labels)
     if csv:
-        with _writing(csv, overwrite), atomic_path(csv) as p: findings.to_csv(p, index=False)
+        with _writing(csv, overwrite), atomic_path(csv) as p: spreadsheet_safe(findings).to_csv(p, index=False)
     if len(findings):
         kinds = summarize_issues(findings)
         _echo(kinds.drop(columns="remedy"))

@@ -16,7 +16,7 @@ from .. import __version__
 from .ask import ManyValues, classify, packs, rank
 from .attend import attend
 from .cache import cache, embed
-from .data import data
+from .data import data, spreadsheet_safe
 from .doctor import doctor
 from ..core import InputError
 
@@ -139,7 +139,7 @@ def compare(
     table = overview.compare(folder)
     if csv is not None:
         from medclip_nb.core import atomic_path
-        with atomic_path(csv) as p: table.to_csv(p, index=False)
+        with atomic_path(csv) as p: spreadsheet_safe(table).to_csv(p, index=False)
     typer.echo(table.to_string(index=False, float_format=lambda v: f"{v:.4g}", na_rep=""))
 
 @app.command()

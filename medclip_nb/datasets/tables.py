@@ -86,6 +86,20 @@ def _parse(path: Path, dtype: Any, **how: Any) -> pd.DataFrame:
         for k, n in enumerate(others): table.isetitem(n, exact.iloc[:, k])
     return table
 
+# %% ../../nbs/datasets/03_tables.ipynb #3b0305dc
+_UNPACKED_RATIO = 100 # Unpacked bytes for each packed one; tables of text stay below it
+_UNPACKED_LEAST = 2**28 # Bytes that may always be unpacked
+
+def _check_unpacked(path: Path) -> None:
+    "Raise `InputError` for a .gz whose content is far larger than a table's could be"
+    limit, size = max(_UNPACKED_LEAST, _UNPACKED_RATIO * path.stat().st_size), 0
+    with gzip.open(path, "rb") as file:
+        while part := file.read(2**20):
+            size += len(part)
+            if size <= limit: continue
+            raise InputError(f"{path}: unpacks to more than {limit / 2**20:.0f} MB, which no table of its size does. "
+                             "If it is one, unpack it yourself and give the result.")
+
 # %% ../../nbs/datasets/03_tables.ipynb #7ffdd4b5
 def read_table(
     path: str | Path, # A text file with a header; .gz is unpacked on the way
@@ -104,6 +118,7 @@ def read_table(
     if not path.is_file(): raise InputError(f"{path}: no such file.")
     form, opener = TableForm(sep or usual, skip, "utf-8-sig", '"', []), gzip.open if packed else open
     try:
+        if packed: _check_unpacked(path)
         with opener(path, "rb") as file: form = table_form(file.read(2**16), sep, usual, skip, encoding)
         sep, skip = form.sep, form.skip
         table = _parse(path, dtype, sep=sep, skiprows=skip, keep_default_na=False, na_values=[""],

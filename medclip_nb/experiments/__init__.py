@@ -10,8 +10,8 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "overview": [
-        "compare", "find_runs", "first_figure", "headline", "over_runs", "read_metrics", "seed_groups",
-        "write_index",
+        "compare", "find_runs", "first_figure", "headline", "natural", "over_runs", "read_metrics",
+        "seed_groups", "write_index",
     ],
     "parameters": [
         "AT_LEAST_ONE", "BOOLEANS", "COUNT", "Cell", "MAX_TEXT", "PARAMETER_RANGES", "Parameter", "Range", "SHARE",
@@ -19,6 +19,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "parameter_files", "read_parameters", "read_template", "template_cells", "template_folder",
         "template_parameters", "templates", "with_defaults",
     ],
+    "preflight": ["check_names"],
     "reports": [
         "ANSI", "ATTRIBUTES", "NOISE", "STYLE", "TAGS", "clean_report", "html_page", "markdown_html",
         "report_html", "report_title", "safe_html", "scrub",
@@ -31,7 +32,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "runs": [
         "FAILED_FOLDER", "INPUTS", "MAX_SECONDS", "RUN_FOLDER", "RunError", "RunRecord", "STAMP", "Status", "TABLES",
         "artefacts", "asked_for", "check_timeout", "code_hash", "data_identity", "input_identities", "is_complete",
-        "result_hash", "run", "run_folder", "run_key", "run_record",
+        "result_hash", "run", "run_folder", "run_key", "run_record", "threads",
     ],
     "steps": [
         "Fitting", "check_fitting", "count_rows", "data_notice", "dataset_facts", "limit_sentence", "open_data",

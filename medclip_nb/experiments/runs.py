@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'TABLES', 'STAMP', 'RUN_FOLDER', 'FAILED_FOLDER', 'MAX_SECONDS', 'data_identity', 'code_hash',
-           'input_identities', 'run_key', 'asked_for', 'artefacts', 'is_complete', 'result_hash', 'run_folder',
-           'run_record', 'RunError', 'check_timeout', 'Status', 'RunRecord', 'run']
+           'input_identities', 'threads', 'run_key', 'asked_for', 'artefacts', 'is_complete', 'result_hash',
+           'run_folder', 'run_record', 'RunError', 'check_timeout', 'Status', 'RunRecord', 'run']
 
 # %% ../../nbs/experiments/02_runs.ipynb #a4a6fafc
 import logging
@@ -37,6 +37,7 @@ from medclip_nb.core import (
 )
 from .overview import headline, read_metrics
 from .parameters import Template, check_parameters, read_template, template_cells
+from .preflight import check_names
 from .reports import ANSI, clean_report, report_html, scrub
 from .resuming import STATE, has_state, state_folder
 
@@ -86,6 +87,16 @@ def input_identities(
         if k in INPUTS and (k != "model" or os.path.exists(v)) or os.path.isfile(v)
     }
 
+def threads() -> int:
+    "How many threads torch will use in a kernel: OMP_NUM_THREADS, or one for each core this process may use"
+    given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    if given.isdecimal() and int(given): return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+def _training_threads(template: Template | str | Path) -> list[int]:
+    "The threads, where they decide about the result: those of a template that trains"
+    return [threads()] if "epochs" in read_template(template).parameters else []
+
 def run_key(
     template: Template | str | Path, # As for `read_template`
     params: Mapping[str, Any], # Checked parameters
@@ -94,7 +105,7 @@ def run_key(
 ) -> str: # 16 hexadecimal digits
     "Identify everything that a run depends on"
     return content_hash(
-        template_cells(template), dict(params), dict(inputs), dict(builds_on), code_hash()
+        template_cells(template), dict(params), dict(inputs), dict(builds_on), code_hash(), *_training_threads(template)
     )
 
 def asked_for(
@@ -106,6 +117,7 @@ def asked_for(
     "The parts of the key of a run, compared when a killed run is resumed"
     parts = {"parameter": {k: content_hash(v) for k, v in params.items()}, "input": inputs, "run": builds_on}
     named = {f"{kind} {name}": value for kind, values in parts.items() for name, value in values.items()}
+    if trained := _training_threads(template): named["the number of threads"] = str(trained[0])
     return {"the template": content_hash(template_cells(template)), "the code": code_hash(), **named}
 
 # %% ../../nbs/experiments/02_runs.ipynb #0fa2feb7
@@ -198,6 +210,7 @@ def run_record(
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
+        "threads": threads(),
         "commit": _commit(),
         "code": code_hash(),
         "packages": _versions(),
@@ -394,6 +407,8 @@ def run(
     check_timeout(timeout)
     one, out_dir = read_template(template), Path(out_dir)
     values = check_parameters(one, params or {})
+    values = {name: values[name] for name in one.parameters if name in values}
+    check_names(one, values)
     params_key = values if params_key is None else params_key
     inputs = input_identities(values, params_key)
     key = lambda: run_key(one, params_key, inputs, builds_on)

@@ -25,6 +25,7 @@ from medclip_nb.experiments.parameters import (
     template_parameters,
     with_defaults,
 )
+from .preflight import check_names
 from medclip_nb.experiments.runs import (
     RunError,
     RunRecord,
@@ -284,6 +285,10 @@ def plan_suite(
     suite, stale, records = load_suite(path), set(), []
     folder = (Path(out_dir)/suite.name).resolve()
     for r in _chosen(suite, only):
+        resolved = _resolved(r, folder)
+        own = {k: v for k, v in resolved.items() if r.params[k] == v} # Not what another run will make
+        try: check_names(r.template, own, set(resolved) - set(own))
+        except InputError as e: raise InputError(f"{r.name}: {e}") from None
         kept = not (r.needs | r.after) & stale and up_to_date(r, folder)
         if not kept: stale.add(r.name)
         records.append(RunRecord(r.name, folder/r.name, "kept" if kept else "to run"))

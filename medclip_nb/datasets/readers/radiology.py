@@ -169,6 +169,8 @@ def _openi_report(path: Path) -> dict[str, Any]:
     except DefusedXmlException:
         fault = "refused, the file defines XML entities, which these reports never do"
         raise InputError(f"{path}: {fault}. Download it again.") from None
+    except (LookupError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: XML that cannot be read ({error}). Save it as UTF-8.") from None
     texts = {(e.get("Label") or "").strip().lower(): "".join(e.itertext()).strip() for e in tree.iter("AbstractText")}
     def terms(kind: str) -> list[str]:
         return [e.text.strip() for e in tree.iterfind(f".//MeSH/{kind}") if (e.text or "").strip()]
