@@ -143,7 +143,8 @@ def test_saved_adapter_is_a_peft_folder(kind, tmp_path):
     clip = add_lora(copy(), rank=2, alpha=6, dropout=0.1)
     train(clip)
     folder = save_adapter(clip, tmp_path / "adapter")
-    assert {p.name for p in folder.glob("[!.]*")} == {"adapter_config.json", "adapter_model.safetensors"}
+    files = {p.name for p in folder.glob("[!.]*")}
+    assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     size = PIXELS[kind]
     images = torch.randn(2, 3, size, size)
     theirs = peft.PeftModel.from_pretrained(split_attention(copy().model), str(folder)).eval().base_model.model
