@@ -273,7 +273,7 @@ def test_no_reader_leaves_the_folder_or_waits_at_a_pipe(made, hostile, name):
 def test_embed_and_shard_end_with_one_line(hostile, command):
     for name, words in FAULTS.items():
         if name == "scan": continue
-        (hostile / "t.csv").write_text(f"image,caption\n{name},x\na.png,y\n")
+        (hostile / "t.csv").write_text(f"image,caption,split\n{name},x,train\na.png,y,train\n")
         for verb in (["embed", "csv", "t.csv", "--model", "starter", "--out", "f.npz"],
                      ["data", "shard", "csv", "--root", "t.csv", "--out", "s"]):
             done = subprocess.run([command, *verb], cwd=hostile, capture_output=True, text=True,
