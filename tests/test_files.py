@@ -22,6 +22,7 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from medclip_nb.core import InputError
 from medclip_nb.datasets import FILE_ISSUES, drop_unusable, probe
 from medclip_nb.datasets.manifest import Manifest
+from medclip_nb.evaluators.grounding import read_mask
 from medclip_nb.images import StudyPreprocess, load_volume, read_image, read_volume
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -147,6 +148,14 @@ def test_pixels_become_square_as_in_nifti(tmp_path, tags):
     assert np.array_equal(np.asarray(image), np.asarray(read_image(tmp_path / "a.nii.gz")))
     rows, columns = np.nonzero(np.asarray(image)[..., 0] > 127)
     assert np.ptp(rows) == np.ptp(columns) == 31
+
+
+def test_masks_follow_pixels_that_become_square(tmp_path):
+    mask = (BLOBS > 900).astype(np.uint8)
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    image = read_image(write_dicom(tmp_path / "a.dcm", BLOBS, PixelSpacing=[2, 1]))
+    found = read_mask(tmp_path / "m.png", image.size[::-1], 1, image.info["stored_size"][::-1])
+    assert np.array_equal(found, mask.repeat(2, axis=0))
 
 
 @pytest.mark.parametrize("tags", [{}, {"PixelSpacing": [0.2, 0.2]}, {"PixelSpacing": [0, 0]},

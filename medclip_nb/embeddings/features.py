@@ -163,11 +163,14 @@ def embed(
         store = FeatureCache(folder, clip.dim, facts=_facts(clip, kind, **how), save_every=save_every)
         found[kind], counts[kind] = store.fill(keys, compute, together=together), store.counts
     if images and {"image", "series"} & {*manifest}:
-        rows = open_rows(clip, manifest, row_facts=False)
+        rows = open_rows(clip, manifest)
         stamps = [{name: stamp(path) for name, path in row.items()} for row in rows.files] if cache else None
         size = max(1, batch_size // 16) if isinstance(rows, ManifestStudies) else batch_size
         compute = _image_features(clip, rows, stamps, size, num_workers)
-        fill("images", _keys(rows.files, stamps, cache, together), compute, **manifest.read)
+        keys = _keys(rows.files, stamps, cache, together)
+        if isinstance(rows, ManifestStudies): # What a row states of its files is a part of what it shows
+            keys = [content_hash(key, own) if own else key for key, own in zip(keys, rows.facts)]
+        fill("images", keys, compute, **manifest.read)
     if texts and "caption" in manifest:
         captions, long_text = [str(caption) for caption in manifest["caption"]], long_text or clip.long_text
         fill("texts", captions, _text_features(clip, captions, batch_size, long_text), long_text=long_text)

@@ -78,7 +78,6 @@ class ManifestStudies(StudyDataset):
         manifest: Manifest, # Studies in a column series, or single volumes in a column image
         preprocess: StudyPreprocess, # Reads the files of a study
         memory_mb: int = 0, # Megabytes of tensors to keep
-        row_facts: bool = True, # Read with columns spacing, slope and intercept; False: with the manifest's options
     ) -> None:
         series = series_paths(manifest) if "series" in manifest else [{"volume": path} for path in manifest.paths()]
         if empty := [row for row, own in zip(manifest.index, series) if not own]:
@@ -88,12 +87,15 @@ class ManifestStudies(StudyDataset):
         super().__init__(series, preprocess, memory_mb)
         columns = [c for c in ("spacing", "slope", "intercept") if c in manifest]
         known = map(_known, manifest[columns].to_dict("records")) if columns else [{}] * len(manifest)
-        self.known = list(known) if row_facts else [manifest.read] * len(manifest)
+        self.facts = list(known)
+        # Of a volume in a column image a study model takes all slices; how one is shown as a picture does not matter
+        unused = () if "series" in manifest else ("window", "plane", "position", "draft", "truncated")
+        self.read = {name: value for name, value in manifest.read.items() if name not in unused}
 
     @property
     def files(self) -> list[dict[str, Path]]: return self.series # Name of a series -> file
 
-    def options(self, i: int) -> Mapping[str, Any]: return self.known[i]
+    def options(self, i: int) -> Mapping[str, Any]: return {**self.read, **self.facts[i]}
 
     def batches(self, parts: Sequence[Sequence[int]], num_workers: int = 0) -> Iterator[StudyBatch]:
         "Studies at the positions of each part, padded to as many series as the largest has"
@@ -108,11 +110,10 @@ def open_rows(
     clip: ClipModel, # Its kind decides what a row is, its preprocessing reads it
     manifest: Manifest, # Images or studies
     memory_mb: int = 0, # Megabytes of decoded rows to keep
-    row_facts: bool = True, # As for `ManifestStudies`; False also refuses single volumes in a column image
 ) -> ManifestImages | ManifestStudies:
     "The rows of a manifest as a model reads them; raises `InputError` where the two do not fit"
-    if not reads_studies(clip, manifest, row_facts): return ManifestImages(manifest, clip.preprocess, memory_mb)
-    return ManifestStudies(manifest, clip.preprocess, memory_mb, row_facts)
+    if not reads_studies(clip, manifest, True): return ManifestImages(manifest, clip.preprocess, memory_mb)
+    return ManifestStudies(manifest, clip.preprocess, memory_mb)
 
 # %% ../../nbs/embeddings/02_streams.ipynb #a45d1f61
 def _like_sizes(sizes: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -34,10 +34,13 @@ def read_mask(
     path: str | Path, # PNG, TIFF and the like, with one whole number per pixel
     size: tuple[int, int], # Height and width of its image, pixels
     items: int, # How many items the image has
+    stored: tuple[int, int] | None = None, # Height and width in the file, where pixels were made square
 ) -> np.ndarray: # (height, width), k + 1 where item k is
     "Read the mask of an image; raises `InputError` for another size and for values without an item"
     try:
-        with Image.open(plain_file(path), formats=FORMATS) as image: mask = np.asarray(image)
+        with Image.open(plain_file(path), formats=FORMATS) as image:
+            if stored and image.size == stored[::-1]: image = image.resize(size[::-1], Image.Resampling.NEAREST)
+            mask = np.asarray(image)
     except (OSError, SyntaxError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(
@@ -192,7 +195,8 @@ def look_at_row(
         found = look_at_study(clip, series_paths(one)[0], own, method, mask, True, **one.read)
     else:
         image = read_image(one.paths()[0], **one.read)
-        labels = None if mask is None else [read_mask(mask, image.size[::-1], len(own))]
+        stored = image.info.get("stored_size", ())[::-1]
+        labels = None if mask is None else [read_mask(mask, image.size[::-1], len(own), stored)]
         found, = look_at_images(clip, [image], [own], method, labels, upsample=upsample, every=True)
     return [replace(item, row=row) for item in found]
 
@@ -228,7 +232,7 @@ def _on_images(
         part = rows.iloc[start:start + batch_size]
         images, texts = [read_image(path, **rows.read) for path in part.paths()], items_of(part)
         labels = [
-            read_mask(mask, image.size[::-1], len(own))
+            read_mask(mask, image.size[::-1], len(own), image.info.get("stored_size", ())[::-1])
             for mask, image, own in zip(part.files(part["mask"]), images, texts)
         ]
         for row, items in zip(part.index, look_at_images(clip, images, texts, method, labels, pixel_mm, upsample)):
