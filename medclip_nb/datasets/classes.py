@@ -156,6 +156,8 @@ def class_facts(
     other = other[~other.isin(names)].value_counts().sort_index().to_dict()
     return facts | ({"other_labels": other} if other else {})
 
+_ONE_CLASS = "With rows of one class only, AUROC is not defined, and average precision is 1 whatever the scores are."
+
 def class_sentence(
     rows: Manifest, # The rows that are evaluated
     label: str, # Their label column
@@ -168,10 +170,10 @@ def class_sentence(
     if lacking := facts["classes_without_rows"]:
         where = " and ".join(sorted(set(rows["split"]))) if "split" in rows else "these rows"
         said.append(
-            f"No row of *{where}* is of {_named(lacking)}; such classes are offered, and means over classes leave "
-            "them out."
+            f"No row of *{where}* is of {_named(lacking)}; such classes are offered. Means over classes leave them "
+            "out, but for the macro F1 of one that is predicted, which counts as 0, as in scikit-learn."
         )
-    if len(names) - len(lacking) == 1: said.append("With rows of one class only, ranking metrics are not defined.")
+    if len(names) - len(lacking) == 1: said.append(_ONE_CLASS)
     if other := facts.get("other_labels"):
         counts = _named([f"{name} ({n})" for name, n in other.items()])
         said.append(f"Rows of the data set with other labels count as rows without a label: {counts}.")
