@@ -191,11 +191,11 @@ def test_subgroups_of_any_metric(frame):
     assert table.loc["(missing)", "rows"] == 5 and table["rows"].iloc[1:].sum() == 200
 
 
-def test_a_flag_under_thirty_units():
+def test_a_flag_under_ten_units():
     rows = lambda n, groups: pd.DataFrame({"site": ["x"] * n, "correct": [1.0, 0.0] * (n // 2), "group": groups})
     few = lambda frame, **options: subgroup_table(frame, "site", n=10, **options).loc["x", "few"]
-    assert few(rows(28, range(28))) and not few(rows(30, range(30)))
-    assert few(rows(40, [i // 2 for i in range(40)])) and not few(rows(40, [i // 2 for i in range(40)]), groups=None)
+    assert few(rows(8, range(8))) and not few(rows(10, range(10)))
+    assert few(rows(18, [i // 2 for i in range(18)])) and not few(rows(18, [i // 2 for i in range(18)]), groups=None)
 
 
 def test_equally_filled_ranges(frame):

@@ -15,6 +15,7 @@ from ..core import InputError, close_matches
 from ..datasets.manifest import Manifest
 from .differences import OUTCOMES, balanced_accuracy, classes_of
 from .results import Result, image_names
+from ..metrics.resampling import FLAGGED_GROUPS
 from ..metrics.significance import subgroup_table
 
 # %% ../../nbs/evaluators/16_subgroup_tables.ipynb #e413d635
@@ -66,7 +67,7 @@ def subgroups(
     bins: int = 4, # Ranges, equally filled, into which a column of more than 12 different numbers is cut
     n_boot: int = 1000, # Bootstrap resamples behind each interval
     seed: int = 0, # Seed of the resampling
-    few: int = 30, # Groups (patients) below which a subgroup is flagged
+    few: int = FLAGGED_GROUPS, # Groups (patients) below which a subgroup is flagged
 ) -> pd.DataFrame: # metric, column, subgroup ("all" first), rows, groups, value, low, high, few
     "Every metric that the predictions allow, in each subgroup of each column"
     rows, tables = with_columns(result, manifest, columns), []
@@ -86,10 +87,11 @@ def subgroups(
 # %% ../../nbs/evaluators/16_subgroup_tables.ipynb #017cef5e
 def small_subgroups(
     table: pd.DataFrame, # From `subgroups`
-    few: int = 30, # The value that `subgroups` was given
+    few: int = FLAGGED_GROUPS, # The value that `subgroups` was given
 ) -> str: # A sentence, empty where no subgroup is small
     "Name the subgroups with too few patients"
     small = table[table["few"] & (table["subgroup"] != "all")].drop_duplicates(["column", "subgroup"])
     if not len(small): return ""
     named = ", ".join(f"{r['column']} {r['subgroup']} ({r['groups']})" for r in small.to_dict("records"))
-    return f"Fewer than {few} patients or groups, so neither the value nor its interval is reliable: {named}."
+    why = f"Fewer than {few} patients or groups, so the value is uncertain, and its interval wide or withheld"
+    return f"{why}: {named}."

@@ -29,8 +29,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "known_labels", "multilabel_metrics", "multilabel_table", "multilabel_units", "threshold_values",
     ],
     "resampling": [
-        "FEW_GROUPS", "SUMMARIES", "Units", "as_objects", "bootstrap", "bootstrap_weights", "group_codes",
-        "group_counts", "grouping", "interval", "mean_defined", "mean_fixed", "ratio", "resample_blocks",
+        "FEW_GROUPS", "FLAGGED_GROUPS", "SUMMARIES", "Units", "as_objects", "bootstrap", "bootstrap_weights",
+        "group_codes", "group_counts", "grouping", "interval", "mean_defined", "mean_fixed", "ratio", "resample_blocks",
         "summary_of", "weighted_means", "weighted_median",
     ],
     "retrieval": [

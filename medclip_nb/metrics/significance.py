@@ -17,6 +17,7 @@ from ..core import InputError, close_matches
 from .curves import split_rows
 from medclip_nb.metrics.resampling import (
     FEW_GROUPS,
+    FLAGGED_GROUPS,
     as_objects,
     bootstrap_weights,
     group_codes,
@@ -268,7 +269,7 @@ def subgroup_table(
     n: int = 1000, # Resamples
     seed: int = 0, # Equal seeds give equal results
     level: float = 0.95, # Share of the resamples inside
-    few: int = 30, # Units below which a subgroup is flagged
+    few: int = FLAGGED_GROUPS, # Units below which a subgroup is flagged
     # Of the rows of a subgroup, gives the units that the metric rests on (those with the rarest class); None for all
     support: Callable[[pd.DataFrame], int] | None = None,
 ) -> pd.DataFrame: # Indexed by subgroup, "all" first; rows, units, value, low, high, few
