@@ -1,6 +1,7 @@
 "Runs and suites as processes: the same bytes, nothing half-written, resumed where they stopped"
 import base64
 import json
+import os
 import re
 import signal
 import subprocess
@@ -69,6 +70,18 @@ pd.DataFrame({"caption": ["<script>alert(1)</script>"]}).style.highlight_max()''
     png = next(o["data"]["image/png"] for c in json.loads(text)["cells"]
                for o in c.get("outputs", []) if "image/png" in o.get("data", {}))
     assert base64.b64decode("".join(png)).startswith(b"\x89PNG")
+
+
+def test_another_package_in_the_current_folder_is_not_used(installed, make_template, tmp_path):
+    (tmp_path / "medclip_nb").mkdir()
+    (tmp_path / "medclip_nb" / "__init__.py").write_text("raise RuntimeError('another checkout')")
+    where = 'import json, pathlib, medclip_nb; value = float("here" in medclip_nb.__file__)'
+    template = make_template(tmp_path / "own.ipynb", 'value: float = 1.0\nout_dir: str = "out"', where, SAVE)
+    environment = {name: value for name, value in os.environ.items() if name != "JUPYTER_PATH"} # A kernel of its own
+    done = subprocess.run([installed, "run", str(template), "--out", "run"], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["metrics"]["value"]["value"] == 0
 
 
 def test_failures_leave_the_old_run_whole(stub, tmp_path):

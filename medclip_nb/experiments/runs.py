@@ -255,6 +255,12 @@ def check_timeout(
     if timeout is None or 0 < timeout < MAX_SECONDS: return
     raise InputError(f"{where}the timeout is a number of seconds above 0 and below {MAX_SECONDS}, not {timeout}.")
 
+def _kernel_options() -> list[str]: # Arguments of the kernel
+    "Keep a folder `medclip_nb` of the current folder, such as another checkout, from standing in for this package"
+    here, own = Path("medclip_nb"), Path(medclip_nb.__file__).parent
+    foreign = here.is_dir() and not here.samefile(own)
+    return ["--IPKernelApp.log_level=50", *(["--IPKernelApp.ignore_cwd=True"] if foreign else [])]
+
 def _execute(
     template: Path,
     work: Path,
@@ -278,7 +284,7 @@ def _execute(
             language="python",
             progress_bar=False,
             start_timeout=120,
-            extra_arguments=["--IPKernelApp.log_level=50"],
+            extra_arguments=_kernel_options(),
             on_cell_start=lambda cell, cell_index: on_cell(cell_index),
             **limits,
         )
