@@ -1,11 +1,14 @@
 "Datasets: hostile tables, faults of files, saved splits, cards that hold together, a package that carries them"
 import importlib
+import io
+import json
 import os
 import pickle
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -14,7 +17,9 @@ import pandas as pd
 import pytest
 import yaml
 from PIL import Image
+from typer.testing import CliRunner
 
+from medclip_nb.cli.main import app
 from medclip_nb.core import InputError
 from medclip_nb.datasets import (
     CARD_EXTRAS,
@@ -380,3 +385,53 @@ def test_a_hundred_thousand_rows_take_no_time(tmp_path):
     manifest.fingerprint(), split_hash(manifest)
     assert time.perf_counter() - start < 6
     assert manifest.groupby("group")["split"].nunique().max() == 1
+
+
+def _write(kind, folder, rows):
+    "Rows, each with an image, as a data set of one kind"
+    rows = [{"image": f"{i}.png", "caption": f"scan {i}"} | row for i, row in enumerate(rows)]
+    if kind == "json-pairs":
+        (folder / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return folder / "t.jsonl"
+    if kind == "parquet":
+        pd.DataFrame(rows).to_parquet(folder / "t.parquet")
+        return folder / "t.parquet"
+    if kind == "huggingface":
+        pytest.importorskip("datasets").Dataset.from_list(rows).save_to_disk(folder / "hf")
+        return folder / "hf"
+    with tarfile.open(folder / "t.tar", "w") as tar:
+        for i, row in enumerate(rows):
+            for end, held in (("json", json.dumps(row).encode()), ("png", (folder / f"{i}.png").read_bytes())):
+                (member := tarfile.TarInfo(f"{i}.{end}")).size = len(held)
+                tar.addfile(member, io.BytesIO(held))
+    return folder / "t.tar"
+
+
+@pytest.mark.parametrize("kind", ["json-pairs", "parquet", "huggingface", "webdataset"])
+def test_cells_of_another_kind_are_one_line(folder, kind):
+    for column, cell in {"group": {"id": 1}, "split": 1, "label": {"a": 1}}.items():
+        root = _write(kind, folder, [{column: cell}] * 6)
+        says = rf"{kind}: row 0 .*column '{column}' holds {type(cell).__name__} .*\(6 such rows\)\. Write "
+        with pytest.raises(InputError, match=says): load_manifest(kind, root)
+    root = _write(kind, folder, [{"group": i // 2, "label": ["a", "b"]} for i in range(8)])
+    assert load_manifest(kind, root)["group"].tolist() == list("00112233")
+    assert list(load_manifest(kind, root)["label"][0]) == ["a", "b"]
+    root = _write(kind, folder, [{"caption": {"a": 1}}] * 6)
+    says = "no rows found" if kind == "json-pairs" else "column 'caption' holds dict"
+    with pytest.raises(InputError, match=says): load_manifest(kind, root)
+
+
+def test_cells_of_another_kind_through_the_command(folder):
+    root = _write("webdataset", folder, [{"group": {"id": 1}}] * 6)
+    done = CliRunner().invoke(app, ["data", "validate", "webdataset", "--root", str(root)])
+    assert done.exit_code == 2 and "column 'group' holds dict" in done.output and "Traceback" not in done.output
+    root = _write("webdataset", folder, [{"label": ["a", "b"]}] * 6)
+    done = CliRunner().invoke(app, ["data", "validate", "webdataset", "--root", str(root)])
+    assert done.exit_code == 1 and "lists of labels" in done.output
+
+
+def test_validate_names_a_label_once_and_cuts_no_remedy(folder):
+    said = CliRunner().invoke(app, ["data", "validate", "csv", "--root", str(csv(folder, [
+        {"image": "0.png", "label": "b "}]).root)]).output
+    assert "labels alike" in said and "single example" not in said and "\u2026" not in said
+    assert "otherwise ignore this." in " ".join(said.split())

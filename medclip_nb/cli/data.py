@@ -12,9 +12,11 @@ import inspect
 import json
 import math
 import os
+import textwrap
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Optional, Union, get_args, get_origin
 
@@ -27,14 +29,18 @@ def text_table(
     rows: Iterable[Sequence[Any]], # Cells
     header: Sequence[str], # One name a column
     width: int = 100, # Most characters in a line
+    wrap: bool = False, # Whether what does not fit goes on in further lines, or else ends in an ellipsis
 ) -> str: # Lines, without a final newline
-    "Cells in aligned columns; what doesn't fit ends in an ellipsis"
+    "Cells in aligned columns, no wider than a line"
     clean = lambda cell: "".join(c if c.isprintable() else " " for c in str(cell)).strip()
     lines = [[clean(c) for c in row] for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*lines)]
     while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > 4: widths[widths.index(max(widths))] -= 1
-    short = lambda cell, w: cell if len(cell) <= w else cell[:w - 1] + "\u2026"
-    return "\n".join("  ".join(f"{short(c, w):<{w}}" for c, w in zip(line, widths)).rstrip() for line in lines)
+    def parts(cell: str, w: int) -> list[str]:
+        if wrap: return textwrap.wrap(cell, w, break_on_hyphens=False) or [""]
+        return [cell if len(cell) <= w else cell[:w - 1] + "\u2026"]
+    split = (zip_longest(*(parts(c, w) for c, w in zip(line, widths)), fillvalue="") for line in lines)
+    return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(cells, widths)).rstrip() for rows in split for cells in rows)
 
 # %% ../../nbs/cli/02_data.ipynb #f0e8cf2a
 def _kinds(annotation: Any) -> set:
@@ -178,7 +184,8 @@ def _column_rows(manifest: Any) -> list[list]:
 def _echo(table: Any, title: str = "") -> None:
     "A table of `checks`, if it has any rows"
     if len(table):
-        typer.echo((f"{title}\n" if title else "") + text_table(table.values.tolist(), list(table.columns)) + "\n")
+        lines = text_table(table.values.tolist(), list(table.columns), wrap=True)
+        typer.echo((f"{title}\n" if title else "") + lines + "\n")
 
 # %% ../../nbs/cli/02_data.ipynb #bfd67c42
 @data.command()

@@ -37,6 +37,7 @@ REMEDIES = {
     "one class in a split": "Metrics that rank or compare classes are not defined there; use a larger split.",
     "labels alike": "If they are one class, write them in one way in the table; otherwise ignore this.",
     "groups alike": "If they are one patient, write the name in one way in the table, so that it stays in one split.",
+    "lists of labels": "Write a column with one text for each finding, and name these columns as labels.",
     "unseen label": "Move examples into the training split, or leave the class out.",
     "single example": "Merge the class with another or collect more.",
     "missing labels": "Rows without a label are left out where one is needed; make sure that enough remain.",
@@ -155,6 +156,10 @@ def _offered(manifest: pd.DataFrame, column: str) -> int:
 def _label_issues(manifest: pd.DataFrame, column: str) -> list[tuple]:
     "Issues of one label column"
     values, split = manifest[column], manifest.get("split", pd.Series("train", index=manifest.index))
+    listed = values[values.map(lambda v: isinstance(v, (list, tuple, np.ndarray)))]
+    if len(listed):
+        message = f"column {column!r} holds lists where one class is expected, such as {_some(listed[:1])}"
+        return [_issue("error", "lists of labels", -1, message, len(listed))]
     if _offered(manifest, column) < 2 or not values.notna().any():
         message = f"column {column!r} has one class only: {values.dropna().unique().tolist()}"
         return [_issue("error", "one class", -1, message, len(values))]
@@ -163,8 +168,9 @@ def _label_issues(manifest: pd.DataFrame, column: str) -> list[tuple]:
         if part.nunique() == 1:
             message = f"column {column!r}: split {name!r} has rows of one class only, {part.dropna().iloc[0]!r}"
             found.append(_issue("warning", "one class in a split", part.index[0], message, len(part)))
-    if groups := look_alikes(values):
-        names = [name for group in groups for name in group]
+    groups = look_alikes(values)
+    names = [name for group in groups for name in group]
+    if groups:
         first = values.index[values.map(label_name, na_action="ignore") == names[0]][0]
         message = alike_sentence(column, groups)
         found.append(_issue("warning", "labels alike", first, message, sum(sum(g.values()) for g in groups)))
@@ -173,6 +179,7 @@ def _label_issues(manifest: pd.DataFrame, column: str) -> list[tuple]:
         message = f"{column} {value!r} does not occur in the training split ({len(rows)} rows elsewhere)"
         found.append(_issue("warning", "unseen label", rows.index[0], message, len(rows)))
     single, missing = values[values.map(values.value_counts()) == 1], values.index[values.isna()]
+    single = single[~single.map(label_name).isin(names)]
     message = f"{column}: one example only of {_some(single)}"
     if len(single): found.append(_issue("warning", "single example", single.index[0], message, len(single)))
     message = f"{len(missing) / len(values):.1%} of column {column!r} is empty"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
 from ..core import InputError
-from .manifest import Manifest
+from .manifest import Manifest, _checked_cells
 from .registry import _find_reader
 from .splits import _made_splits, _usual_names, load_splits
 
@@ -55,7 +55,7 @@ def load_manifest(
     read: Mapping[str, Any] | None = None,
     **options: Any, # Passed to the reader
 ) -> Manifest: # One row per example
-    "Read a dataset into a manifest; raises `InputError` for an unknown name, a missing folder or column"
+    "Read a dataset into a manifest; raises `InputError` for an unknown name, a missing column, a malformed cell"
     reader = _find_reader(dataset)
     check_options(dataset, reader, options)
     try: table = reader(Path(root), **options)
@@ -70,6 +70,7 @@ def load_manifest(
     manifest.skipped, manifest.read = facts.get("skipped", []), facts.get("read", {}) if read is None else read
     manifest.notes, manifest._listed = facts.get("notes", []), facts.get("classes")
     if facts.get("labels"): manifest.labels = facts["labels"]
+    manifest = _checked_cells(manifest)
     if splits: manifest = load_splits(manifest, splits)
     elif "split" in manifest:
         manifest["split"] = _usual_names(manifest["split"])

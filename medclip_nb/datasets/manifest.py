@@ -109,3 +109,42 @@ class Manifest(pd.DataFrame):
     def fingerprint(self) -> str:
         "Identify the table by its content, wherever it is on disk"
         return content_hash([str(c) for c in self.columns], [_cell_hashes(self[c]) for c in self.columns])
+
+# %% ../../nbs/datasets/01_manifest.ipynb #5c1e7a02
+_NUMBERS, _LISTS = (int, float, np.number), (list, tuple, np.ndarray)
+_CELLS = { # Column -> types of its cells, and what belongs there
+    "image": ((str,), "the path of one image, as text"),
+    "caption": ((str,), "one text; texts of several findings belong in the column items, as a list"),
+    "items": (_LISTS, "a list of texts"),
+    "group": ((str, *_NUMBERS), "one text or number, such as the name of a patient"),
+    "split": ((str,), "train, valid or test, as text"),
+}
+_LABELS = (str, bool, np.bool_, *_NUMBERS, *_LISTS), "one text, number or boolean, or a list of texts"
+
+def _misfits(cells: pd.Series, kinds: tuple[type, ...]) -> pd.Series:
+    "The cells that are of no such type, and the lists that hold anything but texts"
+    fits = {k: issubclass(k, kinds) and (bool in kinds or k is not bool) for k in set(map(type, cells.tolist()))}
+    if all(fits.values()) and not any(issubclass(k, _LISTS) for k in fits): return cells[:0]
+    texts = lambda v: not isinstance(v, _LISTS) or all(isinstance(item, str) for item in v)
+    return cells[[not (fits[type(v)] and texts(v)) for v in cells.tolist()]]
+
+def _group_name(value: Any) -> str:
+    "A group as text; a whole number has no decimal point"
+    return str(int(value)) if isinstance(value, (float, np.floating)) and value.is_integer() else str(value)
+
+def _checked_cells(manifest: Manifest) -> Manifest:
+    "The manifest with its groups as text; raises `InputError` naming the row of a cell that its column cannot hold"
+    columns = {c: _LABELS for c in manifest.labels} | {c: cells for c, cells in _CELLS.items() if c in manifest}
+    for column, (kinds, wanted) in columns.items():
+        if not len(odd := _misfits(manifest[column].dropna(), kinds)): continue
+        cell = odd.tolist()[0]
+        image = manifest.get("image", pd.Series(dtype=object)).get(odd.index[0])
+        name = f" ({image})" if isinstance(image, str) and column != "image" else ""
+        more = f" ({len(odd)} such rows)" if len(odd) > 1 else ""
+        raise InputError(
+            f"{manifest.dataset}: row {odd.index[0]}{name}, counted from 0: column {column!r} holds "
+            f"{type(cell).__name__} {str(cell)[:60]!r}{more}. Write {wanted}, or leave it empty."
+        )
+    if "group" in manifest and not set(map(type, manifest["group"].dropna().tolist())) <= {str}:
+        manifest["group"] = manifest["group"].astype(object).map(_group_name, na_action="ignore")
+    return manifest

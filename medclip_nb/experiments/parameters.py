@@ -257,7 +257,10 @@ def _checked(name: str, value: Any, spec: Parameter) -> Any:
         except ValueError: got = f"a whole number of {value.bit_length()} bits"
         if len(got) > 100: got = got[:100] + "…"
         if spec.type == "float" and isinstance(value, (int, float)): got += ", and it must be finite"
-        hint = " Put it in quotes." if spec.type == "str" else " Write it as [a, b]." if spec.type[:4] == "list" else ""
+        hint = " Put it in quotes." if spec.type == "str" else ""
+        if spec.type[:4] == "list":
+            one = str(value) if isinstance(value, (str, int, float)) and len(str(value)) < 60 else "a, b"
+            hint = f" Write {name}=[{one}]."
         raise InputError(f"parameter {name!r} must be {spec.type}, not {got}.{hint}") from None
     if fault := _bad_text(name, value) or _out_of_range(name, value, spec.default): raise InputError(fault)
     return value

@@ -203,8 +203,9 @@ def _pairs(path: Path, base: Path, image: str | None, caption: str | None) -> tu
         data["items"] = data["caption"].map(listed_items)
         texts = texts.where(~listed, data["items"].map(join_items))
     elif "items" in data: data["items"] = data["items"].map(listed_items)
-    if "label" in data: data["label"] = data["label"].map(str, na_action="ignore")
-    others = [c for c in data if c not in ("image", "caption", "items")]
+    as_text = lambda v: v if isinstance(v, (list, dict)) else str(v)
+    if "label" in data: data["label"] = data["label"].map(as_text, na_action="ignore")
+    others = [c for c in data if c not in ("image", "caption", "items", "label", "group", "split")]
     nested = [c for c in others if data[c].map(lambda v: isinstance(v, (list, dict))).any()]
     data = data.drop(columns=nested).assign(caption=texts.fillna("").str.strip())
     return _without_gaps(data, path, base, lines)
@@ -343,7 +344,9 @@ def _rename(data: pd.DataFrame, columns: Mapping[str, str] | None, where: Path) 
         items = data["caption"].map(listed_items)
         data = data.assign(items=items, caption=items.map(join_items))
     if "label" in data:
-        data["label"] = data["label"].map(lambda v: v if v is None or isinstance(v, (list, str)) or v != v else str(v))
+        data["label"] = data["label"].map(
+            lambda v: v if v is None or isinstance(v, (list, dict, str)) or v != v else str(v)
+        )
     return data
 
 def _named_so(classes: Mapping[str, list[str]], columns: Mapping[str, str] | None) -> dict[str, list[str]]:

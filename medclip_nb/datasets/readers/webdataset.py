@@ -150,7 +150,7 @@ def sample_row(
     if "cls" in files and _absent(row.get("label")): row["label"] = files["cls"].decode("utf-8", "replace").strip()
     series = row.pop("series", None)
     if isinstance(series, dict):
-        if gone := [name for name, extension in series.items() if extension not in files]:
+        if gone := [name for name, ending in series.items() if not isinstance(ending, str) or ending not in files]:
             raise InputError(f"{where}: no file of series {', '.join(map(str, gone))}. Write the shard again.")
         return row | {"series": series}
     kinds = (member_extension(row["source"]), *IMAGE_EXTENSIONS) if "source" in row else IMAGE_EXTENSIONS
