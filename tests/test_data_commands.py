@@ -171,7 +171,7 @@ ERRORS = {
     "wrong check": (["shard", "csv", "--root", "t.csv", "--out", "new", "--check", "all"], "check='all'"),
     "wrong size": (["shard", "csv", "--root", "t.csv", "--out", "new", "--per-shard", "0"], "must be positive"),
     "wrong type": (["convert", "csv", "--root", "t.csv", "--out", "new.xlsx"], "must end in .csv, .parquet or .jsonl"),
-    "file is there": (["convert", "csv", "--root", "t.csv", "--out", "t.csv"], "t.csv: is there already"),
+    "file is there": (["convert", "csv", "--root", "t.csv", "--out", "t.csv"], "t.csv: is an input of this command"),
     "folder is there": (["shard", "csv", "--root", "t.csv", "--out", "."], "is or holds the current folder"),
     "not shards": (["shard", "csv", "--root", "t.csv", "--out", ".", "--overwrite"], "is or holds the current folder"),
     "out of the folder": (["convert", "csv", "--root", "t.csv", "--out", "sub/new.csv"], "does not lie below"),

@@ -153,6 +153,93 @@ def test_a_card_replaces_no_other_readme(made, tmp_path):
     for _ in range(2): assert call(*words, tmp_path / "card", "--overwrite")[0] == 0
 
 
+@pytest.mark.parametrize("text", [
+    "# Tools\n\n- medclip_nb\n- other\n", "---\ntags: [other]\n---\n- medclip_nb\n",
+    "---\ntags: [\n---\n- medclip_nb\n",
+    "# Mine\n---\ntags:\n- medclip_nb\n---\n", "---\nneeds:\n- medclip_nb\n---\n", "---\n- medclip_nb\n---\n"])
+def test_a_readme_that_only_mentions_the_package_is_no_card_of_ours(made, tmp_path, text):
+    (tmp_path / "README.md").write_text(text)
+    code, output = call("export", made / "run", "--to", "card", "--out", tmp_path, "--overwrite")
+    assert code == 2 and "is not a model card of this package" in output
+    assert (tmp_path / "README.md").read_text() == text
+
+
+@pytest.fixture
+def place(made, tmp_path, monkeypatch):
+    "The table, pictures and run of these tests in the current folder, to be lost"
+    shutil.copytree(made / "data", tmp_path / "data")
+    shutil.copytree(made / "run", tmp_path / "reports" / "run")
+    (tmp_path / "reports" / "run" / "metrics.json").write_text(json.dumps(
+        {"schema": 1, "task": "x", "metrics": {"a": {"value": 1, "low": None, "high": None, "n": 1}}}))
+    for name in ("mask.png", "texts.svg", "old.csv", "old.png", "old-2.png", "attend.png", "pair.csv"):
+        (tmp_path / name).write_text("a disk")
+    for split in ("train", "test"): shutil.copytree(made / "data", tmp_path / "folders" / split / "a")
+    (tmp_path / "folders" / "notes.csv").write_text("perhaps a table of the data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+LOOK = ["attend", "data/0.png", "--texts", "a disk"]
+EMBED = ["embed", "csv", "data/t.csv", "--only", "images", "--model"]
+TABLE = ["csv", "--root", "data/t.csv"]
+
+
+@pytest.mark.parametrize("words, file", [
+    (LOOK, "attend.png"), ([*LOOK, "--out", "old.png"], "old.png"),
+    (["attend", "data/0.png", "data/1.png", "--texts", "a disk", "--out", "old.png"], "old-2.png"),
+    (["compare", "reports", "--csv", "old.csv"], "old.csv"),
+    (["data", "convert", *TABLE, "--out", "old.csv"], "old.csv"),
+    (["data", "split", *TABLE, "--out", "old.csv"], "old.csv"),
+    (["data", "validate", *TABLE, "--csv", "old.csv"], "old.csv"), ([*EMBED, "none", "--out", "pair.npy"], "pair.csv")])
+def test_files_are_replaced_only_where_asked(place, words, file):
+    before = tree(place)
+    code, output = call(*words, *(["--model", "hf-hub:no/where"] if words[0] == "attend" else []))
+    assert (code, output) == (2, f"error: {file}: is there already. Give another name, or --overwrite.\n")
+    assert tree(place) == before
+    if words[0] in ("compare", "data"):
+        assert call(*words, "--overwrite")[0] == 0 and tree(place)[file] != before[file]
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize("words, file", [
+    ([*LOOK, "--out", "data/0.png"], "data/0.png"), ([*LOOK, "--mask", "mask.png", "--out", "mask.png"], "mask.png"),
+    ([*LOOK, "--texts-file", "texts.svg", "--out", "texts.svg"], "texts.svg"),
+    (["attend", "a=data/0.png", "--texts", "a disk", "--out", "data/0.png"], "data/0.png"),
+    (["compare", "reports", "--csv", "reports/run/metrics.json"], "reports/run/metrics.json"),
+    (["data", "convert", *TABLE, "--out", "data/t.csv"], "data/t.csv"),
+    (["data", "split", *TABLE, "--out", "data/1.png"], "data/1.png"),
+    (["data", "validate", *TABLE, "--csv", "data/../data/2.png"], "data/../data/2.png"),
+    (["data", "validate", "imagefolder", "--root", "folders", "--csv", "folders/notes.csv"],
+     "folders/notes.csv"),
+    ([*EMBED, "none", "--out", "data/t.npy"], "data/t.csv")])
+def test_no_output_replaces_an_input(place, words, file, overwrite):
+    before = tree(place)
+    code, output = call(*words, *overwrite, *(["--model", "hf-hub:no/where"] if words[0] == "attend" else []))
+    assert code == 2 and output.startswith(f"error: {file}: is ") and output.count("\n") == 1, output
+    assert "Give another name." in output and "--overwrite" not in output
+    assert tree(place) == before
+
+
+def test_figures_and_features_are_replaced_where_asked(made, place):
+    assert call(*EMBED, made / "model", "--out", "pair.npy", "--overwrite")[1].endswith("\npair.npy and pair.csv\n")
+    code, output = call(*LOOK, "--out", "old.png", "--overwrite", "--model", made / "model")
+    assert code == 0, output
+    assert Image.open("old.png").format == "PNG" and len((place / "pair.csv").read_text().splitlines()) == 5
+
+
+def test_a_volume_of_an_unknown_kind_leaves_no_stray_lines(tmp_path, command):
+    header = bytearray(352)
+    header[:4], header[40:56], header[344:348] = (348).to_bytes(4, "little"), np.array([3] + 3 * [4] + 4 * [1], "<i2"
+        ).tobytes(), b"n+1\0"
+    header[70:74], header[108:112] = np.array([1537, 16], "<i2").tobytes(), np.array([352], "<f4").tobytes()
+    (tmp_path / "a.nii").write_bytes(header + bytes(128))
+    (tmp_path / "t.csv").write_text("image,caption,split\na.nii,a,test\n")
+    done = subprocess.run([command, "data", "validate", "csv", "--root", tmp_path / "t.csv", "--images", "decode"],
+                          capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    assert done.returncode == 1 and "1537" in output and "attempting fix" not in output
+
+
 def test_the_folder_of_a_failed_run_is_ours_before_it_is_replaced(made, tmp_path):
     (mine := tmp_path / "run.failed").mkdir()
     (mine / "analysis.xlsx").write_bytes(b"mine")

@@ -25,6 +25,7 @@ from medclip_nb.cli.ask import (
     _report,
     candidate_texts,
 )
+from .data import OverwriteOption, check_out
 from ..core import InputError, close_matches
 
 # %% ../../nbs/cli/05_attend.ipynb #d4c0d6d2
@@ -40,6 +41,19 @@ def figure_paths(
             f"--out {out}: give a name that ends in .{', .'.join(IMAGE_KINDS[:-1])} or .{IMAGE_KINDS[-1]}."
         )
     return [out] if n == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(1, n + 1)]
+
+def _image_files(
+    images: Sequence[Path], # NAME=PATH each, or PATH
+) -> list[Path]:
+    "The files alone"
+    return [image if image.exists() else Path(str(image).partition("=")[2] or image) for image in images]
+
+def _reads_studies(
+    model: str, # As the command is given it
+) -> bool: # False as well for a model that must be fetched before it is known
+    "Whether a folder holds a model of studies, by its configuration"
+    file = Path(model, "open_clip_config.json")
+    return file.is_file() and '"volume_cfg"' in file.read_text(encoding="utf-8", errors="replace")
 
 def named_series(
     images: Sequence[Path], # NAME=PATH each, or PATH
@@ -142,6 +156,7 @@ def attend(
         "attend.png"
     ),
     window: WindowOption = None,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
@@ -151,6 +166,9 @@ def attend(
         asked, _ = candidate_texts(texts, texts_file), figure_paths(out, 1)
         if method not in (known := ("auto", "attention", "relevance", "similarity")):
             raise InputError(f"Unknown method {method!r}. {close_matches(method, known)}")
+        read = [*_image_files(images or []), *filter(None, (texts_file, mask)), Path(model), Path(checkpoint or model)]
+        count = len(asked) if _reads_studies(model) else len(images or [])
+        check_out(figure_paths(out, count), read, overwrite)
         clip = _load_model(images, model, checkpoint, device, precision)
         from medclip_nb.models.study_clip import StudyModel
         if window and isinstance(clip, StudyModel):
@@ -158,6 +176,7 @@ def attend(
                 f"--window {window}: is for images; model {clip.spec!r} reads studies in windows of its own. Leave it "
                 "out."
             )
+        if isinstance(clip, StudyModel): check_out(figure_paths(out, len(asked)), read, overwrite)
         import matplotlib
         matplotlib.use("Agg")
         from medclip_nb.models.maps import choose_method

@@ -7,6 +7,7 @@ __all__ = ['ENDINGS', 'FEATURE_KINDS', 'ID_COLUMNS', 'cache', 'CacheArgument', '
 
 # %% ../../nbs/cli/03_cache.ipynb #8c7c59ff
 import os
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -19,6 +20,8 @@ from medclip_nb.cli.data import (
     SplitsOption,
     _load,
     _writing,
+    check_out,
+    data_inputs,
     finite,
     text_table,
 )
@@ -67,18 +70,16 @@ def _join_processes(device: str) -> tuple[str, bool]: # The device of this proce
     state = PartialState(cpu=device == "cpu")
     return str(state.device), state.is_main_process
 
-def _check_out(out: Optional[Path], cache: Optional[Path], only: str, overwrite: bool) -> None:
-    "Check the output before anything is computed"
+def _outputs(out: Optional[Path], cache: Optional[Path], only: str) -> list[Path]:
+    "The files to write; raises `InputError` before anything is computed"
     if out is None and cache is None:
         raise InputError("Say where the features go: --out FILE, --cache FOLDER, or both.")
     if only not in ("", "images", "texts"):
         raise InputError(f"--only {only!r}: {close_matches(only, ('images', 'texts'))}")
-    if out is None: return
+    if out is None: return []
     if out.suffix not in ENDINGS:
         raise InputError(f"{out}: the name must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}.")
-    for path in (out, *([out.with_suffix(".csv")] if out.suffix == ".npy" else [])):
-        if path.exists() and not overwrite:
-            raise InputError(f"{path}: is there already. Give another name, or --overwrite.")
+    return [out, *([out.with_suffix(".csv")] if out.suffix == ".npy" else [])]
 
 # %% ../../nbs/cli/03_cache.ipynb #c2f1cc44
 def embed(
@@ -108,13 +109,16 @@ def embed(
     overwrite: OverwriteOption = False,
 ) -> None:
     "Compute the features of a dataset's images, or studies, and captions, into a file or a cache."
-    _check_out(out, cache, only, overwrite)
+    outs = _outputs(out, cache, only)
     pick_device(device)
     from medclip_nb.datasets.studies import name_studies
     from medclip_nb.embeddings.features import embed as embed_rows
     from medclip_nb.models.loading import load_model
     device, first = _join_processes(device)
-    manifest, rows = _rows(name_studies(_load(dataset, root, option, splits)), split, limit)
+    read = _load(dataset, root, option, splits)
+    others = [Path(model), *filter(None, (checkpoint, cache))]
+    check_out(outs, chain(others, data_inputs(read, root, option, splits)), overwrite)
+    manifest, rows = _rows(name_studies(read), split, limit)
     kinds = [kind for kind, column in FEATURE_KINDS.items() if only in ("", kind) and column in manifest]
     if not kinds:
         raise InputError(
@@ -135,7 +139,7 @@ def embed(
         "images" in kinds,
         long_text or None,
     )
-    if first: _report(found, out, manifest, rows)
+    if first: _report(found, outs, manifest, rows)
 
 # %% ../../nbs/cli/03_cache.ipynb #a769344d
 def _rows(manifest: Any, split: str, limit: int) -> tuple[Any, list[int]]:
@@ -144,10 +148,10 @@ def _rows(manifest: Any, split: str, limit: int) -> tuple[Any, list[int]]:
     kept = (kept.part(split) if split else kept).limited(limit)
     return kept, kept.index.tolist()
 
-def _report(found: Any, out: Optional[Path], manifest: Any, rows: list[int]) -> None:
+def _report(found: Any, outs: list[Path], manifest: Any, rows: list[int]) -> None:
     "Write the file and say what was done"
-    if out:
-        with _writing(out, True):
+    if outs:
+        with _writing(out := outs[0]):
             write_features(
                 {f"{kind[:-1]}_features": getattr(found, kind) for kind in found.counts}, id_table(manifest, rows), out
             )
@@ -156,7 +160,7 @@ def _report(found: Any, out: Optional[Path], manifest: Any, rows: list[int]) -> 
         for kind, n in found.counts.items()
     ]
     typer.echo(text_table(lines, ["features", "rows", "width", "in the cache", "computed", "repeated"]))
-    if out: typer.echo(f"\n{out}")
+    if outs: typer.echo("\n" + " and ".join(map(str, outs)))
 
 # %% ../../nbs/cli/03_cache.ipynb #6c12c0d7
 cache = typer.Typer(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['data', 'DatasetArgument', 'RootOption', 'ReaderOption', 'SplitsOption', 'OverwriteOption', 'MAX_SEED', 'text_table',
-           'option_value', 'reader_options', 'spreadsheet_safe', 'finite', 'list_', 'info', 'validate',
-           'parse_fractions', 'split', 'shard', 'rebase', 'write_table', 'convert']
+           'option_value', 'reader_options', 'check_out', 'data_inputs', 'spreadsheet_safe', 'finite', 'list_', 'info',
+           'validate', 'parse_fractions', 'split', 'shard', 'rebase', 'write_table', 'convert']
 
 # %% ../../nbs/cli/02_data.ipynb #9c138a21
 import inspect
@@ -98,10 +98,43 @@ def _load(dataset: str, root: Path, options: Iterable[str], splits: Path | None 
     from medclip_nb.datasets.loading import load_manifest
     return load_manifest(dataset, root, splits=splits, **reader_options(dataset, options))
 
+def check_out(
+    outs: Iterable[Path], # Files to write, companions included
+    inputs: Iterable[Path], # Files and folders that are read
+    overwrite: bool, # Whether to replace a file that is not read
+) -> None:
+    "Refuse to replace what is read, and any other file unless asked to; raises `InputError`"
+    there = [out for out in outs if out.exists()]
+    for out in there:
+        if out.is_dir(): raise InputError(f"{out}: is a folder. Give the name of a file.")
+    for path in inputs if there else ():
+        if not path.exists(): continue
+        for out in there:
+            if out.samefile(path): raise InputError(f"{out}: is an input of this command. Give another name.")
+            if path.is_dir() and path.resolve() in out.resolve().parents:
+                raise InputError(f"{out}: is there already, in {path}, which this command reads. Give another name.")
+    if there and not overwrite:
+        raise InputError(f"{there[0]}: is there already. Give another name, or --overwrite.")
+
+def data_inputs(
+    manifest: Any, # What was read
+    root: Path, # As it was given
+    options: Iterable[str] = (), # 'name=value' each, where a value may name a file
+    splits: Path | None = None, # File of splits
+) -> Iterator[Path]:
+    "Every file and folder that a dataset is read from, one after another"
+    yield root
+    if splits: yield splits
+    for value in (pair.partition("=")[2] for pair in options):
+        if os.path.isfile(value): yield Path(value)
+    for column in ("image", "mask", "series"):
+        for cell in manifest.get(column, ()):
+            for name in cell.values() if isinstance(cell, Mapping) else [cell]:
+                if isinstance(name, str): yield Path(manifest.root, name)
+
 @contextmanager
-def _writing(out: Path, overwrite: bool) -> Iterator[None]:
-    "Refuse to replace a file unless asked to; a full disk or a forbidden folder raises `InputError`"
-    if out.exists() and not overwrite: raise InputError(f"{out}: is there already. Give another name, or --overwrite.")
+def _writing(out: Path) -> Iterator[None]:
+    "A full disk or a forbidden folder raises `InputError`"
     try: yield
     except OSError as error: raise InputError(f"{out}: cannot be written ({error.strerror or error}).") from None
 
@@ -204,12 +237,11 @@ def validate(
     from medclip_nb.core import atomic_path
     from medclip_nb.datasets.checks import skipped_table, summarize_issues
     from medclip_nb.datasets.checks import validate as validate_manifest
-    if csv and csv.exists() and not overwrite:
-        raise InputError(f"{csv}: is there already. Give another name, or --overwrite.")
     manifest = _load(dataset, root, option, splits)
+    if csv: check_out([csv], data_inputs(manifest, root, option, splits), overwrite)
     findings = validate_manifest(manifest, images=images, labels=manifest.labels)
     if csv:
-        with _writing(csv, overwrite), atomic_path(csv) as p: spreadsheet_safe(findings).to_csv(p, index=False)
+        with _writing(csv), atomic_path(csv) as p: spreadsheet_safe(findings).to_csv(p, index=False)
     if len(findings):
         kinds = summarize_issues(findings)
         _echo(kinds.drop(columns="remedy"))
@@ -249,14 +281,14 @@ def split(
     "Assign whole groups to splits and save the assignment, with a hash."
     from medclip_nb.datasets.splits import FRACTIONS, make_splits, save_splits
     shares = parse_fractions(fractions) if fractions else FRACTIONS
-    with _writing(out, overwrite):
-        manifest = _load(dataset, root, option)
-        columns = manifest.labels if stratify is None else [c.strip() for c in stratify.split(",") if c.strip()]
-        for c in columns:
-            if c not in manifest:
-                raise InputError(f"--stratify: {dataset} has no column {c!r}. {close_matches(c, manifest.columns)}")
-        manifest["split"] = make_splits(manifest, columns or None, shares, seed)
-        digest = save_splits(manifest, out)
+    manifest = _load(dataset, root, option)
+    check_out([out], data_inputs(manifest, root, option), overwrite)
+    columns = manifest.labels if stratify is None else [c.strip() for c in stratify.split(",") if c.strip()]
+    for c in columns:
+        if c not in manifest:
+            raise InputError(f"--stratify: {dataset} has no column {c!r}. {close_matches(c, manifest.columns)}")
+    manifest["split"] = make_splits(manifest, columns or None, shares, seed)
+    with _writing(out): digest = save_splits(manifest, out)
     _echo(_splits(manifest))
     typer.echo(f"{out}  hash {digest}")
 
@@ -289,7 +321,7 @@ def shard(
     "Write WebDataset shards with an index."
     from medclip_nb.datasets.shards import write_shards
     manifest = _load(dataset, root, option, splits)
-    with _writing(out, True): index = write_shards(manifest, out, per_shard, max_mb, seed, check, max_bad, overwrite)
+    with _writing(out): index = write_shards(manifest, out, per_shard, max_mb, seed, check, max_bad, overwrite)
     totals: dict[str, list] = {}
     for s in index["shards"]:
         row = totals.setdefault(s["split"], [s["split"], 0, 0, 0.0])
@@ -363,7 +395,7 @@ def convert(
     "Write a dataset as one table."
     if out.suffix not in (".csv", ".parquet", ".jsonl"):
         raise InputError(f"{out}: the name must end in .csv, .parquet or .jsonl.")
-    with _writing(out, overwrite):
-        manifest = _load(dataset, root, option, splits)
-        write_table(manifest, out, relative_to or out.parent)
+    manifest = _load(dataset, root, option, splits)
+    check_out([out], data_inputs(manifest, root, option, splits), overwrite)
+    with _writing(out): write_table(manifest, out, relative_to or out.parent)
     typer.echo(f"{out}: {len(manifest)} rows, columns {', '.join(map(str, manifest.columns))}")

@@ -16,7 +16,7 @@ from .. import __version__
 from .ask import ManyValues, classify, packs, rank
 from .attend import attend
 from .cache import cache, embed
-from .data import data, spreadsheet_safe
+from .data import OverwriteOption, _writing, check_out, data, spreadsheet_safe
 from .doctor import doctor
 from ..core import InputError
 
@@ -133,13 +133,15 @@ def suite(
 def compare(
     folder: Annotated[Path, typer.Argument(help="Folder of run folders, at any depth.")],
     csv: Annotated[Optional[Path], typer.Option(help="Write the table to this file too.")] = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     "Show the metrics of all runs below a folder."
     from medclip_nb.experiments import overview
     table = overview.compare(folder)
     if csv is not None:
         from medclip_nb.core import atomic_path
-        with atomic_path(csv) as p: spreadsheet_safe(table).to_csv(p, index=False)
+        check_out([csv], overview.find_runs(folder), overwrite)
+        with _writing(csv), atomic_path(csv) as p: spreadsheet_safe(table).to_csv(p, index=False)
     typer.echo(table.to_string(index=False, float_format=lambda v: f"{v:.4g}", na_rep=""))
 
 @app.command()

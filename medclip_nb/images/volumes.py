@@ -417,6 +417,7 @@ def _series(folder: Path, series: str | None) -> tuple[list[Any], list[str]]:
 def _open_nifti(path: Path, stack: ExitStack) -> Any:
     "A NIfTI image, packed or not, whatever its name; its file stays open until the stack is closed"
     import nibabel as nib
+    nib.imageglobals.logger.disabled = True # What matters is raised; its lines name no file
     file = stack.enter_context(open(path, "rb"))
     packed = file.read(2) == b"\x1f\x8b"
     file.seek(0)

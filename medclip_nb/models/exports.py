@@ -14,6 +14,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import yaml
 from open_clip import SimpleTokenizer
 
 from ..core import MARK, FolderKind, InputError, atomic_folder, atomic_path, close_matches, replaceable
@@ -248,13 +249,21 @@ def model_card(
 # %% ../../nbs/models/08_exports.ipynb #455770eb
 EXPORT_LAYOUTS = ("open_clip", "huggingface", "card")
 
+def _is_our_card(card: Path) -> bool:
+    "Whether the YAML at the head of a README has our tag"
+    from huggingface_hub import metadata_load
+    try: header = metadata_load(card) or {}
+    except (ValueError, yaml.YAMLError): return False
+    tags = header.get("tags")
+    return isinstance(tags, list) and "medclip_nb" in tags
+
 def _may_export(out: Path, to: str, overwrite: bool) -> None:
     "Raise unless a folder, or for a card its README.md, is new or an export that may be replaced"
     card, remedy = out/"README.md", "Give another folder, or overwrite it (overwrite=True, or --overwrite)."
     if to != "card": replaceable(out, FolderKind("export"))
     if not overwrite and (card.exists() if to == "card" else out.exists() and any(out.iterdir())):
         raise InputError(f"{card if to == 'card' else out}: is there already. {remedy}")
-    if to == "card" and card.exists() and "- medclip_nb" not in card.read_text(encoding="utf-8", errors="replace"):
+    if to == "card" and card.exists() and not _is_our_card(card):
         raise InputError(f"{card}: is not a model card of this package and not replaced. Give another folder.")
 
 def _find_model(source: Path, model: str) -> ClipModel:
