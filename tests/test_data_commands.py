@@ -169,7 +169,6 @@ ERRORS = {
     "no value": (["info", "csv", "--root", "t.csv", "-o", "sep"], "-o 'sep' is not name=value"),
     "wrong images": (["validate", "csv", "--root", "t.csv", "--images", "all"], "images='all'"),
     "wrong check": (["shard", "csv", "--root", "t.csv", "--out", "new", "--check", "all"], "check='all'"),
-    "wrong size": (["shard", "csv", "--root", "t.csv", "--out", "new", "--per-shard", "0"], "must be positive"),
     "wrong type": (["convert", "csv", "--root", "t.csv", "--out", "new.xlsx"], "must end in .csv, .parquet or .jsonl"),
     "file is there": (["convert", "csv", "--root", "t.csv", "--out", "t.csv"], "t.csv: is an input of this command"),
     "folder is there": (["shard", "csv", "--root", "t.csv", "--out", "."], "is or holds the current folder"),
