@@ -331,7 +331,7 @@ def test_template_with_findings(command, spots, tmp_path):
 
 
 @pytest.mark.parametrize("params, says",
-                         [("valid_split=test", "the split that is evaluated"),
+                         [("valid_split=test", "temperature and thresholds are fitted"),
                           ("pack=kather", "Pack kather@1 has no words for 'grey'")])
 def test_template_mistakes(command, spots, tmp_path, params, says):
     assert says in run(command, tmp_path / "run", f"data_root={spots}", params, code=2)

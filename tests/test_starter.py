@@ -197,7 +197,7 @@ def test_a_process_that_finishes_late_uses_what_it_finds(tmp_path):
     series += f"starter.write_series = slow\nmake({root!r}, series=True)"
     assert in_processes(slices, series) == ["", ""]
     assert fingerprints(Path(root)) == fingerprints(make_starter(tmp_path/"alone", workers=1, series=True, **TINY))
-    assert not list(tmp_path.glob(".*")) and not list(Path(root).glob(".*"))
+    assert not list(tmp_path.glob(".*")) and [p.name for p in Path(root).glob(".*")] == [".medclip_nb.json"]
 
 
 def test_another_recipe_in_the_same_folder_is_an_error(tmp_path, monkeypatch):

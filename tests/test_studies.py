@@ -116,12 +116,14 @@ def test_models_of_images_and_of_studies_are_not_confused(reader, studies, tmp_p
         with pytest.raises(InputError, match="encodes images, and starter has studies .*Take a study model"):
             embed(load_model("starter", device="cpu"), rows)
     slices = load_manifest("starter", studies.root, **FEW)
-    with pytest.raises(InputError, match="encodes studies, and starter has images .*Take a model of images"):
+    with pytest.raises(InputError, match="a picture, not a volume"):
         zero_shot(reader, slices.part("test"), "lesion")
 
 
 @pytest.mark.parametrize("template, extra, metric", [
-    ("zero_shot", {"labels": ["infarct", "haemorrhage"], "multilabel": True, "negatives": ["no {}.", "without {}."]},
+    ("zero_shot", {"labels": ["infarct", "haemorrhage", "white-matter lesion", "ring-enhancing mass",
+                              "enlarged ventricles"],
+      "multilabel": True, "negatives": ["no {}.", "without {}."]},
      "auroc_macro"),
     ("linear_probe", {"labels": ["infarct"], "Cs": [1.0]}, "balanced_accuracy"),
     ("retrieval", {}, "image_to_text_R@5")])

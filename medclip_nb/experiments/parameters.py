@@ -172,6 +172,7 @@ def convert(
     kind: str,
 ) -> Any: # The same as that type
     "Read a value as a declared type; raises ValueError, KeyError or TypeError if it isn't one"
+    kind = kind.strip("'\"").replace(" or ", " | ") # As papermill reads a type
     if "|" in kind:
         kinds = [k.strip() for k in kind.split("|")]
         if "None" in kinds and (value is None or str(value).lower() in ("none", "null")): return None
