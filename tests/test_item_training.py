@@ -540,14 +540,17 @@ def test_manifests_that_cannot_be(table, models, tmp_path):
         new = rows.assign(**columns)
         new.root, new.dataset, new.split_source = rows.root, rows.dataset, rows.split_source
         return new
-    without = Manifest(rows.drop(columns="items"))
-    without.root, without.dataset, without.split_source = rows.root, rows.dataset, rows.split_source
+    def without_items(rows):
+        new = Manifest(rows.drop(columns="items"))
+        new.root, new.dataset, new.split_source = rows.root, rows.dataset, rows.split_source
+        return new
+    without, bare = without_items(rows), without_items(valid)
     go = lambda a, b, **o: train(clip, a, b, tmp_path, **{**BASE, "pooling_heads": 4, **o})
     with pytest.raises(InputError, match="no column 'items'"): go(without, valid)
     with pytest.raises(InputError, match="no row has an item"): go(changed(rows, items=[[]] * len(rows)), valid)
     with pytest.raises(InputError, match="the items of row 0 are not a list"):
         go(changed(rows, items=["one; two"] * len(rows)), valid)
-    with pytest.raises(InputError, match="no column 'items'|share 28 image"): go(rows, without)
+    with pytest.raises(InputError, match="no column 'items'"): go(rows, bare)
     with pytest.raises(InputError, match="encodes images, and .* has studies"):
         go(manifest(table, "train", "series"), manifest(table, "valid", "series"))
     with pytest.raises(InputError, match=r"png: "):
@@ -555,7 +558,7 @@ def test_manifests_that_cannot_be(table, models, tmp_path):
     own = load_model(models["image"], device="cpu")
     with pytest.raises(InputError, match="needs a model with a text-conditioned pooling"):
         train(own, rows, valid, tmp_path, objective=trainers.Contrastive(own, TrainConfig()), metric="valid_item_mrr")
-    found = train(clip, rows, without, tmp_path / "captions",
+    found = train(clip, rows, bare, tmp_path / "captions",
                   **{**BASE, "pooling_heads": 4, "metric": "valid_mrr", "epochs": 1})
     assert not [c for c in found.history if c.startswith("valid_item")]
 
