@@ -116,7 +116,7 @@ def test_models_of_images_and_of_studies_are_not_confused(reader, studies, tmp_p
         with pytest.raises(InputError, match="encodes images, and starter has studies .*Take a study model"):
             embed(load_model("starter", device="cpu"), rows)
     slices = load_manifest("starter", studies.root, **FEW)
-    with pytest.raises(InputError, match="a picture, not a volume"):
+    with pytest.raises(InputError, match="encodes studies, and starter has images .*Take a model of images"):
         zero_shot(reader, slices.part("test"), "lesion")
 
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from ..core import InputError, progress
 from ..datasets.manifest import Manifest
 from ..datasets.studies import series_paths
+from ..images.formats import file_format
 from ..images.loading import ImageDataset, prefetched
 from ..images.studies import StudyBatch, StudyDataset, StudyPreprocess, pad_studies
 from ..models.clip import ClipModel, forward_image_tokens
@@ -106,13 +107,18 @@ class ManifestStudies(StudyDataset):
             for part in parts: yield pad_studies(list(pool.map(self.__getitem__, part)))
 
 # %% ../../nbs/embeddings/02_streams.ipynb #52ab8ef8
+def _holds_volumes(manifest: Manifest) -> bool:
+    "Whether a column image may hold volumes: its first file, where there is one, is no picture"
+    return not any(path.is_file() and file_format(path) == "picture" for path in manifest.iloc[:1].paths())
+
 def open_rows(
     clip: ClipModel, # Its kind decides what a row is, its preprocessing reads it
     manifest: Manifest, # Images or studies
     memory_mb: int = 0, # Megabytes of decoded rows to keep
 ) -> ManifestImages | ManifestStudies:
     "The rows of a manifest as a model reads them; raises `InputError` where the two do not fit"
-    if not reads_studies(clip, manifest, True): return ManifestImages(manifest, clip.preprocess, memory_mb)
+    volumes = isinstance(clip, StudyModel) and "image" in manifest and _holds_volumes(manifest)
+    if not reads_studies(clip, manifest, volumes): return ManifestImages(manifest, clip.preprocess, memory_mb)
     return ManifestStudies(manifest, clip.preprocess, memory_mb)
 
 # %% ../../nbs/embeddings/02_streams.ipynb #a45d1f61
