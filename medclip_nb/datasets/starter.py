@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from numpy.random import Generator
 
-from ..core import FolderKind, InputError, atomic_folder, close_matches, progress, write_json
+from ..core import FolderKind, InputError, atomic_folder, close_matches, progress, read_json, write_json
 from medclip_nb.datasets.phantom import (
     CENTER,
     GRID,
@@ -418,7 +418,7 @@ def read_starter(
     "Make the dataset where needed and read its table; raises `InputError` for an unknown view"
     if view not in VIEWS: raise InputError(f"view={view!r}: use {' or '.join(map(repr, VIEWS))}.")
     root = make_starter(root, workers, series=view == "studies", **recipe)
-    table = pd.DataFrame(json.loads((root/f"{view}.json").read_text(encoding="utf-8")))
+    table = pd.DataFrame(read_json(root/f"{view}.json"))
     if view == "slices": return table
     labels = pd.DataFrame(list(table["findings"].map(study_labels)))
     table = table.join(labels)

@@ -9,7 +9,6 @@ __all__ = ['SCHEMA', 'COLUMNS', 'Result', 'metric_table', 'metric_bounds', 'unit
 # %% ../../nbs/evaluators/01_results.ipynb #363e4f17
 import html
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pandas as pd
 
-from ..core import InputError, atomic_path, close_matches, unknown_name, write_json
+from ..core import InputError, atomic_path, close_matches, read_json, unknown_name, write_json
 from ..datasets.manifest import Manifest
 from ..datasets.studies import name_studies
 from .labels import named_labels
@@ -79,7 +78,7 @@ class Result:
         folder = Path(folder)
         if not (folder/"metrics.json").is_file():
             raise InputError(f"{folder}: no metrics.json; is it the folder of a finished run?")
-        found = json.loads((folder/"metrics.json").read_text(encoding="utf-8"))
+        found = read_json(folder/"metrics.json")
         rows = [
             {"name": name, "note": "", **{k: np.nan if v is None else v for k, v in row.items()}}
             for name, row in found["metrics"].items()

@@ -7,7 +7,6 @@ __all__ = ['LOADING', 'CARD', 'EXPORT_LAYOUTS', 'SENT', 'write_huggingface', 'sa
            'export', 'push']
 
 # %% ../../nbs/models/08_exports.ipynb #2cf348c1
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,16 @@ import torch
 import yaml
 from open_clip import SimpleTokenizer
 
-from ..core import MARK, FolderKind, InputError, atomic_folder, atomic_path, close_matches, replaceable
+from medclip_nb.core import (
+    MARK,
+    FolderKind,
+    InputError,
+    atomic_folder,
+    atomic_path,
+    close_matches,
+    read_json,
+    replaceable,
+)
 from .adapters import plain_state
 from .cleaning import END_TOKEN, START_TOKEN, cleaning_facts, fast_tokenizer
 from .clip import ClipModel
@@ -87,9 +95,7 @@ def read_run(
     found: dict = {}
     for name in ("run.json", "metrics.json"):
         path = Path(folder, name)
-        if path.is_file():
-            try: found |= json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as e: raise InputError(f"{path}: is not JSON ({e})") from None
+        if path.is_file(): found |= read_json(path)
     return found
 
 def _number(value: float | None) -> str: return "–" if value is None or not math.isfinite(value) else f"{value:.4g}"

@@ -20,7 +20,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from ..core import InputError, atomic_path
+from ..core import InputError, atomic_path, read_json
 from .archives import Checkpoint, load_archive, unwrap
 from .trust import reason
 
@@ -250,7 +250,7 @@ def hf_configuration(
                                                  "head_width": vision.hidden_size // vision.num_attention_heads},
                  "text_cfg": text_cfg | ({} if by_largest else {"pool_type": "eos", "eos_id": text.eos_token_id})}
     file = Path(folder, "preprocessor_config.json")
-    pixels = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    pixels = read_json(file) if file.is_file() else {}
     preprocess_cfg = {
         "mean": list(pixels.get("image_mean", OPENAI_MEAN)),
         "std": list(pixels.get("image_std", OPENAI_STD)),

@@ -28,6 +28,7 @@ from medclip_nb.core import (
     atomic_folder,
     atomic_path,
     close_matches,
+    read_json,
     replaceable,
     to_jsonable,
     unknown_name,
@@ -104,7 +105,7 @@ def load_head(
     folder = Path(folder)
     for name in ("head.json", "head.safetensors"):
         if not (folder/name).is_file(): raise InputError(f"{folder}: no {name}; is it the folder of a saved head?")
-    facts = json.loads((folder/"head.json").read_text(encoding="utf-8"))
+    facts = read_json(folder/"head.json")
     head = ClassificationHead(facts["width"], facts["classes"], facts["hidden"], facts["dropout"])
     try: head.load_state_dict(safetensors.torch.load_file(folder/"head.safetensors"))
     except Exception as error:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from ...core import FolderKind, InputError, atomic_folder, plain_file, progress, read_json
+from ...core import FolderKind, InputError, atomic_folder, parse_json, plain_file, progress, read_json
 from ..paths import safe_member, safe_path
 from .common import image_store, split_of
 from ..registry import register
@@ -138,9 +138,7 @@ def sample_row(
     "The row in a sample's text files, and which of its files are images, or else a `fault`"
     row: dict[str, Any] = {}
     if "json" in files:
-        try: row = json.loads(files["json"])
-        except (ValueError, RecursionError):
-            raise InputError(f"{where}: its json member is not JSON. Write the shard again.") from None
+        row = parse_json(files["json"], f"{where}, json member")
         if not isinstance(row, dict):
             raise InputError(f"{where}: its json member is not an object. Write the shard again.")
     if isinstance(row.get("image"), str): row["source"] = row.pop("image")
