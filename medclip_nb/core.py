@@ -215,6 +215,7 @@ def _is_half(text: str) -> bool:
     except UnicodeEncodeError: return True
     return False
 
+# %% ../nbs/00_core.ipynb #3d73e58a
 def parse_json(
     text: str | bytes, # One JSON document
     where: str | Path, # Names it in messages: a file, a row, an option
@@ -287,6 +288,7 @@ def _open_brackets(text: str) -> int:
     steps = (1 if mark in "[{" else -1 for mark in re.findall(r"[\[\]{}]", text))
     return max(accumulate(steps), default=0)
 
+# %% ../nbs/00_core.ipynb #76aaedbd
 def parse_yaml(
     text: str, # One YAML document
     where: str | Path, # Names it in messages: a file, an option
@@ -384,6 +386,7 @@ def _index(path: Path) -> dict[str, Any]:
     except InputError: return {}
     return found if isinstance(found, dict) else {}
 
+# %% ../nbs/00_core.ipynb #b78044e9
 def _names(folder: Path, kind: FolderKind | None) -> tuple[set[str], tuple[str, ...]] | None:
     "Files and patterns of files that belong to a folder; None if it is not of this kind"
     if mark := folder_mark(folder):
@@ -395,6 +398,7 @@ def _names(folder: Path, kind: FolderKind | None) -> tuple[set[str], tuple[str, 
 
 def _raise(error: OSError) -> None: raise error
 
+# %% ../nbs/00_core.ipynb #e716f729
 def _foreign(folder: Path, kind: FolderKind) -> Iterator[str]:
     "The files in a folder of this kind that are not its own"
     own, patterns = _names(folder, kind)
