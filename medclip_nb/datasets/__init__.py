@@ -66,6 +66,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "study_labels", "write_nifti", "write_series", "write_study",
     ],
     "studies": ["name_studies", "series_paths"],
+    "study_miniatures": [
+        "BRAIN_STUDIES", "CT_ITEMS", "CT_SERIES", "MRI_ITEMS", "MRI_SERIES", "SIZE", "STUDY_MINIATURES",
+        "make_cq500", "make_ct_rate", "make_headct_studies", "make_mri_studies", "make_pub_brain",
+        "make_rad_chestct", "make_rsna", "marked_volume", "write_dicom_series",
+    ],
     "tables": ["SEPARATORS", "TableForm", "read_table", "table_form"],
     "toy": ["make_squares"],
 })

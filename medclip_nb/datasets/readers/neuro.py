@@ -322,11 +322,12 @@ def _cq500_folders(root: Path) -> tuple[dict[str, Path], list[dict]]:
 # %% ../../../nbs/datasets/readers/08_neuro.ipynb #9ba09ccd
 @register("cq500")
 def read_cq500(
-    root: Path, # Holds reads.csv and the folders of the studies
-    table: str = "reads.csv", # Name of the table in it, such as cq500.csv for HLIP's
+    root: Path, # Holds reads.csv (or HLIP's cq500.csv) and the folders of the studies
+    table: str | None = None, # Name of the table in it; None takes reads.csv, or else HLIP's cq500.csv
 ) -> pd.DataFrame: # study, series, 14 findings by name, group, Category; all test
     "Read CQ500 with the majority of three readers; raises `InputError` for a missing table, column or study folders"
     root = Path(root)
+    table = table or next((name for name in ("reads.csv", "cq500.csv") if (root / name).is_file()), "reads.csv")
     data = read_table(root / table)
     key = next((c for c in ("name", "study") if c in data), None)
     if not key: raise InputError(f"{root / table}: no column 'name'. It has {', '.join(data.columns[:8])} ...")
