@@ -227,3 +227,30 @@ def test_help_is_light():
             "print(*{'torch', 'pandas', 'numpy', 'pyarrow', 'webdataset', 'datasets', 'PIL'} & set(sys.modules))")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []
     assert all(verb in data("--help")[1] for verb in ("list", "info", "validate", "split", "shard", "convert"))
+
+
+def test_a_miniature_is_made_and_read(tmp_path):
+    out = tmp_path / "kather"
+    code, said = data("make", "kather", "--out", out)
+    assert code == 0 and f"data root: {out}" in said and f"zero_shot -p dataset=kather -p data_root={out}" in said
+    code, said = data("info", "kather", "--root", out)
+    assert code == 0 and "81 rows" in said and "nothing measured on it is a result" in said
+    code, said = data("make")
+    assert code == 0 and all(name in said for name in ("cytopath", "rocov2", "cc03m-itemized"))
+
+
+def test_a_miniature_replaces_nothing_else(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    for words, message in ((("kather", "--out", tmp_path / "mine"), "so it is not replaced"),
+                           (("kather",), "--out data/kather-miniature"),
+                           (("kater", "--out", tmp_path / "new"), "Did you mean 'kather'?")):
+        code, said = data("make", *words)
+        assert code == 2 and message in said
+    assert [p.name for p in tmp_path.rglob("*")] == ["mine", "notes.txt"]
+
+
+def test_a_file_that_bears_the_name_of_a_recipe_is_no_fault(tmp_path):
+    words = make_csv(tmp_path)
+    (tmp_path / "recipe.json").write_text("{not JSON")
+    assert data("info", *words)[0] == 0

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['data', 'DatasetArgument', 'RootOption', 'ReaderOption', 'SplitsOption', 'OverwriteOption', 'MAX_SEED', 'text_table',
            'option_value', 'reader_options', 'check_out', 'data_inputs', 'spreadsheet_safe', 'finite', 'list_', 'info',
-           'validate', 'parse_fractions', 'split', 'shard', 'rebase', 'write_table', 'convert']
+           'validate', 'parse_fractions', 'split', 'shard', 'rebase', 'write_table', 'convert', 'make']
 
 # %% ../../nbs/cli/02_data.ipynb #9c138a21
 import inspect
@@ -152,7 +152,7 @@ def spreadsheet_safe(
 
 # %% ../../nbs/cli/02_data.ipynb #07b4d0c3
 data = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True,
-                   help="List, look at, check, split, shard and convert datasets.")
+                   help="List, look at, check, split, shard, convert and make up datasets.")
 DatasetArgument = Annotated[str, typer.Argument(help="Name of a dataset or format, as listed by 'data list'.")]
 RootOption = Annotated[Path, typer.Option(help="Folder or file that holds the data.")]
 ReaderOption = Annotated[
@@ -399,3 +399,25 @@ def convert(
     check_out([out], data_inputs(manifest, root, option, splits), overwrite)
     with _writing(out): write_table(manifest, out, relative_to or out.parent)
     typer.echo(f"{out}: {len(manifest)} rows, columns {', '.join(map(str, manifest.columns))}")
+
+# %% ../../nbs/cli/02_data.ipynb #8bb11f2b
+_NEXT = {"retrieval": "retrieval", "classification": "zero_shot"} # The template for a task of pictures
+
+@data.command()
+def make(
+    name: Annotated[Optional[str], typer.Argument(help="A data set; without one they are listed.")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="Folder to make.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Another one gives other images.")] = 0,
+) -> None:
+    "Make up a small data set in the layout of a public one."
+    from medclip_nb.datasets.miniatures import MINIATURES, make_miniature, miniature_names
+    from medclip_nb.datasets.registry import list_datasets
+    cards = list_datasets().set_index("name")
+    if name is None:
+        return typer.echo(text_table([[n, cards.loc[n, "title"]] for n in miniature_names()], ["name", "layout of"]))
+    if out is None: raise InputError(f"Name the folder to make, such as --out data/{name}-miniature.")
+    with _writing(out): root = make_miniature(name, out, seed)
+    typer.echo(f"data root: {root}\nMade up, for trying out: nothing measured on it is a result. For example:")
+    typer.echo(f"  medclip-nb data info {name} --root {root}")
+    task = next((t for t in cards.loc[name, "tasks"].split(", ") if t in _NEXT), None) if name in MINIATURES else None
+    if task: typer.echo(f"  medclip-nb run {_NEXT[task]} -p dataset={name} -p data_root={root}")

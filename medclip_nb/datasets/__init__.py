@@ -30,8 +30,12 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "DEPTHS", "FACTS", "LEAK", "LEAK_CHOICES", "ORDER", "PIECE", "SIMILAR", "check_disjoint", "file_facts",
         "leak_table", "nearest_hashes", "shared_texts", "split_leaks",
     ],
-    "loading": ["check_options", "load_manifest"],
+    "loading": ["MINIATURE_RECIPE", "check_options", "load_manifest", "miniature_note"],
     "manifest": ["Manifest"],
+    "miniatures": [
+        "MINIATURE", "MINIATURES", "SCENE_COLORS", "SCENE_GROUNDS", "SCENE_PLACES", "SCENE_SIZES", "Scene",
+        "draw_scenes", "make_miniature", "miniature_names",
+    ],
     "paths": [
         "PLAIN", "checked_path", "file_fault", "inside", "path_fault", "safe_member", "safe_members", "safe_path",
         "safe_paths",
