@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from medclip_nb.cli.main import app
-from medclip_nb.datasets import load_manifest
+from medclip_nb.datasets import MINIATURES, load_manifest, make_miniature, validate
 
 N = 24
 
@@ -254,3 +254,15 @@ def test_a_file_that_bears_the_name_of_a_recipe_is_no_fault(tmp_path):
     words = make_csv(tmp_path)
     (tmp_path / "recipe.json").write_text("{not JSON")
     assert data("info", *words)[0] == 0
+
+
+@pytest.mark.parametrize("name", [*MINIATURES, "mri-study"])
+def test_every_miniature_is_read_without_a_finding(name, tmp_path):
+    root = make_miniature(name, tmp_path / "made")
+    manifest = load_manifest(name, root)
+    assert not manifest.skipped and manifest.notes[0].startswith(f"A miniature of {name}")
+    findings = validate(manifest, images="none")
+    assert not (findings["severity"] == "error").any(), findings["message"].tolist()[:2]
+    before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
+    assert make_miniature(name, tmp_path / "made") == root
+    assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == before

@@ -13,7 +13,6 @@ import json
 import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -270,9 +269,8 @@ MINIATURES: dict[str, Callable[[Path, np.random.Generator], Path]] = {
 
 def _study_miniatures() -> Mapping[str, Callable[[Path, int], Path]]:
     "Functions that make studies, by the name of the reader"
-    try: module = import_module("medclip_nb.datasets.study_miniatures")
-    except ModuleNotFoundError: return {}
-    return module.STUDY_MINIATURES
+    from medclip_nb.datasets.study_miniatures import STUDY_MINIATURES
+    return STUDY_MINIATURES
 
 def miniature_names() -> list[str]:
     "The data sets of which a miniature can be made"
