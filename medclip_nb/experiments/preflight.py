@@ -29,8 +29,9 @@ def _check_model(spec: str) -> None:
     name = spec.partition("/")[0]
     if ":" in spec or os.path.isdir(spec) or name in (known := _architectures()) or not known: return
     from medclip_nb.models.published import PUBLISHED
+    from medclip_nb.models.stand_ins import STAND_INS
     from medclip_nb.models.starter import STARTERS
-    known |= {*PUBLISHED, *STARTERS}
+    known |= {*PUBLISHED, *STAND_INS, *STARTERS}
     if spec not in known:
         raise InputError(f"model={spec[:200]!r}: no such folder or name. {close_matches(spec, known)}")
 

@@ -46,6 +46,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "published": ["PUBLISHED", "published_state", "text_files"],
     "relevance": ["on_grid", "relevance_maps", "shown_attention", "similarity_maps", "token_grid"],
     "similarity": ["PER", "item_similarity", "pair_maps", "top_candidates"],
+    "stand_ins": ["STAND_INS", "STAND_IN_TEXT", "stand_in", "write_stand_in_text"],
     "starter": ["ConvBlock", "STARTER", "STARTERS", "STARTER_STUDIES", "StarterTrunk", "conv", "medclip_starter"],
     "study_clip": [
         "StudyModel", "StudyTower", "build", "encode_studies", "give_bias", "give_pooling",

@@ -162,6 +162,8 @@ def describe(
     more = {"long texts": clip.long_text} if clip.long_text != "truncate" else {}
     if has_adapters(clip.model): more["adapters"] = adapter_facts(clip.model)
     if clip.notes: more["notes"] = "; ".join(clip.notes)
+    if name := clip.config.get("stand_in"):
+        more["stand-in"] = f"a small model in the place of {name}, to try out; its numbers say nothing about {name}"
     parameters = list(clip.model.parameters())
     if not all(p.requires_grad for p in parameters):
         trained = sum(p.numel() for p in parameters if p.requires_grad)

@@ -38,6 +38,7 @@ from .archives import Checkpoint
 from .clip import ClipModel, has_adapters, set_long_text
 from .long_text import give_context, other_context
 from .published import PUBLISHED, published_state, text_files
+from .stand_ins import STAND_INS, stand_in, write_stand_in_text
 from .starter import STARTERS
 from .trust import BUILD_ERRORS, check_configuration, check_files, no_foreign_code, reason
 from medclip_nb.models.weights import (
@@ -70,7 +71,7 @@ def _resolve(spec: str) -> tuple[str, str | None]:
     if spec.startswith("hf-hub:"): return spec, None
     name, _, tag = spec.partition("/")
     if name not in open_clip.list_models():
-        known = [*STARTERS, *PUBLISHED, *open_clip.list_models()]
+        known = [*STARTERS, *PUBLISHED, *STAND_INS, *open_clip.list_models()]
         raise InputError(f"Unknown model {spec!r}. {close_matches(name, known)}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag and tag not in tags: raise InputError(f"Model {name!r} has no weights {tag!r}. {close_matches(tag, tags)}")
@@ -149,8 +150,15 @@ def _build(
         options = {"pretrained_text": False, "load_weights": False} | options
         clip = _create(f"local-dir:{folder}", spec, device, precision, **options)
     clip.config["model_cfg"] = deepcopy(config["model_cfg"])
+    if "stand_in" in config: clip.config["stand_in"] = config["stand_in"]
     set_long_text(clip, config.get("long_text", "truncate"))
     return clip
+
+def _build_stand_in(spec: str, checkpoint: str | Path | None, device: torch.device, precision: str) -> ClipModel:
+    "A small model in the place of a published one"
+    with tempfile.TemporaryDirectory() as folder:
+        files = text_files(checkpoint) or write_stand_in_text(folder)
+        return _build(stand_in(spec.removesuffix("-tiny")), spec, device, precision, files)
 
 # %% ../../nbs/models/02_loading.ipynb #5b863990
 def load_model(
@@ -167,6 +175,7 @@ def load_model(
     if spec in STARTERS: clip = _build(STARTERS[spec], spec, device, precision)
     elif spec in PUBLISHED:
         clip = _build(PUBLISHED[spec], spec, device, precision, text_files(checkpoint), pretrained_text=not checkpoint)
+    elif spec in STAND_INS: clip = _build_stand_in(spec, checkpoint, device, precision)
     elif folder.is_dir():
         clip = _build(_folder_configuration(folder), spec, device, precision, folder)
         if (not checkpoint or _is_adapter(Path(checkpoint))) and has_weights(folder): load_checkpoint(clip, folder)
@@ -238,7 +247,7 @@ def _activation_note(clip: ClipModel, path: Path, found: Checkpoint) -> list[str
             "architecture that computes quick_gelu, as in 'ViT-B-32-quickgelu', or set quick_gelu in its configuration."
         )
     known = found.openai or (path.parent/"open_clip_config.json").is_file() or (path.parent/"config.json").is_file()
-    if own is None or known or clip.spec in STARTERS or clip.spec in PUBLISHED: return []
+    if own is None or known or clip.spec in {*STARTERS, *PUBLISHED, *STAND_INS}: return []
     return [f"the weights do not say with which activation they were trained; computed with {_ACTIVATIONS[own]}"]
 
 _ACTIVATIONS = {True: "quick_gelu", False: "gelu, though weights that descend from OpenAI's need quick_gelu"}

@@ -23,6 +23,7 @@ from ..images.studies import Study, StudyBatch, StudyPreprocess, pad_studies, st
 from .clip import ClipModel
 from .loading import _build, load_model
 from .pooling import TextConditionedPooling
+from .stand_ins import STAND_INS
 from .towers import _fill, _short, _text_files, _text_part
 from .volume_encoder import SlicePatches, VolumeEncoder, inflate, layout
 from .weights import align_state, has_weights, misfits
@@ -123,7 +124,8 @@ def build(
     text = plain["model_cfg"]["text_cfg"]
     with tempfile.TemporaryDirectory() as own:
         if name := text.get("hf_model_name"):
-            files = _text_files(str(files or name), Path(own), options.get("pretrained_text", False))
+            remedy = f", or try things out with the model {spec}-tiny" if f"{spec}-tiny" in STAND_INS else ""
+            files = _text_files(str(files or name), Path(own), options.get("pretrained_text", False), remedy)
         clip = _build(plain, spec, device, precision, files, **options)
     if volume:
         clip.model.visual = StudyTower(_encoder(volume), clip.dim).to(device, clip.dtype)

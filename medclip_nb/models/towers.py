@@ -54,7 +54,7 @@ def _text_part(text: str | dict) -> dict:
 # %% ../../nbs/models/04_towers.ipynb #19e007a1
 _BERTS = ("bert", "cxr-bert") # CXR-BERT is a BERT with code of its own
 
-def _text_files(name: str, folder: Path, weights: bool) -> Path:
+def _text_files(name: str, folder: Path, weights: bool, remedy: str = "") -> Path:
     "A text encoder's tokenizer, configuration and, if wanted, weights, copied to a folder; runs no code of theirs"
     import transformers
     parts = [
@@ -77,7 +77,7 @@ def _text_files(name: str, folder: Path, weights: bool) -> Path:
     except BUILD_ERRORS as error:
         raise InputError(
             f"The text encoder {name!r} could not be found: {reason(error)} (by name it needs a network or a filled "
-            "cache; without, put its config.json and the files of its tokenizer beside the checkpoint)"
+            f"cache; without, put its config.json and the files of its tokenizer beside the checkpoint{remedy})"
         ) from None
     if missing: raise InputError(f"The text encoder {name!r} lacks {len(missing)} weights, such as {missing[0]}.")
     for file in (folder/name for name in CONFIGURATIONS):
