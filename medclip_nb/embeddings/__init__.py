@@ -16,5 +16,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "key_numbers", "map_array", "read", "read_index", "read_rows", "row_checks", "set_aside", "stamp",
         "write_shard",
     ],
-    "streams": ["ManifestImages", "ManifestStudies", "encoded_images", "open_rows", "reads_studies"],
+    "streams": [
+        "ManifestImages", "ManifestStudies", "encoded_images", "open_rows", "prepared_for", "reads_studies",
+    ],
 })

@@ -7,6 +7,7 @@ __all__ = ['MODES', 'BELOW', 'text_queries', 'check_mode', 'item_scores']
 
 # %% ../../nbs/evaluators/10_scores.ipynb #ef4488fa
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from ..core import InputError, close_matches, progress
 from ..datasets.manifest import Manifest
+from ..embeddings.features import embed
 from ..embeddings.streams import encoded_images
 from ..models.clip import ClipModel
 from ..models.similarity import item_similarity, top_candidates
+from ..models.study_clip import StudyModel
 
 # %% ../../nbs/evaluators/10_scores.ipynb #3c233880
 def _sentence_features(clip: ClipModel, sentences: Sequence[str], batch_size: int) -> Tensor:
@@ -66,6 +69,14 @@ def check_mode(
 def _cosines(features: Tensor, queries: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=1) @ F.normalize(queries, dim=1).T
 
+def _cached_cosines(
+    clip: ClipModel, manifest: Manifest, queries: Tensor, cache: str | Path, batch_size: int, num_workers: int
+) -> np.ndarray: # (n, m) float32
+    "Cosines with features that a folder keeps"
+    size = 16 * batch_size if isinstance(clip, StudyModel) else batch_size # `embed` takes a sixteenth for studies
+    features = embed(clip, manifest, cache, size, num_workers, texts=False).images
+    return _cosines(torch.from_numpy(features), queries.cpu()).numpy()
+
 # %% ../../nbs/evaluators/10_scores.ipynb #80ea0904
 @torch.no_grad()
 def item_scores(
@@ -79,12 +90,14 @@ def item_scores(
     batch_size: int = 32, # Images or studies at a time
     num_workers: int = 0, # Processes that read files; 0 reads in the calling one
     chunk: int = 1024, # Rows held at once, as for `item_similarity`
+    cache: str | Path | None = None, # Folder that keeps the features of images between runs, for global
 ) -> np.ndarray: # (n, m) float32 cosines; with top-k, pairs that are no candidates have theirs less `BELOW`
     "Every image with every text; raises `InputError` for a mode that the model does not have"
     mode, reading = check_mode(clip, mode), {"batch_size": batch_size, "num_workers": num_workers}
     queries = (texts if isinstance(texts, Tensor) else text_queries(clip, texts)).to(clip.device, torch.float32)
     if queries.ndim != 2 or queries.shape[1] != clip.dim:
         raise InputError(f"texts should be (m, {clip.dim}) features, got {tuple(queries.shape)}.")
+    if mode == "global" and cache: return _cached_cosines(clip, manifest, queries, cache, **reading)
     scores, kept = np.empty((len(manifest), len(queries)), np.float32), None
     if mode == "top-k" and per != "image":
         first = [(rows, v.float()) for rows, v, _ in encoded_images(clip, manifest, tokens=False, **reading)]
