@@ -44,6 +44,12 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "ORIGINS", "PACK_KEYS", "Pack", "check_pack", "class_sentences", "finding_sentences", "finding_words",
         "list_packs", "load_pack", "pack_folder", "read_pack",
     ],
+    "protocol_choice": [
+        "ANY", "as_model_compares", "chance_levels_of", "choose_protocols", "class_tables", "departure_list",
+        "evaluate_protocols", "headline_sentence", "is_marked", "join_protocols", "marked_table",
+        "measured_split", "protocol_mode", "published_for", "reading_options", "rows_of", "threshold_sentence",
+        "threshold_split", "unmarked",
+    ],
     "protocol_metrics": [
         "AS_PUBLISHED", "BRAIN_PATHS", "BRAIN_TASKS", "CALLED", "MANY_WAY", "Scored", "TWO_WAY",
         "areas_result", "bootstrap_means", "brain_result", "called_metrics", "only", "retrieval_result",
@@ -51,7 +57,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "protocols": [
         "BALANCED", "EMPTY", "HLIP", "ITEMIZED", "LABELS", "LEVEL", "ONCE", "PROTOCOLS", "Protocol", "RAW",
-        "TUNED", "check_protocol", "evaluate_protocol", "find_protocol", "list_protocols", "protocol_result",
+        "TUNED", "WHOLE", "check_protocol", "evaluate_protocol", "find_protocol", "list_protocols",
+        "protocol_result",
     ],
     "questions": [
         "BY_PARAMETER", "PromptSpec", "Question", "class_question", "finding_question", "pack_questions", "prompt_spec",
