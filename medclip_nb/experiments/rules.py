@@ -53,6 +53,7 @@ USES = {
     ),
     "zero_shot": (Use("valid", "temperature and thresholds are fitted", _valid_chosen),),
     "attention_maps": (Use("valid", "the threshold of the overlap is chosen", _valid_chosen),),
+    "evaluate": (Use("valid", "thresholds are chosen", _valid_chosen),),
 }
 
 # %% ../../nbs/experiments/08_rules.ipynb #9b7ec7c1
@@ -115,6 +116,7 @@ EFFECTS = {
         Effect("against_name", "another model (against)", lambda p: p["against"]),
         Effect("tolerance", "no tolerance_mm, which replaces it", lambda p: not p["tolerance_mm"]),
     ),
+    "evaluate": (Effect("top_k", "mode=top-k", lambda p: p["mode"] == "top-k"),),
     "data_audit": (Effect("max_distance min_similarity", "images=decode", lambda p: p["images"] == "decode"),),
     "finetune": (
         Effect(
