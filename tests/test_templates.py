@@ -5,8 +5,11 @@ import subprocess
 
 import numpy as np
 import pandas as pd
+import papermill
 import pytest
 from PIL import Image
+
+from medclip_nb.experiments import compare, run, template_folder, template_parameters, templates
 
 FINETUNE = ["-p", "epochs=2", "-p", "batch_size=16", "-p", "lr=1e-3"]
 
@@ -74,6 +77,37 @@ def test_own_csv_without_code(command, table, tmp_path, template, metric, extra)
     if template == "finetune": assert (tmp_path / "run" / "checkpoint" / "open_clip_model.safetensors").is_file()
 
 
+FEW = {"limit": 60, "n_boot": 20}
+FEWER = {"few_shot": {"shots": [1], "seeds": [0], "methods": ["knn"]}, "finetune": {"epochs": 1, "limit": 16},
+         "itemized": {"epochs": 1, "limit": 16}, "attention_maps": {"limit": 4}, "compare": {"n_boot": 50},
+         "robustness": {"corruptions": ["noise"], "levels": [1]}, "zero_shot": {"sensitivity": False}}
+
+
+@pytest.mark.parametrize("template", templates())
+def test_template_as_it_is(template, tmp_path, monkeypatch):
+    "Plain papermill in the folder of the template, where JupyterLab executes it too, leaves the record that a run does"
+    few = {k: v for k, v in {**FEW, **FEWER.get(template, {})}.items() if k in template_parameters(template)}
+    path = template_folder()/f"{template}.ipynb"
+    monkeypatch.delenv("MEDCLIP_NB_BATCH") # As outside the runner, where relative paths start at the repository
+    papermill.execute_notebook(path, tmp_path/"done.ipynb", {**few, "out_dir": str(tmp_path/"plain")}, cwd=path.parent,
+                               kernel_name="python3", progress_bar=False)
+    record = json.loads((tmp_path/"plain"/"run.json").read_text())
+    wanted = {n: p.default for n, p in template_parameters(template).items()} | few
+    assert record["parameters"] == {n: v for n, v in wanted.items() if n != "out_dir"}
+    assert record["template"] == path.name and "metrics.json" in record["artefacts"]
+    if template == "compare": return
+    told = compare(tmp_path/"plain")
+    assert set(told["dataset"]) == {"starter"} and set(told["model"]) == {"starter"}
+    if template != "linear_probe": return
+    run(path, few, tmp_path/"ours", quiet=True)
+    ours = json.loads((tmp_path/"ours"/"run.json").read_text())
+    assert ours.keys() == record.keys() and set(ours["artefacts"]) - set(record["artefacts"]) == {"report.ipynb",
+                                                                                                "report.html"}
+    own = {"artefacts", "seconds", "started"}
+    assert {k: v for k, v in ours.items() if k not in own} == {k: v for k, v in record.items() if k not in own}
+    assert ours["artefacts"]["metrics.json"] == record["artefacts"]["metrics.json"]
+
+
 def test_two_runs_are_the_same_bytes(command, table, tmp_path):
     for name in "ab":
         command_line(command, "run", "finetune", "-p", "dataset=csv", "-p", f"data_root={table}", "-p", "device=cpu",
@@ -84,6 +118,7 @@ def test_two_runs_are_the_same_bytes(command, table, tmp_path):
 
 @pytest.mark.parametrize("fault, template, message", [
     ("no label column", "linear_probe", "no column 'label'"),
+    ("grades", "linear_probe", "few different values: 'grade'"),
     ("missing image", "zero_shot", "no such file"),
     ("unreadable image", "linear_probe", "not an image that can be read"),
     ("empty caption", "retrieval", "the caption is empty"),
@@ -94,6 +129,7 @@ def test_two_runs_are_the_same_bytes(command, table, tmp_path):
 def test_bad_input_is_one_message(command, table, tmp_path, fault, template, message):
     rows, extra, root = pd.read_csv(table), [], table.with_name(f"{fault}.csv")
     if fault == "no label column": rows = rows.drop(columns="label")
+    if fault == "grades": rows = rows.rename(columns={"label": "grade"})
     if fault == "missing image": rows.loc[::3, "image"] = "nowhere.png"
     if fault == "unreadable image":
         (table.parent / "junk.png").write_bytes(b"junk")

@@ -15,7 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "classes": [
         "ClassList", "alike_sentence", "class_column", "class_facts", "class_list", "class_lists", "class_sentence",
-        "folded", "label_name", "label_names", "look_alikes", "whole_column",
+        "declared_labels", "folded", "label_columns", "label_name", "label_names", "look_alikes", "whole_column",
         "with_classes",
     ],
     "files": [
@@ -23,15 +23,19 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "probe", "thumbnail",
     ],
     "items": [
-        "NORMAL_RULES", "NORMAL_TEXTS", "UNREMARKABLE", "item_lists", "normal_flags", "says_normal",
-        "strip_pattern", "text_id",
+        "NORMAL_RULES", "NORMAL_TEXTS", "UNREMARKABLE", "item_lists", "normal_flags", "says_normal", "strip_pattern",
+        "text_id",
     ],
     "leaks": [
         "DEPTHS", "FACTS", "LEAK", "LEAK_CHOICES", "ORDER", "PIECE", "SIMILAR", "check_disjoint", "file_facts",
         "leak_table", "nearest_hashes", "shared_texts", "split_leaks",
     ],
-    "loading": ["MINIATURE_RECIPE", "check_options", "load_manifest", "miniature_note"],
-    "manifest": ["Manifest"],
+    "loading": [
+        "MINIATURE_RECIPE", "check_options", "load_manifest", "miniature_note",
+    ],
+    "manifest": [
+        "Manifest",
+    ],
     "miniatures": [
         "MINIATURE", "MINIATURES", "SCENE_COLORS", "SCENE_GROUNDS", "SCENE_PLACES", "SCENE_SIZES", "Scene",
         "draw_scenes", "make_miniature", "miniature_names",
@@ -41,27 +45,25 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "safe_paths",
     ],
     "phantom": [
-        "CENTER", "DETAIL", "FINDING_KINDS", "Finding", "GRID", "Kind", "Layer", "ORIGIN", "PIXELS",
-        "PhantomConfig", "PhantomHead", "PhantomStudy", "SEQUENCES", "SIGNAL", "SLICE_AXES", "TEMPLATE_T1",
-        "Tissue", "VENTRICLES", "VENTRICLES_WEIGHT", "View", "WHITE", "Waves", "gray_image", "label_volume",
-        "lobe_of", "masks", "mix", "place", "sample", "signal", "slice_points", "template", "volume_affine",
-        "volume_points",
+        "CENTER", "DETAIL", "FINDING_KINDS", "Finding", "GRID", "Kind", "Layer", "ORIGIN", "PIXELS", "PhantomConfig",
+        "PhantomHead", "PhantomStudy", "SEQUENCES", "SIGNAL", "SLICE_AXES", "TEMPLATE_T1", "Tissue", "VENTRICLES",
+        "VENTRICLES_WEIGHT", "View", "WHITE", "Waves", "gray_image", "label_volume", "lobe_of", "masks", "mix",
+        "place", "sample", "signal", "slice_points", "template", "volume_affine", "volume_points",
     ],
     "registry": [
         "CARD_EXTRAS", "CARD_KEYS", "CELL_KINDS", "LISTED", "READERS", "card", "card_folder", "card_markdown",
         "card_names", "list_datasets", "read_card", "register",
     ],
     "reports": [
-        "ABBREVIATIONS", "BREAK", "LOWER_BREAK", "MASKS", "NUMBERED", "NUMBER_AFTER", "SECTION",
-        "SECTION_NAMES", "TITLED", "report_items", "report_sections", "report_text",
+        "ABBREVIATIONS", "BREAK", "LOWER_BREAK", "MASKS", "NUMBERED", "NUMBER_AFTER", "SECTION", "SECTION_NAMES",
+        "TITLED", "report_items", "report_sections", "report_text",
     ],
     "shards": [
         "PICTURES", "Place", "SHARD_FOLDER", "ShardLoader", "Shards", "decode_image", "read_sample", "shuffled",
         "write_shards",
     ],
     "splits": [
-        "FRACTIONS", "SPLIT_NAMES", "load_splits", "make_splits", "save_splits", "split_hash",
-        "with_validation",
+        "FRACTIONS", "SPLIT_NAMES", "load_splits", "make_splits", "save_splits", "split_hash", "with_validation",
     ],
     "starter": [
         "ANATOMICAL_LEVELS", "CONTRASTS", "CONTRAST_TERMS", "NORMAL", "NORMAL_ITEM", "PATTERNS", "RANGES",
@@ -69,12 +71,18 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "item_of", "least_area", "level_of", "make_starter", "plan_slices", "read_starter", "slice_row",
         "study_labels", "write_nifti", "write_series", "write_study",
     ],
-    "studies": ["name_studies", "series_paths"],
-    "study_miniatures": [
-        "BRAIN_STUDIES", "CT_ITEMS", "CT_SERIES", "MRI_ITEMS", "MRI_SERIES", "SIZE", "STUDY_MINIATURES",
-        "make_cq500", "make_ct_rate", "make_headct_studies", "make_mri_studies", "make_pub_brain",
-        "make_rad_chestct", "make_rsna", "marked_volume", "write_dicom_series",
+    "studies": [
+        "name_studies", "series_paths",
     ],
-    "tables": ["SEPARATORS", "TableForm", "read_table", "table_form"],
-    "toy": ["make_squares"],
+    "study_miniatures": [
+        "BRAIN_STUDIES", "CT_ITEMS", "CT_SERIES", "MRI_ITEMS", "MRI_SERIES", "SIZE", "STUDY_MINIATURES", "make_cq500",
+        "make_ct_rate", "make_headct_studies", "make_mri_studies", "make_pub_brain", "make_rad_chestct", "make_rsna",
+        "marked_volume", "write_dicom_series",
+    ],
+    "tables": [
+        "SEPARATORS", "TableForm", "read_table", "table_form",
+    ],
+    "toy": [
+        "make_squares",
+    ],
 })

@@ -18,24 +18,27 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "few_shot_curves": [
         "FEW_SHOT_METHODS", "FEW_SHOT_METRICS", "MOST_PROBABILITIES", "Support", "blend", "blended_probe",
-        "draw_order", "few_shot", "few_shot_probabilities", "nearest_mean", "neighbors", "plain_probe",
-        "tip_adapter",
+        "draw_order", "few_shot", "few_shot_probabilities", "nearest_mean", "neighbors", "plain_probe", "tip_adapter",
     ],
     "grounding": [
-        "GROUNDING_METRICS", "ItemMap", "attended", "choose_grounding_threshold", "counts", "described",
-        "diameter", "evaluate_grounding", "has_masks", "items_of", "join_methods", "look_at_images",
-        "look_at_row", "look_at_study", "method_differences", "read_mask", "tolerance_mask", "with_masks",
+        "GROUNDING_METRICS", "ItemMap", "attended", "choose_grounding_threshold", "counts", "described", "diameter",
+        "evaluate_grounding", "has_masks", "items_of", "join_methods", "look_at_images", "look_at_row",
+        "look_at_study", "method_differences", "read_mask", "tolerance_mask", "with_masks",
     ],
     "image_text_retrieval": [
         "best_answers", "caption_pairs", "chance_levels", "rank_captions", "rank_pairs", "retrieval",
     ],
     "items": [
-        "ItemOptions", "TEST_TUNED", "check_apart", "class_rows", "complete_chance", "findings_scored",
-        "item_pairs", "item_retrieval", "item_retrieval_result", "item_zero_shot", "query_ranks",
-        "question_scores", "right_ranks", "score_predictions",
+        "ItemOptions", "TEST_TUNED", "check_apart", "class_rows", "complete_chance", "findings_scored", "item_pairs",
+        "item_retrieval", "item_retrieval_result", "item_zero_shot", "query_ranks", "question_scores", "right_ranks",
+        "score_predictions",
     ],
-    "labels": ["STATES", "check_trained", "finding_labels", "label_classes", "named_labels", "validation_split"],
-    "logistic": ["Linear", "UpdateHistory", "balanced_weights", "logistic_path"],
+    "labels": [
+        "STATES", "check_trained", "finding_labels", "label_classes", "named_labels", "validation_split",
+    ],
+    "logistic": [
+        "Linear", "UpdateHistory", "balanced_weights", "logistic_path",
+    ],
     "probes": [
         "C_GRID", "Fit", "FitOptions", "IPCLIP", "NEIGHBORS", "Predict", "choose", "knn", "labeled_features",
         "labeled_parts", "linear_probe", "neighbor_votes",
@@ -46,30 +49,33 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "protocol_choice": [
         "ANY", "as_model_compares", "chance_levels_of", "choose_protocols", "class_tables", "departure_list",
-        "evaluate_protocols", "headline_sentence", "is_marked", "join_protocols", "marked_table",
-        "measured_split", "protocol_mode", "published_for", "reading_options", "rows_of", "threshold_sentence",
-        "threshold_split", "unmarked",
+        "evaluate_protocols", "headline_sentence", "is_marked", "join_protocols", "marked_table", "measured_split",
+        "protocol_mode", "published_for", "reading_options", "rows_of", "threshold_sentence", "threshold_split",
+        "unmarked",
     ],
     "protocol_metrics": [
-        "AS_PUBLISHED", "BRAIN_PATHS", "BRAIN_TASKS", "CALLED", "MANY_WAY", "Scored", "TWO_WAY",
-        "areas_result", "bootstrap_means", "brain_result", "called_metrics", "only", "retrieval_result",
-        "scenes_result", "threshold_result", "with_published",
+        "AS_PUBLISHED", "BRAIN_PATHS", "BRAIN_TASKS", "CALLED", "MANY_WAY", "Scored", "TWO_WAY", "areas_result",
+        "bootstrap_means", "brain_result", "called_metrics", "only", "retrieval_result", "scenes_result",
+        "threshold_result", "with_published",
     ],
     "protocols": [
-        "BALANCED", "EMPTY", "HLIP", "ITEMIZED", "LABELS", "LEVEL", "ONCE", "PROTOCOLS", "Protocol", "RAW",
-        "TUNED", "WHOLE", "check_protocol", "evaluate_protocol", "find_protocol", "list_protocols",
-        "protocol_result",
+        "BALANCED", "EMPTY", "HLIP", "ITEMIZED", "LABELS", "LEVEL", "ONCE", "PROTOCOLS", "Protocol", "RAW", "TUNED",
+        "WHOLE", "check_protocol", "evaluate_protocol", "find_protocol", "list_protocols", "protocol_result",
     ],
     "questions": [
-        "BY_PARAMETER", "PromptSpec", "Question", "class_question", "finding_question", "pack_questions", "prompt_spec",
+        "BY_PARAMETER", "PromptSpec", "Question", "class_question", "finding_question", "pack_columns",
+        "pack_questions", "prompt_spec",
     ],
     "results": [
         "COLUMNS", "EvalOptions", "Result", "SCHEMA", "bootstrap_groups", "classification", "finding_result",
-        "image_names", "join_results", "metric_bounds", "metric_table", "provenance", "skipped_rows",
-        "unit_of",
+        "image_names", "join_results", "metric_bounds", "metric_table", "provenance", "skipped_rows", "unit_of",
     ],
-    "scores": ["BELOW", "MODES", "check_mode", "item_scores", "text_queries"],
-    "subgroup_tables": ["small_subgroups", "subgroups", "with_columns"],
+    "scores": [
+        "BELOW", "MODES", "check_mode", "item_scores", "text_queries",
+    ],
+    "subgroup_tables": [
+        "small_subgroups", "subgroups", "with_columns",
+    ],
     "zero_shot_classification": [
         "TextClassifier", "calibration_record", "calibration_sentence", "chance_sentence", "encode_question",
         "prompt_sensitivity", "run_zero_shot", "sentence_list", "validation_temperature", "zero_shot",

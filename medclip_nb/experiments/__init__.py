@@ -10,29 +10,32 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "overview": [
-        "compare", "find_runs", "first_figure", "headline", "natural", "over_runs", "read_metrics",
-        "seed_groups", "write_index",
+        "compare", "find_runs", "first_figure", "headline", "natural", "over_runs", "read_metrics", "seed_groups",
+        "write_index",
     ],
     "parameters": [
         "AT_LEAST_ONE", "BOOLEANS", "COUNT", "Cell", "MAX_TEXT", "PARAMETER_RANGES", "Parameter", "Range", "SHARE",
-        "Template", "check_parameters", "convert", "find_template",
-        "parameter_files", "read_parameters", "read_template", "template_cells", "template_folder",
-        "template_parameters", "templates", "with_defaults",
+        "Template", "check_parameters", "convert", "find_template", "parameter_files", "read_parameters",
+        "read_template", "template_cells", "template_folder", "template_parameters", "templates", "with_defaults",
     ],
-    "preflight": ["check_names"],
+    "preflight": [
+        "check_names",
+    ],
     "reports": [
-        "ANSI", "ATTRIBUTES", "NOISE", "STYLE", "TAGS", "clean_report", "html_page", "markdown_html",
-        "report_html", "report_title", "safe_html", "scrub",
+        "ANSI", "ATTRIBUTES", "NOISE", "STYLE", "TAGS", "clean_report", "html_page", "markdown_html", "report_html",
+        "report_title", "safe_html", "scrub",
     ],
-    "resuming": ["ASKED", "STATE", "differences", "has_state", "left_behind", "state_folder"],
+    "resuming": [
+        "ASKED", "STATE", "differences", "has_state", "left_behind", "state_folder",
+    ],
     "rules": [
-        "EFFECTS", "Effect", "LOOP", "USES", "Use", "check_split", "idle_message", "idle_parameters",
-        "split_uses",
+        "EFFECTS", "Effect", "LOOP", "USES", "Use", "check_split", "idle_message", "idle_parameters", "split_uses",
     ],
     "runs": [
-        "FAILED_FOLDER", "INPUTS", "MAX_SECONDS", "RUN_FOLDER", "RunError", "RunRecord", "STAMP", "Status", "TABLES",
-        "artefacts", "asked_for", "check_timeout", "code_hash", "data_identity", "input_identities", "is_complete",
-        "result_hash", "run", "run_folder", "run_key", "run_record", "threads",
+        "FAILED_FOLDER", "INPUTS", "MAX_SECONDS", "RUN_FOLDER", "RUN_NAME", "RunError", "RunRecord", "STAMP",
+        "Status", "TABLES", "artefacts", "asked_for", "check_timeout", "code_hash", "data_identity",
+        "input_identities", "is_complete", "note_parameters", "record_notebook", "result_hash", "run", "run_folder",
+        "run_key", "run_record", "threads",
     ],
     "steps": [
         "Fitting", "check_fitting", "count_rows", "data_notice", "dataset_facts", "limit_sentence", "open_data",

@@ -19,7 +19,14 @@ from IPython.display import Markdown, display
 
 from ..core import InputError, setup_experiment
 from ..datasets.checks import drop_unusable, skipped_table
-from ..datasets.classes import alike_sentence, class_sentence, look_alikes, whole_column, with_classes
+from medclip_nb.datasets.classes import (
+    alike_sentence,
+    class_sentence,
+    label_columns,
+    look_alikes,
+    whole_column,
+    with_classes,
+)
 from ..datasets.leaks import shared_texts, split_leaks
 from ..datasets.loading import load_manifest
 from ..datasets.manifest import Manifest
@@ -28,6 +35,7 @@ from ..datasets.studies import name_studies
 from ..evaluators.questions import PromptSpec
 from ..evaluators.results import Result
 from .rules import check_split, split_uses
+from .runs import note_parameters, record_notebook
 from ..plots.style import use_style
 
 if TYPE_CHECKING:
@@ -41,15 +49,19 @@ def open_data(
     limit: int = 0, # At most this many rows of each split; 0 means all
     seed: int = 0, # Of everything that is random in the experiment
     prepare: Callable[[Manifest], Manifest] | None = None, # Applied before rows are drawn
-    labels: Sequence[str] = (), # Label columns of the experiment, for `classes`
+    # Label columns of the experiment, which become `labels` of the manifest; an empty list takes those of the data set
+    labels: Sequence[str] | None = None,
     # The classes that are offered: a list for a single label column, or column -> list; nothing takes those of the data
     classes: Sequence[str] | Mapping[str, Sequence[str]] = (),
 ) -> Manifest:
     "Seed the experiment, set the style of its figures and read its data; raises `InputError` as `load_manifest` does"
+    note_parameters()
     setup_experiment(seed)
     use_style()
     manifest = load_manifest(dataset, data_root, **(data_options or {}))
-    manifest = with_classes(manifest, classes, labels)
+    if labels is not None:
+        manifest.labels = label_columns(manifest, labels)
+        manifest = with_classes(manifest, classes, manifest.labels)
     if prepare: manifest = prepare(manifest)
     return manifest.limited(limit, seed)
 
@@ -229,12 +241,13 @@ def save_result(
     out_dir: str | Path, # Folder of the run
     **details: Any, # Further facts for metrics.json
 ) -> None:
-    "Write metrics.json and predictions.parquet, with licence and origin of the splits"
+    "Write metrics.json and predictions.parquet, with licence and origin of the splits, and run.json where none will be"
     facts = {"license": dataset_facts(manifest.dataset).license, "split_source": manifest.split_source}
     if manifest.drawn_from: facts["drawn_from"] = manifest.drawn_from
     if manifest.notes: facts["notes"] = manifest.notes
     result.details |= facts | details
     result.save(out_dir)
+    record_notebook(out_dir)
 
 # %% ../../nbs/experiments/07_steps.ipynb #2cecda11
 def prompt_sentence(

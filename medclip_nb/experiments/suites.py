@@ -208,7 +208,7 @@ def up_to_date(
 ) -> bool: # Whether there is nothing to do
     "Whether a run of a suite is there as it would be made now"
     folder = Path(folder).resolve()
-    inputs = input_identities(_resolved(run, folder), run.params)
+    inputs = input_identities(_resolved(run, folder), run.params, run.template)
     return is_complete(folder/run.name, run_key(run.template, run.params, inputs, _builds_on(run, folder)))
 
 def _execute(r: SuiteRun, folder: Path, bad: set[str], force: bool, timeout: float | None, quiet: bool) -> RunRecord:
