@@ -40,8 +40,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "Linear", "UpdateHistory", "balanced_weights", "logistic_path",
     ],
     "probes": [
-        "C_GRID", "Fit", "FitOptions", "IPCLIP", "NEIGHBORS", "Predict", "choose", "knn", "labeled_features",
-        "labeled_parts", "linear_probe", "neighbor_votes",
+        "C_GRID", "Fit", "FitOptions", "IPCLIP", "NEIGHBORS", "Predict", "ProbeOptions", "choose", "knn",
+        "labeled_features", "labeled_parts", "linear_probe", "neighbor_votes",
     ],
     "prompts": [
         "ORIGINS", "PACK_KEYS", "Pack", "check_pack", "class_sentences", "finding_sentences", "finding_words",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Predict', 'Fit', 'C_GRID', 'IPCLIP', 'NEIGHBORS', 'FitOptions', 'labeled_parts', 'labeled_features', 'choose',
-           'linear_probe', 'neighbor_votes', 'knn']
+           'ProbeOptions', 'linear_probe', 'neighbor_votes', 'knn']
 
 # %% ../../nbs/evaluators/07_probes.ipynb #06e84194
 from collections.abc import Callable, Mapping, Sequence
@@ -135,10 +135,10 @@ def _logistic(Cs: Sequence[float], class_weight: str | None) -> Fit:
         return lambda features: {C: model.scores(features) for C, model in path.items()}
     return fit
 
-def _sgd(x: Tensor, codes: Tensor, class_weight: str | None) -> tuple[Callable, Callable]:
+def _sgd(x: Tensor, codes: Tensor, class_weight: str | None, settings: Mapping[str, Any]) -> tuple[Callable, Callable]:
     "Scores and probabilities of IP-CLIP's probe"
     from sklearn.linear_model import SGDClassifier
-    model = SGDClassifier(**IPCLIP, class_weight=class_weight).fit(x.numpy(), codes.numpy())
+    model = SGDClassifier(**settings, class_weight=class_weight).fit(x.numpy(), codes.numpy())
     def scores(features):
         found = torch.from_numpy(model.decision_function(features.numpy()))
         return torch.stack([-found, found], 1) if found.ndim == 1 else found
@@ -152,6 +152,17 @@ def _check_method(method: str, class_weight: str | None) -> None:
     if class_weight not in ("balanced", None):
         raise InputError(f"class_weight must be 'balanced' or None, got {class_weight!r}.")
 
+@dataclass(frozen=True)
+class ProbeOptions(FitOptions):
+    "Options of `linear_probe`"
+    alpha: float = IPCLIP["alpha"] # Strength of the L2 penalty (sgd)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
+        if not (number and 0 < self.alpha < float("inf")):
+            raise InputError(f"alpha must be a number above 0, got {self.alpha!r}.")
+
 def _fit_probe(
     x: Mapping[str, Tensor],
     y: Mapping[str, Tensor],
@@ -160,10 +171,12 @@ def _fit_probe(
     method: str,
     Cs: Sequence[float],
     class_weight: str | None,
-    seed: int,
+    how: ProbeOptions,
 ) -> tuple[Callable, Callable, dict]:
     "Scores, probabilities, and how they were fitted"
-    if method == "sgd": return *_sgd(x["train"], y["train"], class_weight), {"C": None, "settings": IPCLIP}
+    settings, seed = IPCLIP | {"alpha": how.alpha}, how.seed
+    if method == "sgd":
+        return *_sgd(x["train"], y["train"], class_weight, settings), {"C": None, "settings": settings}
     fit = _logistic(Cs, class_weight)
     if len(Cs) > 1: best, found, predict = choose(fit, x, y, groups, seed)
     else: best, found, predict = float(Cs[0]), {"path": {}, "chosen_on": "fixed"}, fit(x["train"], y["train"], classes)
@@ -187,17 +200,19 @@ def linear_probe(
     positive: str | None = None, # Of two classes, the one that sensitivity and AUROC refer to; None for the last
     *,
     standardize: bool = True, # Whether logistic regression gets standardized features; sgd never does
-    **options: Any, # Fields of `FitOptions`: leaks, cache, batch_size, num_workers, n_boot, seed
+    **options: Any, # Fields of `ProbeOptions`: alpha, leaks, cache, batch_size, num_workers, n_boot, seed
 ) -> Result: # Predictions hold a probability for each class; details hold C, how it was chosen, the training metrics
     "Fit a linear classifier on frozen image features; raises `InputError` for one class only or an unseen label"
     _check_method(method, class_weight)
-    how = FitOptions.of(linear_probe, options)
+    how = ProbeOptions.of(linear_probe, options)
+    if "alpha" in options and method != "sgd":
+        raise InputError("alpha has no effect on method='logistic', whose strength is C: give Cs.")
     classes = label_classes(train, label, None)
     parts = labeled_parts(train, valid, test, label, classes, how.leaks)
     x, y = labeled_features(clip, parts, label, classes, **how.embedding)
     if standardize := standardize and method == "logistic": x = _standardized(x)
     groups = bootstrap_groups(parts["train"])
-    scores, probabilities, chosen = _fit_probe(x, y, len(classes), groups, method, Cs, class_weight, how.seed)
+    scores, probabilities, chosen = _fit_probe(x, y, len(classes), groups, method, Cs, class_weight, how)
     known = named_labels(parts["train"][label])
     facts = {
         "method": method,

@@ -104,7 +104,10 @@ def _by_items(p: Mapping[str, Any]) -> bool: return _trains(p) and p["objective"
 
 LOOP = "chunk max_steps augment flip patience resume save_every state_dir report_to"
 EFFECTS = {
-    "linear_probe": (Effect("Cs standardize", "method=logistic", lambda p: p["method"] == "logistic"),),
+    "linear_probe": (
+        Effect("Cs standardize", "method=logistic", lambda p: p["method"] == "logistic"),
+        Effect("alpha", "method=sgd", lambda p: p["method"] == "sgd"),
+    ),
     "robustness": (
         Effect("templates prompts prompt_note", "classifier=zero_shot", lambda p: p["classifier"] == "zero_shot"),
     ),
