@@ -53,15 +53,16 @@ def table(tmp_path_factory):
 @pytest.mark.parametrize("params, metric, files", [
     ({"objective": "labels", "label": "shade", "wise_ft": True, "ema": 0.5, "patience": 1}, "image_to_text_R@10",
      {"history.jsonl", "checkpoint"}),
-    ({"mode": "lora", "towers": "[text]", "rank": 4, "alpha": 2}, "text_to_image_R@10",
+    ({"mode": "lora", "towers": "[text]", "rank": 4, "alpha": 2, "betas": "[0.9, 0.999]", "eps": 1e-8,
+      "clip_grad": 0.5}, "text_to_image_R@10",
      {"history.jsonl", "checkpoint"}),
     ({"mode": "locked-image", "objective": "siglip", "augment": False, "schedule": "linear"}, "image_to_text_R@1",
      {"history.jsonl", "checkpoint"}),
     ({"mode": "locked-text", "objective": "prompts", "label": "shade", "templates": "['a {} square']"},
      "balanced_accuracy", {"history.jsonl", "checkpoint"}),
     ({**HEAD, "label": "number", "hidden": 8}, "balanced_accuracy", {"head"}),
-    ({"mode": "head", "label": "shade", "solver": "adamw", "epochs": 20, "batch_size": 8, "lr": 1e-2, "warmup": 0.1},
-     "balanced_accuracy", {"head", "history.jsonl"}),
+    ({"mode": "head", "label": "shade", "solver": "adamw", "epochs": 20, "batch_size": 8, "lr": 1e-2, "warmup": 0.1,
+      "betas": "[0.9, 0.99]", "eps": 1e-7}, "balanced_accuracy", {"head", "history.jsonl", "history.csv"}),
     ({"mode": "head", "label": "shade", "backbone": "trained", "max_steps": 3, "table": "images.csv"},
      "balanced_accuracy", {"history.jsonl", "checkpoint", "head"})],
     ids=["full, labels, WiSE", "lora", "locked-image, siglip", "locked-text, prompts", "head", "head in epochs",
@@ -76,7 +77,10 @@ def test_modes(command, table, tmp_path, params, metric, files):
         assert (tmp_path / "out" / "checkpoint" / "adapter_config.json").is_file()
     if params.get("wise_ft"): assert 0 <= found["details"]["wise_alpha"] <= 1 and "best on validation" in page
     if params.get("mode") == "head": assert found["metrics"]["balanced_accuracy"]["value"] > 0.9
-    if params.get("solver"): assert len((tmp_path / "out" / "history.jsonl").read_text().splitlines()) == 20
+    if params.get("solver"):
+        assert len((tmp_path / "out" / "history.jsonl").read_text().splitlines()) == 20
+        history = pd.read_csv(tmp_path / "out" / "history.csv")
+        assert list(history) == ["epoch", "val_loss", "f1_weighted", "f1_macro"] and len(history) == 20
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +209,8 @@ def test_a_suite_goes_on_by_itself(installed, table, whole, tmp_path):
                           ({"mode": "head", "label": "shade"}, "parameter 'lr' has no effect here: it needs another"),
                           ({**HEAD, "solver": "sgd"}, "There is: 'adamw', 'auto'"),
                           ({"rank": 4}, "parameter 'rank' has no effect here: it needs mode=lora"),
+                          ({**HEAD, "eps": 1e-7}, "parameter 'eps' has no effect here: it needs another mode"),
+                          ({"betas": "[0.9]"}, "betas must be two numbers"), ({"eps": -1}, "eps must be above 0"),
                           ({"image_weights": "w.pth"}, "w.pth"), ({"long_text": "chunk"}, "Did you mean 'chunks'")])
 def test_mistakes_are_one_message(command, table, tmp_path, params, message):
     assert message in run(command, table, tmp_path / "out", code=2, **params)

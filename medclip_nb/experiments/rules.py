@@ -123,11 +123,11 @@ EFFECTS = {
     "data_audit": (Effect("max_distance min_similarity", "images=decode", lambda p: p["images"] == "decode"),),
     "finetune": (
         Effect(
-            "epochs batch_size lr weight_decay schedule warmup",
+            "epochs batch_size lr weight_decay betas eps schedule warmup",
             "another mode, solver=adamw or backbone=trained",
             _in_epochs,
         ),
-        Effect(f"{LOOP} ema wise_ft num_workers", "another mode, or backbone=trained", _in_loop),
+        Effect(f"{LOOP} clip_grad ema wise_ft num_workers", "another mode, or backbone=trained", _in_loop),
         Effect("objective metric freeze_text freeze_bn", "a mode other than head", lambda p: not _is_head(p)),
         Effect("freeze_text", "a text tower that trains", lambda p: p["mode"] != "locked-text"),
         Effect("freeze_image", "an image tower that trains", lambda p: _in_loop(p) and p["mode"] != "locked-image"),

@@ -11,7 +11,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "config": [
         "CheckpointConfig", "DataConfig", "ITEM_METRICS", "ItemConfig", "METRICS", "OBJECTIVES", "OptimConfig",
-        "PASSING", "TRACKERS", "TrainConfig", "make_config",
+        "PASSING", "TRACKERS", "TrainConfig", "check_adamw", "make_config",
     ],
     "gradient_cache": ["cached_step", "in_chunks", "refuse_batch_norm"],
     "heads": [

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'OBJECTIVES', 'ITEM_METRICS', 'METRICS', 'PASSING', 'OptimConfig', 'DataConfig', 'ItemConfig',
-           'CheckpointConfig', 'TrainConfig', 'make_config']
+           'CheckpointConfig', 'check_adamw', 'TrainConfig', 'make_config']
 
 # %% ../../nbs/trainers/02_config.ipynb #85bdb8c9
 import importlib.util
@@ -113,6 +113,15 @@ ITEM_METRICS = ("valid_item_mrr", "valid_item_R@1", "valid_item_R@10")
 METRICS = ("valid_mrr", "valid_balanced_accuracy", *ITEM_METRICS)
 PASSING = ("memory_mb", "num_workers", "save_every", "resume", "state_dir", "report_to")
 
+def check_adamw(
+    betas: Sequence[float], # Decay of the running means of gradients and squared gradients
+    eps: float, # Added to the denominator of a step
+) -> None:
+    "Raise `InputError` for settings that AdamW cannot have"
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise InputError(f"betas must be two numbers from 0 to below 1, got {betas}.")
+    if not eps > 0: raise InputError(f"eps must be above 0, got {eps}.")
+
 @dataclass(frozen=True)
 class TrainConfig(CheckpointConfig, ItemConfig, DataConfig, OptimConfig):
     "All settings of a training run; raises `InputError` for values that are unknown or contradict each other"
@@ -157,8 +166,8 @@ class TrainConfig(CheckpointConfig, ItemConfig, DataConfig, OptimConfig):
             if not 0 < getattr(self, name) <= 1:
                 raise InputError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}.")
         if self.pooling_lr <= 0: raise InputError(f"pooling_lr must be above 0, got {self.pooling_lr}.")
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            raise InputError(f"betas must be two numbers from 0 to below 1, got {self.betas}.")
+        check_adamw(self.betas, self.eps)
+        if not self.clip_grad > 0: raise InputError(f"clip_grad must be above 0, got {self.clip_grad}.")
 
     def _check_items(self) -> None:
         for name, value in self.item_weights.items():

@@ -41,7 +41,7 @@ from ..embeddings.features import embed
 from ..evaluators.labels import check_trained, label_classes
 from ..evaluators.results import Result, classification, provenance
 from ..models.clip import ClipModel
-from .config import TrainConfig
+from .config import TrainConfig, check_adamw
 from .loop import Training, train
 from .objectives import Batch, Objective, balanced
 from .optimization import SCHEDULES, parameter_groups
@@ -297,6 +297,8 @@ class EpochsConfig:
     batch_size: int = 8 # Rows per step; the last batch of an epoch may be smaller
     lr: float = 5e-5 # Peak learning rate of AdamW
     weight_decay: float = 0.2 # Of matrices; biases have none
+    betas: tuple[float, float] = (0.9, 0.999) # Decay of AdamW's running means of gradients and squared gradients
+    eps: float = 1e-8 # AdamW's epsilon
     schedule: str = "cosine" # Of the learning rate after the warm-up: cosine, linear or constant
     warmup: float = 0.0 # Warm-up as a share of the steps; above 1, a number of steps
 
@@ -308,6 +310,7 @@ class EpochsConfig:
         if not self.lr > 0 or self.weight_decay < 0 or self.warmup < 0:
             raise InputError("lr must be above 0, weight_decay and warmup 0 or more, got "
                              f"{self.lr}, {self.weight_decay} and {self.warmup}.")
+        check_adamw(self.betas, self.eps)
 
 def _f1(head: ClassificationHead, features: Tensor, labels: Tensor) -> dict[str, float]:
     "The two F1 scores of held-out rows"
@@ -329,7 +332,7 @@ def fit_head_epochs(
     class_weight: str = "balanced", # balanced: all classes count the same; none: as frequent as they are
     standardize: bool = True, # Whether the head centers and scales unit-norm features; IP-CLIP does not
     seed: int = 0, # Of the initial weights and the order of rows
-    **settings, # Fields of `EpochsConfig`: epochs, batch_size, lr, weight_decay, schedule, warmup
+    **settings, # Fields of `EpochsConfig`: epochs, batch_size, lr, weight_decay, betas, eps, schedule, warmup
 ) -> tuple[ClassificationHead, pd.DataFrame]: # In evaluation mode; one row per epoch
     "Fit a head by gradient steps in epochs; raises `InputError` as `fit_head` does, and for settings that cannot be"
     known = [f.name for f in fields(EpochsConfig)]
@@ -348,7 +351,8 @@ def _by_epochs(
     head: ClassificationHead, z: Tensor, y: Tensor, held: tuple | None, weight: Tensor | None, config: EpochsConfig
 ) -> tuple[ClassificationHead, pd.DataFrame]:
     "The head of the epoch that does best on held-out rows, and the history"
-    optimizer = torch.optim.AdamW(parameter_groups(head, config.weight_decay), lr=config.lr)
+    how = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+    optimizer = torch.optim.AdamW(parameter_groups(head, config.weight_decay), **how)
     steps = config.epochs * math.ceil(len(z) / config.batch_size)
     warmup = round(config.warmup if config.warmup > 1 else config.warmup * steps)
     best, value, step, history = head, (-math.inf,), 0, []
@@ -423,7 +427,8 @@ def train_head(
     valid_rows: Manifest, # To select the best point and the epoch, and to determine the temperature
     label: str = "label", # Label column of both; rows without a label are left out
     backbone: str = "frozen", # frozen, or trained together with the head
-    # Receives `head/`, `history.jsonl` of epochs, and `checkpoint/` of a trained tower, which needs it
+    # Receives `head/`, `history.jsonl` of epochs (of a frozen tower `history.csv` too), and `checkpoint/` of a trained
+    # tower, which needs it
     out_dir: str | Path | None = None,
     cache: str | Path | None = None, # Folder of cached features
     hidden: int = 0, # Units of a hidden layer; 0 for a linear head
@@ -467,10 +472,14 @@ def train_head(
         if solver == "adamw": _write_history(training.history, Path(out_dir))
     return head, training
 
+_CALLED = {"epoch": "epoch", "valid_loss": "val_loss", "valid_f1_weighted": "f1_weighted", "valid_f1_macro": "f1_macro"}
+
 def _write_history(history: pd.DataFrame, out_dir: Path) -> None:
-    "Write `history.jsonl`, one line per epoch"
+    "Write `history.jsonl`, one line per epoch, and `history.csv`, with the columns of IP-CLIP"
     lines = "".join(json.dumps(to_jsonable(row)) + "\n" for row in history.to_dict("records"))
     with atomic_path(out_dir/"history.jsonl") as path: path.write_text(lines, encoding="utf-8")
+    table = history.rename(columns=_CALLED)[list(_CALLED.values())]
+    with atomic_path(out_dir/"history.csv") as path: table.to_csv(path, index=False, lineterminator="\n")
 
 # %% ../../nbs/trainers/11_heads.ipynb #187b50b1
 def classify(
