@@ -149,7 +149,7 @@ def test_tables_as_people_write_them(tmp_path):
                             ("a.tsv", None, "image\tlabel\n1.png\tx\n2.png\ty")):
         (tmp_path / name).write_text(text, encoding="utf-8", newline="")
         assert read_table(tmp_path / name, sep).values.tolist() == [["1.png", "x"], ["2.png", "y"]]
-    with pytest.raises(InputError, match="several tables .a.csv, a.tsv.; name one with the option 'table'"):
+    with pytest.raises(InputError, match="several tables .a.csv, a.tsv.; name one with 'table', or each with"):
         load_manifest("csv", tmp_path)
     with pytest.raises(InputError, match="separator is one character"): read_table(tmp_path / "a.csv", sep=", ")
     (tmp_path / "p.csv").write_text("made by hand\n\nid,n\n1,2\n")

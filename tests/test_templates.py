@@ -12,6 +12,7 @@ from PIL import Image
 from medclip_nb.experiments import compare, run, template_folder, template_parameters, templates
 
 FINETUNE = ["-p", "epochs=2", "-p", "batch_size=16", "-p", "lr=1e-3"]
+ASKED = ["-p", "data_options={split_by: group}"] # Splits of a table without them, where nothing is fitted
 
 
 def command_line(command, *args, code=0):
@@ -56,8 +57,8 @@ def test_bad_rows_are_left_out_and_counted(command, table, tmp_path):
 
 @pytest.mark.parametrize("template, metric, extra", [
     ("linear_probe", "accuracy", []),
-    ("zero_shot", "balanced_accuracy", ["-p", "classes=[dark, bright]", "-p", "limit=5"]),
-    ("retrieval", "image_to_text_R@1", []),
+    ("zero_shot", "balanced_accuracy", ["-p", "classes=[dark, bright]", "-p", "limit=5", *ASKED]),
+    ("retrieval", "image_to_text_R@1", ASKED),
     ("finetune", "text_to_image_R@10", FINETUNE),
     ("data_audit", "rows", [])])
 def test_own_csv_without_code(command, table, tmp_path, template, metric, extra):
@@ -125,9 +126,12 @@ def test_two_runs_are_the_same_bytes(command, table, tmp_path):
     ("one class", "linear_probe", "one class only"),
     ("unknown model", "zero_shot", "Did you mean 'ViT-B-32'"),
     ("unknown parameter", "zero_shot", "Did you mean"),
+    ("no split", "zero_shot", "Give split=all to measure on all rows, or make splits by group"),
+    ("no split", "retrieval", "-p 'data_options={split_by: group}'"),
     ("no table", "zero_shot", "no such file or folder")])
 def test_bad_input_is_one_message(command, table, tmp_path, fault, template, message):
-    rows, extra, root = pd.read_csv(table), [], table.with_name(f"{fault}.csv")
+    asked = template in ("zero_shot", "retrieval") and fault != "no split"
+    rows, extra, root = pd.read_csv(table), ASKED if asked else [], table.with_name(f"{fault}.csv")
     if fault == "no label column": rows = rows.drop(columns="label")
     if fault == "grades": rows = rows.rename(columns={"label": "grade"})
     if fault == "missing image": rows.loc[::3, "image"] = "nowhere.png"
@@ -136,8 +140,8 @@ def test_bad_input_is_one_message(command, table, tmp_path, fault, template, mes
         rows.loc[::3, "image"] = "junk.png"
     if fault == "empty caption": rows.loc[::3, "caption"] = "  "
     if fault == "one class": rows["label"] = "same"
-    if fault == "unknown model": extra = ["-p", "model=ViT-B32"]
-    if fault == "unknown parameter": extra = ["-p", "templats=x"]
+    if fault == "unknown model": extra = [*ASKED, "-p", "model=ViT-B32"]
+    if fault == "unknown parameter": extra = [*ASKED, "-p", "templats=x"]
     rows.to_csv(root, index=False)
     if fault == "no table": root = tmp_path / "nothing.csv"
     said = command_line(command, "run", template, "-p", "dataset=csv", "-p", f"data_root={root}", *extra, "--out",

@@ -64,9 +64,11 @@ def miniature_note(
 def load_manifest(
     dataset: str, # A registered name (see `list_datasets`): starter, csv, imagefolder, ...
     root: str | Path, # The folder (or table file) that holds the data
-    split: str | None = None, # Only these rows; None means all
+    split: str | None = None, # Only these rows; None or "all" means all
     split_seed: int = 0, # Seed of the split made where the data has none
     splits: str | Path | None = None, # A file of splits to use instead (see `save_splits`)
+    # A column whose values stay in one split, where the data has none; None takes group, or else image
+    split_by: str | None = None,
     # How to read images, such as {"window": "lung"} (see `images.read_image`); None leaves it to the reader
     read: Mapping[str, Any] | None = None,
     **options: Any, # Passed to the reader
@@ -90,9 +92,12 @@ def load_manifest(
     manifest = _checked_cells(manifest)
     if splits: manifest = load_splits(manifest, splits)
     elif "split" in manifest:
+        if split_by: raise InputError(f"{dataset}: split_by={split_by!r}, but the data have splits. Leave it out.")
         manifest["split"] = _usual_names(manifest["split"])
         without = int((manifest["split"] == "unassigned").sum())
         manifest.split_source = "given with the data" + (f"; rows in no split: {without}" if without else "")
-    else: manifest["split"], manifest.split_source = _made_splits(manifest, split_seed)
+    else:
+        manifest["split"], manifest.split_source = _made_splits(manifest, split_seed, split_by)
+        manifest.unsplit = split_by is None
     manifest._whole = manifest
     return manifest.part(split) if split else manifest

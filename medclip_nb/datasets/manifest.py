@@ -32,10 +32,11 @@ def _cell_hashes(column: pd.Series) -> np.ndarray:
 class Manifest(pd.DataFrame):
     "A DataFrame of examples that knows its dataset, its root folder, its labels and where its splits come from"
     _metadata = ["dataset", "root", "split_source", "_labels", "_skipped", "_read", "_notes", "_classes", "_whole",
-                 "_listed", "drawn_from"]
+                 "_listed", "drawn_from", "unsplit"]
     dataset, root, split_source, _labels, _skipped, _read = "table", ".", "unknown", None, None, None
     _notes, _classes, _whole, _listed = None, None, None, None
     drawn_from: dict | None = None # Split -> its rows, before `limited` drew some of them
+    unsplit: bool = False # Whether the data have no splits and nobody said how to make them
 
     @property
     def _constructor(self) -> type: return Manifest
@@ -91,7 +92,8 @@ class Manifest(pd.DataFrame):
         return [checked_path(self.root, name, f"row {row}", folders) for row, name in names.items()]
 
     def part(self, split: str) -> "Manifest":
-        "The rows of one split; raises `InputError` naming those that exist"
+        "The rows of one split, or all rows for 'all'; raises `InputError` naming the splits that exist"
+        if split == "all": return self
         rows = self[self["split"] == split]
         if len(rows): return rows
         found = self["split"].value_counts().to_dict()

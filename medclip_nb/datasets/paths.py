@@ -71,6 +71,11 @@ def inside(
     return path == root or path.startswith(root.rstrip(os.sep) + os.sep)
 
 # %% ../../nbs/datasets/04_paths.ipynb #c092ba5d
+def _claimed(root: str | Path, relative: str | Path) -> str | Path:
+    "The folder that a file claims to be in: the root, or the first folder of the path where the root holds everything"
+    parts = Path(relative).parts
+    return os.path.join(os.sep, parts[0]) if os.path.abspath(root) == os.sep and len(parts) > 1 else root
+
 def file_fault(
     root: str | Path, # A folder
     relative: str | Path, # A file below it, or a folder of slices; may be missing, which whoever opens it says
@@ -81,6 +86,7 @@ def file_fault(
     try: mode = os.lstat(path).st_mode
     except (OSError, ValueError): return ""
     folder, folders = os.path.dirname(path), {} if folders is None else folders
+    root = _claimed(root, relative)
     if PLAIN.fullmatch(str(relative)) or not path_fault(relative): # Else its caller has named a place outside
         if folder not in folders: folders[folder] = inside(root, folder)
         if not (inside(root, path) if stat.S_ISLNK(mode) else folders[folder]):

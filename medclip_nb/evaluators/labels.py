@@ -24,11 +24,12 @@ def validation_split(
     valid_split: str = "auto", # auto takes 'valid' where there is one; empty takes none; or a name
 ) -> str: # Empty for none
     "The split to fit on; raises `InputError` for the one that is evaluated, and for a name that does not exist"
-    if valid_split == "auto": return "valid" if split != "valid" and (manifest["split"] == "valid").any() else ""
-    if valid_split == split:
+    if valid_split == "auto":
+        return "valid" if split not in ("valid", "all") and (manifest["split"] == "valid").any() else ""
+    if valid_split and split in (valid_split, "all"):
         raise InputError(
-            f"valid_split is {split!r}, the split that is evaluated; what is fitted there flatters the result. "
-            "Name another, or leave it empty."
+            f"valid_split is {valid_split!r}, which is evaluated (split={split!r}); what is fitted there flatters the "
+            "result. Name another, or leave it empty."
         )
     return manifest.part(valid_split)["split"].iloc[0] if valid_split else ""
 

@@ -24,7 +24,7 @@ def _in_loop(p: Mapping[str, Any]) -> bool: return p["mode"] != "head" or p["bac
 
 def _in_epochs(p: Mapping[str, Any]) -> bool: return _in_loop(p) or p["solver"] == "adamw"
 
-def _spare_valid(p: Mapping[str, Any]) -> bool: return p["split"] != "valid"
+def _spare_valid(p: Mapping[str, Any]) -> bool: return p["split"] not in ("valid", "all")
 
 def _valid_chosen(p: Mapping[str, Any]) -> bool: return p["valid_split"] not in ("", "auto") or _spare_valid(p)
 
@@ -82,10 +82,12 @@ def check_split(
     "Raise `InputError` where the evaluated split is also fitted on, and `leaks` does not say that this is intended"
     leaks = params.get("leaks", "show")
     if leaks not in ("stop", "show"): raise InputError(f"leaks={leaks!r}: use 'stop' or 'show'.")
-    what = split_uses(template, params).get(split := params.get("split", ""))
+    uses, split = split_uses(template, params), params.get("split", "")
+    what, where = uses.get(split), "this split"
+    if split == "all" and uses: where, what = next((f"split {name!r}", said) for name, said in uses.items())
     if what and leaks == "stop":
         raise InputError(
-            f"split={split!r}: on this split {what}, and a result measured there flatters. Measure on another one, or "
+            f"split={split!r}: on {where} {what}, and a result measured there flatters. Measure on another one, or "
             "give leaks=show, and the report will say so."
         )
 

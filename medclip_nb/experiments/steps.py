@@ -31,6 +31,7 @@ from ..datasets.leaks import shared_texts, split_leaks
 from ..datasets.loading import load_manifest
 from ..datasets.manifest import Manifest
 from ..datasets.registry import list_datasets
+from ..datasets.splits import split_unit
 from ..datasets.studies import name_studies
 from ..evaluators.questions import PromptSpec
 from ..evaluators.results import Result
@@ -53,17 +54,32 @@ def open_data(
     labels: Sequence[str] | None = None,
     # The classes that are offered: a list for a single label column, or column -> list; nothing takes those of the data
     classes: Sequence[str] | Mapping[str, Sequence[str]] = (),
+    measured: str = "", # The split of a template that only measures; empty for one that fits something
 ) -> Manifest:
     "Seed the experiment, set the style of its figures and read its data; raises `InputError` as `load_manifest` does"
     note_parameters()
     setup_experiment(seed)
     use_style()
     manifest = load_manifest(dataset, data_root, **(data_options or {}))
+    if measured and manifest.unsplit: manifest = _all_measured(manifest, measured)
     if labels is not None:
         manifest.labels = label_columns(manifest, labels)
         manifest = with_classes(manifest, classes, manifest.labels)
     if prepare: manifest = prepare(manifest)
     return manifest.limited(limit, seed)
+
+def _all_measured(manifest: Manifest, split: str) -> Manifest:
+    "Data without splits as one split `all`; raises `InputError` where another one is wanted"
+    if split == "all":
+        out = manifest.assign(split="all")
+        out.split_source = "the data have no splits; all rows are measured"
+        return out
+    by = split_unit(manifest)
+    raise InputError(
+        f"{manifest.dataset} in {manifest.root}: the data have no splits, and nothing is trained here that needs them. "
+        f"Give split=all to measure on all rows, or make splits by {by} (-p 'data_options={{split_by: {by}}}') to "
+        f"measure on the {split!r} rows, which a probe or a training run on the same data leaves aside."
+    )
 
 # %% ../../nbs/experiments/07_steps.ipynb #e1c4a67c
 def usable_rows(
@@ -147,11 +163,16 @@ class Fitting:
     grouped: bool # Whether groups are known
     texts: str = "" # A sentence about equal texts
 
+    @property
+    def flatters(self) -> bool: # Whether rows are measured on which something is fitted
+        "Whether the evaluated split is one of those that something is fitted on, or all of them"
+        return self.split in self.uses or self.split == "all" and bool(self.uses)
+
     def sentence(self) -> str: # Markdown
         "What is fitted where, whether that flatters the result, and what splits share"
         uses = ", ".join(f"on *{split}* {what}" for split, what in self.uses.items())
         said = f"{uses[:1].upper()}{uses[1:]}" if uses else "Nothing is fitted"
-        if self.split in self.uses:
+        if self.flatters:
             said += f", **and the result is measured on *{self.split}* too, which flatters it.**"
         else: said += f"; *{self.split}* is only measured."
         if not self.uses: return said
@@ -168,7 +189,7 @@ class Fitting:
     def details(self) -> dict[str, Any]: # For `save_result`
         "What metrics.json records"
         counts = {kind: int((self.leaks["kind"] == kind).sum()) for kind in ("same file", "same group")}
-        return {"fitted_on": self.uses, "measured_where_fitted": self.split in self.uses, "leaks": counts}
+        return {"fitted_on": self.uses, "measured_where_fitted": self.flatters, "leaks": counts}
 
 def check_fitting(
     template: str, # Its name
@@ -184,7 +205,8 @@ def check_fitting(
     check_split(template, given)
     present = set(manifest["split"])
     uses = {name: what for name, what in split_uses(template, given).items() if name in present}
-    found = split_leaks(manifest, {*uses, split}) if uses else split_leaks(manifest.iloc[:0])
+    compared = present if split == "all" else {*uses, split}
+    found = split_leaks(manifest, compared) if uses else split_leaks(manifest.iloc[:0])
     if set_aside: found = found[(found["kind"] != "same group") | (found["split"] != split)]
     if len(found) and leaks == "stop": raise InputError(_leak_message(manifest, found))
     said = ""

@@ -17,6 +17,7 @@ import pandas as pd
 
 from ...core import InputError, close_matches
 from ..paths import safe_path, safe_paths
+from .basic import image_paths
 from .common import json_field, json_file, literal_strings
 from ..registry import register
 from ..tables import read_table
@@ -38,17 +39,6 @@ def merge_captions(
     return kept.assign(captions=kept["image"].map(captions)), skipped
 
 # %% ../../../nbs/datasets/readers/07_pathology.ipynb #290f26e4
-def _relative(paths: pd.Series, image_root: str, table: Path) -> list[str]:
-    "Image paths below `image_root`, checked"
-    prefix = Path(image_root).as_posix().rstrip("/") + "/" if image_root else ""
-    paths = paths.map(lambda p: p.removeprefix(prefix))
-    outside = paths.index[paths.str.match(r"/|\\|[A-Za-z]:")]
-    if len(outside):
-        hint = f"does not start with {prefix}"
-        if not prefix: hint = "is absolute; name the folder that all paths start from with the option image_root"
-        raise InputError(f"{table}, row {outside[0] + 2}: the image path {paths[outside[0]]!r} {hint}.")
-    return safe_paths(Path(image_root or table.parent), paths, str(table))
-
 def _pairs(table: Path, image_root: str) -> tuple[pd.DataFrame, list[dict]]:
     "One IP-CLIP table with one row per image, and the skipped rows"
     data = read_table(table, columns=["image"])
@@ -57,7 +47,7 @@ def _pairs(table: Path, image_root: str) -> tuple[pd.DataFrame, list[dict]]:
         raise InputError(f"{table}: no column 'caption' and no column 'label'. {hint}")
     empty = data.index[data["image"].isna()]
     if len(empty): raise InputError(f"{table}, row {empty[0] + 2}: the image path is empty ({len(empty)} such rows).")
-    data["image"] = _relative(data["image"], image_root, table)
+    data["image"] = image_paths(image_root or table.parent, data["image"], str(table))
     if "label" in data:
         several = data.groupby("image")["label"].transform("nunique") > 1
         if several.any():
