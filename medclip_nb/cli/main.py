@@ -108,21 +108,32 @@ def run(
 # %% ../../nbs/cli/01_main.ipynb #680c2067
 @app.command()
 def suite(
-    file: Annotated[str, typer.Argument(help="YAML file, or the name of a suite such as starter.")],
+    file: Annotated[
+        Optional[str],
+        typer.Argument(help="YAML file, or the name of a suite such as starter; without one they are listed."),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The suite's folder is made in it.")] = Path("reports"),
     only: Annotated[list[str], typer.Option(help="Run this one and what it builds on; repeat for more.")] = [],
     force: Annotated[bool, typer.Option("--force", help="Execute even what has not changed.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the file and show what would run.")] = False,
+    scale: Annotated[
+        str, typer.Option(help="A scale of the suite, such as tiny: the same runs on made-up data, to try it out.")
+    ] = "",
     timeout: Annotated[Optional[float], typer.Option(help="Limit of each run in seconds.")] = None,
 ) -> None:
     "Execute a suite of runs; skip what has not changed."
     from medclip_nb import experiments
     experiments.check_timeout(timeout)
+    if file is None:
+        known = experiments.list_suites()
+        return typer.echo("\n".join(f"{name:<{max(map(len, known))}}  {title}" for name, title in known.items()))
     if dry_run:
-        for r in experiments.plan_suite(file, out, only): typer.echo(f"{r.name:<24}  {'to run' if force else r.status}")
+        for r in experiments.plan_suite(file, out, only, scale):
+            typer.echo(f"{r.name:<24}  {'to run' if force else r.status}")
         return
-    records = experiments.run_suite(file, out, only, force, timeout)
+    records = experiments.run_suite(file, out, only, force, timeout, scale=scale)
     typer.echo(experiments.summarize_runs(records))
+    if scale: typer.echo(f"scale {scale}: this was to try the suite out, and nothing above is a result")
     typer.echo(f"reports: {Path(out, records[0].path.parent.name, 'index.html')}")
     failed = [r for r in records if r.status == "failed"]
     for r in failed: typer.echo(f"\nerror: {r.name}: {r.message}", err=True)
@@ -138,11 +149,16 @@ def compare(
     "Show the metrics of all runs below a folder."
     from medclip_nb.experiments import overview
     table = overview.compare(folder)
+    beside, scaled = overview.published_beside(folder, table)
     if csv is not None:
         from medclip_nb.core import atomic_path
         check_out([csv], overview.find_runs(folder), overwrite)
-        with _writing(csv), atomic_path(csv) as p: spreadsheet_safe(table).to_csv(p, index=False)
-    typer.echo(table.to_string(index=False, float_format=lambda v: f"{v:.4g}", na_rep=""))
+        rows = spreadsheet_safe(overview.join_published(table, beside))
+        with _writing(csv), atomic_path(csv) as p: rows.to_csv(p, index=False)
+    shown = lambda rows: rows.to_string(index=False, float_format=lambda v: f"{v:.4g}", na_rep="")
+    typer.echo(shown(table))
+    if len(beside): typer.echo(f"\npublished\n{shown(beside)}")
+    for name in scaled: typer.echo(f"\n{name} is a scale for trying out: its numbers are no results.")
 
 @app.command()
 def params(

@@ -10,8 +10,8 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "overview": [
-        "compare", "find_runs", "first_figure", "headline", "natural", "over_runs", "read_metrics", "seed_groups",
-        "write_index",
+        "compare", "find_runs", "first_figure", "headline", "join_published", "natural", "over_runs",
+        "published_beside", "read_metrics", "seed_groups", "write_index",
     ],
     "parameters": [
         "AT_LEAST_ONE", "BOOLEANS", "COUNT", "Cell", "MAX_TEXT", "PARAMETER_RANGES", "Parameter", "Range", "SHARE",
@@ -20,6 +20,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "preflight": [
         "check_names",
+    ],
+    "published": [
+        "PUBLISHED_COLUMNS", "PUBLISHED_KEYS", "check_published", "published_table", "published_text",
+        "read_published",
     ],
     "reports": [
         "ANSI", "ATTRIBUTES", "NOISE", "STYLE", "TAGS", "clean_report", "html_page", "markdown_html", "report_html",
@@ -37,6 +41,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "input_identities", "is_complete", "note_parameters", "record_notebook", "result_hash", "run", "run_folder",
         "run_key", "run_record", "threads",
     ],
+    "scales": ["CHANGE_KEYS", "MADE", "SCALE_KEYS", "make_data", "scaled_suite"],
     "steps": [
         "Fitting", "check_fitting", "count_rows", "data_notice", "dataset_facts", "limit_sentence", "open_data",
         "prompt_sentence", "rests_on", "save_result", "show_classes", "show_fitting", "show_model", "show_notes",
@@ -44,6 +49,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "suites": [
         "MAX_RUNS", "NAME", "REFERENCE", "RUN_KEYS", "SUITE_KEYS", "Suite", "SuiteRun", "YAML_TYPES", "find_suite",
-        "load_suite", "plan_suite", "run_suite", "summarize_runs", "up_to_date",
+        "list_suites", "load_suite", "plan_suite", "run_suite", "summarize_runs", "up_to_date",
     ],
 })

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['YAML_TYPES', 'SUITE_KEYS', 'RUN_KEYS', 'NAME', 'MAX_RUNS', 'REFERENCE', 'SuiteRun', 'Suite', 'find_suite',
-           'load_suite', 'up_to_date', 'plan_suite', 'run_suite', 'summarize_runs']
+           'list_suites', 'load_suite', 'up_to_date', 'plan_suite', 'run_suite', 'summarize_runs']
 
 # %% ../../nbs/experiments/05_suites.ipynb #ac413fdc
 import itertools
@@ -26,6 +26,7 @@ from medclip_nb.experiments.parameters import (
     with_defaults,
 )
 from .preflight import check_names
+from .published import check_published
 from medclip_nb.experiments.runs import (
     RunError,
     RunRecord,
@@ -36,6 +37,7 @@ from medclip_nb.experiments.runs import (
     run,
     run_key,
 )
+from .scales import CHANGE_KEYS, MADE, SCALE_KEYS, make_data, scaled_suite
 
 # %% ../../nbs/experiments/05_suites.ipynb #cefc5e2f
 @dataclass
@@ -57,18 +59,26 @@ class Suite:
     description: str # Markdown for the front page
     license: str # Of the data, where the runs do not say
     runs: list[SuiteRun] # In the order of the file
+    scale: str = "" # One of the scales of the file; empty is the full one
+    published: list[dict[str, Any]] = field(default_factory=list) # Numbers of others, see `check_published`
 
 # %% ../../nbs/experiments/05_suites.ipynb #5369c8f6
 def find_suite(
     path: str | Path, # A YAML file, or the name of a suite that comes with the package
 ) -> Path: # An existing file
-    "The file of a suite; raises `InputError` with the nearest names"
-    folder = template_folder()/"suites"
-    for p in (Path(path), folder/f"{path}.yaml"):
+    "The file of a suite; raises `InputError` with the nearest names, and lists all"
+    for p in (Path(path), _suite_folder()/f"{path}.yaml"):
         if p.is_file(): return p
-    raise InputError(
-        f"There is no suite {str(path)!r}. {close_matches(str(path), [p.stem for p in folder.glob('*.yaml')])}"
-    )
+    known = list_suites()
+    listed = [f"  {name:<{max(map(len, known))}}  {title}" for name, title in known.items()]
+    raise InputError("\n".join([f"There is no suite {str(path)!r}. {close_matches(str(path), known)}", *listed]))
+
+def _suite_folder() -> Path: return template_folder()/"suites"
+
+def list_suites() -> dict[str, str]: # Name -> title
+    "The suites that come with the package"
+    files = sorted(_suite_folder().glob("*.yaml"))
+    return {p.stem: str(read_yaml(p).get("title", p.stem)) for p in files}
 
 YAML_TYPES = {str: "text", dict: "mapping", list: "list", (int, float): "number"}
 
@@ -83,7 +93,10 @@ def _keys(found: Any, allowed: Mapping[str, type | tuple], where: str) -> dict[s
     return found
 
 # %% ../../nbs/experiments/05_suites.ipynb #9b9afa9f
-SUITE_KEYS = {"name": str, "title": str, "description": str, "license": str, "defaults": dict, "runs": list}
+SUITE_KEYS = {
+    "name": str, "title": str, "description": str, "license": str, "defaults": dict, "runs": list, "published": list,
+    "scales": dict,
+}
 RUN_KEYS = {"name": str, "template": str, "params": dict, "matrix": dict, "headline": list, "timeout": (int, float)}
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,149}")
 MAX_RUNS = 2000 # Runs of a suite
@@ -123,7 +136,7 @@ def _link(runs: list[SuiteRun]) -> list[str]:
     for n, r in enumerate(runs):
         found = _references(r)
         if "suite" in found: r.after = set(names[:n])
-        r.needs = found - {"suite"}
+        r.needs = found - {"suite", *({MADE} - set(names))}
         problems += [
             f"{r.name}: there is no run {x!r} to refer to. {close_matches(x, names)} A literal brace is doubled."
             for x in sorted(r.needs - set(names))
@@ -153,30 +166,57 @@ def _apply_defaults(runs: list[SuiteRun], defaults: Mapping[str, Any]) -> None:
     for r in runs:
         r.params = with_defaults(r.template, r.params, {k: v for k, v in defaults.items() if k in known[r.template]})
 
+def _check_scales(scales: Mapping[str, Any], where: str) -> None:
+    "Raise `InputError` for what is no scale"
+    for scale, change in scales.items():
+        if not NAME.fullmatch(str(scale)): raise InputError(f"{where}: {scale!r} cannot be the name of a scale.")
+        there = f"{where}, scale {scale}"
+        _keys(change, SCALE_KEYS, there)
+        for name, changes in change.get("runs", {}).items(): _keys(changes, CHANGE_KEYS, f"{there}, run {name}")
+
+def _scale_sentence(scale: str, note: str) -> str:
+    "What the front page says first"
+    return f"Scale {scale}, for trying out: nothing here is a result. {note}".strip()
+
+def _tell_comparisons(runs: Iterable[SuiteRun], published: list[dict[str, Any]], scale: str) -> None:
+    "Give comparisons the published numbers and the scale, which decide what they report"
+    for r in runs:
+        known = template_parameters(r.template)
+        for name, value in (("published", published), ("scale", scale)):
+            if name in known and value: r.params.setdefault(name, value)
+
 def load_suite(
     path: str | Path, # As for `find_suite`
+    scale: str = "", # One of its scales; empty is the full one
 ) -> Suite: # Runs in an order that can be executed
     "Read and check a suite; raises `InputError` with all that is wrong in it"
     path = find_suite(path)
     found = _keys(read_yaml(path), SUITE_KEYS, str(path))
+    _check_scales(found.get("scales", {}), str(path))
+    note = found.get("scales", {}).get(scale, {}).get("note", "")
+    if scale: found = scaled_suite(found, scale, str(path))
     runs = [r for n, e in enumerate(found.get("runs", []), 1) for r in _expand(e, f"{path}, run {n}")]
     if len(runs) > MAX_RUNS: raise InputError(f"{path} has {len(runs)} runs; {MAX_RUNS} are the most of a suite.")
-    name, names = found.get("name", path.stem), [r.name for r in runs]
+    name, names = found.get("name", path.stem) + (f"-{scale}" if scale else ""), [r.name for r in runs]
     if not runs: raise InputError(f"{path} has no runs.")
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise InputError(f"{path}: two runs are called {twice[0]!r}.")
-    if bad := [n for n in (name, *names) if not NAME.fullmatch(n) or n == "suite"]:
+    if bad := [n for n in (name, *names) if not NAME.fullmatch(n) or n in ("suite", *([MADE] if scale else []))]:
         raise InputError(f"{path}: {bad[0]!r} cannot be the name of a folder; use up to 150 letters, digits, - and _.")
     for r in runs:
         if (own := path.parent/r.template).suffix == ".ipynb" and own.is_file(): r.template = str(own)
         find_template(r.template)
+    published = check_published(found.get("published", []), names) if not scale else found.get("published", [])
+    _tell_comparisons(runs, published, scale)
     _apply_defaults(runs, found.get("defaults", {}))
     problems = _link(runs)
     for r in runs:
         try: r.params = check_parameters(r.template, r.params)
         except InputError as e: problems.append("\n".join(f"{r.name}: {line}" for line in str(e).splitlines()))
     if problems: raise InputError("\n".join([f"{path} cannot be run:", *problems]))
-    return Suite(name, found.get("title", name), found.get("description", ""), found.get("license", ""), _ordered(runs))
+    title, about = found.get("title", name), found.get("description", "")
+    if scale: title, about = f"{title} (scale {scale})", f"**{_scale_sentence(scale, note)}** {about}".strip()
+    return Suite(name, title, about, found.get("license", ""), _ordered(runs), scale, published)
 
 # %% ../../nbs/experiments/05_suites.ipynb #c4af1027
 def _fill(text: str, folder: Path) -> str:
@@ -266,6 +306,8 @@ def _write_state(suite: Suite, folder: Path, records: Mapping[str, RunRecord]) -
             "title": suite.title,
             "description": suite.description,
             "license": suite.license,
+            **({"scale": suite.scale} if suite.scale else {}),
+            **({"published": suite.published} if suite.published else {}),
             "runs": [entry(r) for r in suite.runs],
         },
     )
@@ -280,9 +322,10 @@ def plan_suite(
     path: str | Path, # As for `run_suite`
     out_dir: str | Path = "reports", # As for `run_suite`
     only: Iterable[str] | None = None, # As for `run_suite`
+    scale: str = "", # As for `run_suite`
 ) -> list[RunRecord]: # With status 'kept' or 'to run'
     "What `run_suite` would do; raises `InputError` if the file is wrong"
-    suite, stale, records = load_suite(path), set(), []
+    suite, stale, records = load_suite(path, scale), set(), []
     folder = (Path(out_dir)/suite.name).resolve()
     for r in _chosen(suite, only):
         resolved = _resolved(r, folder)
@@ -310,13 +353,15 @@ def run_suite(
     force: bool = False, # Execute even what has not changed
     timeout: float | None = None, # Limit of each run in seconds
     quiet: bool = False, # Print nothing
+    scale: str = "", # One of the scales of the file, such as tiny; empty is the full one
 ) -> list[RunRecord]: # One a run, in order of execution
     "Execute a suite; raises `InputError` if its file is wrong, never because a run fails"
     check_timeout(timeout)
-    suite, only = load_suite(path), set(only or ())
+    suite, only = load_suite(path, scale), set(only or ())
     folder, records = (Path(out_dir)/suite.name).resolve(), {}
     state = folder/"suite.json"
     _refuse_other(folder)
+    if scale: make_data([r.params.get("data_root") for r in _chosen(suite, only)], folder)
     before = state.read_bytes() if state.exists() else b""
     for r in _chosen(suite, only):
         bad = {n for n, record in records.items() if record.status in ("failed", "skipped")}
