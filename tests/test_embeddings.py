@@ -310,6 +310,26 @@ def test_embed_writes_rows_in_order(table, weights, whole, tmp_path, ending):
     assert (code, {p.name: p.read_bytes() for p in tmp_path.iterdir()}) == (2, before) and "is there already" in said
 
 
+def test_embed_leaves_bad_rows_out(table, weights, whole, tmp_path):
+    rows = pd.read_csv(table)
+    for n in range(len(rows)):
+        path = table.parent / rows["image"][n]
+        (tmp_path / path.name).write_bytes(b"no image" if n == 2 else path.read_bytes())
+    rows["image"] = [Path(name).name for name in rows["image"]]
+    rows.to_csv(tmp_path / "some.csv", index=False)
+    words = ["embed", "csv", tmp_path / "some.csv", "--model", "starter", "--checkpoint", weights, "--device", "cpu",
+             "--only", "images", "--out", tmp_path / "f.npz"]
+    code, said = command(*words, "--max-bad", "0")
+    assert code == 2 and "1 of " in said and "raise --max-bad" in said and not (tmp_path / "f.npz").exists()
+    code, said = command(*words, "--max-bad", "0.5")
+    assert code == 0 and "left out: 1 row(s), unreadable image; the first is row 2" in said
+    found = np.load(tmp_path / "f.npz", allow_pickle=False)
+    assert found["row"].tolist() == [n for n in range(len(rows)) if n != 2]
+    np.testing.assert_allclose(found["image_features"], whole.images[found["row"]], atol=2e-6)
+    code, said = command(*words, "--max-bad", "0.5", "--check", "none", "--overwrite")
+    assert code == 2 and "cannot be read as an image" in said
+
+
 @pytest.mark.parametrize("words, says",
                          [([], "--out FILE, --cache FOLDER"),
                           (["--out", "f.pkl"], "must end in .npz, .parquet or .npy"),

@@ -104,6 +104,12 @@ def embed(
             help="What to do beyond the context: truncate, chunks or interpolate; by default what the model does."
         ),
     ] = "",
+    check: Annotated[
+        str, typer.Option(help="How files are checked first: decode reads every pixel, header opens each, none.")
+    ] = "decode",
+    max_bad: Annotated[
+        float, typer.Option(min=0, max=1, callback=finite, help="Largest share of bad rows; above it nothing is done.")
+    ] = 0.01,
     option: ReaderOption = [],
     splits: SplitsOption = None,
     overwrite: OverwriteOption = False,
@@ -129,6 +135,7 @@ def embed(
         raise InputError(
             f"{out}: holds one array, and there are two. Add --only images or --only texts, or write .npz."
         )
+    manifest, rows = _usable(manifest, kinds, check, max_bad, quiet=not first)
     found = embed_rows(
         load_model(model, checkpoint, device, precision),
         manifest,
@@ -146,6 +153,17 @@ def _rows(manifest: Any, split: str, limit: int) -> tuple[Any, list[int]]:
     "The rows to encode, and their positions in the dataset"
     kept = manifest.reset_index(drop=True)
     kept = (kept.part(split) if split else kept).limited(limit)
+    return kept, kept.index.tolist()
+
+def _usable(manifest: Any, kinds: list[str], check: str, max_bad: float, quiet: bool) -> tuple[Any, list[int]]:
+    "The rows that can be encoded, and their positions in the dataset; those left out are counted and the first named"
+    from medclip_nb.datasets.checks import drop_unusable, skipped_table
+    whole = manifest.drop(columns="group", errors="ignore")
+    try: found = drop_unusable(whole, [FEATURE_KINDS[kind] for kind in kinds], check, max_bad)[0]
+    except InputError as error: raise InputError(str(error).replace("raise max_bad", "raise --max-bad")) from None
+    kept, lost = manifest.loc[found.index], [s for s in found.skipped if s not in manifest.skipped]
+    for kind, n, row, example in skipped_table(lost).itertuples(index=False):
+        if not quiet: typer.echo(f"left out: {n} row(s), {kind}; the first is row {row}: {example}", err=True)
     return kept, kept.index.tolist()
 
 def _report(found: Any, outs: list[Path], manifest: Any, rows: list[int]) -> None:
