@@ -64,7 +64,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "splits": [
         "FRACTIONS", "SPLIT_NAMES", "load_splits", "make_splits", "save_splits", "split_hash",
-        "split_unit", "with_validation",
+        "split_unit", "with_test", "with_validation",
     ],
     "starter": [
         "ANATOMICAL_LEVELS", "CONTRASTS", "CONTRAST_TERMS", "NORMAL", "NORMAL_ITEM", "PATTERNS", "RANGES",

@@ -7,6 +7,7 @@ __all__ = ['MINIATURE_RECIPE', 'check_options', 'miniature_note', 'load_manifest
 
 # %% ../../nbs/datasets/08_loading.ipynb #fe44eebb
 import inspect
+import json
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any, Union, get_args, get_origin
 from ..core import InputError, read_json
 from .manifest import Manifest, _checked_cells
 from .registry import _find_reader
-from .splits import _made_splits, _usual_names, load_splits
+from .splits import _made_splits, _usual_names, load_splits, with_test
+from ..images.reading import read_image
+from ..images.volumes import read_volume
 
 # %% ../../nbs/datasets/08_loading.ipynb #296476ee
 def _kinds(annotation: Any) -> set[type]:
@@ -61,6 +64,12 @@ def miniature_note(
     return ""
 
 # %% ../../nbs/datasets/08_loading.ipynb #11e1591b
+def _read_hint(options: Mapping[str, Any]) -> str:
+    "Where the options among these belong that say how files are read; empty where there are none"
+    known = {name for reads in (read_image, read_volume) for name in inspect.signature(reads).parameters}
+    if not (given := {name: value for name, value in options.items() if name in known - {"path"}}): return ""
+    return f". How files are read is the option read: {json.dumps(given, default=str)}"
+
 def load_manifest(
     dataset: str, # A registered name (see `list_datasets`): starter, csv, imagefolder, ...
     root: str | Path, # The folder (or table file) that holds the data
@@ -69,7 +78,9 @@ def load_manifest(
     splits: str | Path | None = None, # A file of splits to use instead (see `save_splits`)
     # A column whose values stay in one split, where the data has none; None takes group, or else image
     split_by: str | None = None,
-    # How to read images, such as {"window": "lung"} (see `images.read_image`); None leaves it to the reader
+    test_split: str | None = None, # Split that counts as test where the data have no test, such as valid
+    # How to read files, beside what the reader states: {"window": "lung"} (see `images.read_image`),
+    # {"file_spacing": [3, 1, 1]} (see `images.read_volume`)
     read: Mapping[str, Any] | None = None,
     **options: Any, # Passed to the reader
 ) -> Manifest: # One row per example
@@ -79,13 +90,13 @@ def load_manifest(
     try: table = reader(Path(root), **options)
     except TypeError as error:
         if "unexpected keyword" in str(error):
-            raise InputError(f"Reader {dataset!r}: {str(error).split(') ')[-1]}") from None
+            raise InputError(f"Reader {dataset!r}: {str(error).split(') ')[-1]}{_read_hint(options)}") from None
         raise
     if not len(table): raise InputError(f"{dataset}: no rows found in {root}")
     facts, table.attrs = table.attrs, {}
     manifest = Manifest(table.reset_index(drop=True))
     manifest.dataset, manifest.root = dataset, str(facts.get("root", root))
-    manifest.skipped, manifest.read = facts.get("skipped", []), facts.get("read", {}) if read is None else read
+    manifest.skipped, manifest.read = facts.get("skipped", []), {**facts.get("read", {}), **(read or {})}
     made_up = [note] if (note := miniature_note(root)) else []
     manifest.notes, manifest._listed = [*made_up, *facts.get("notes", [])], facts.get("classes")
     if facts.get("labels"): manifest.labels = facts["labels"]
@@ -99,5 +110,6 @@ def load_manifest(
     else:
         manifest["split"], manifest.split_source = _made_splits(manifest, split_seed, split_by)
         manifest.unsplit = split_by is None
+    if test_split: manifest = with_test(manifest, test_split)
     manifest._whole = manifest
     return manifest.part(split) if split else manifest

@@ -98,7 +98,8 @@ class Manifest(pd.DataFrame):
         if len(rows): return rows
         found = self["split"].value_counts().to_dict()
         counts = ", ".join(f"{n} {s!r}" for s, n in found.items())
-        raise InputError(f"{self.dataset} has no rows in split {split!r}. It has {counts}.")
+        hint = " To measure valid, read the data with test_split=valid." if split == "test" and "valid" in found else ""
+        raise InputError(f"{self.dataset} has no rows in split {split!r}. It has {counts}.{hint}")
 
     def limited(self, n: int, seed: int = 0) -> "Manifest":
         "At most `n` rows of each split, drawn by seed, in their original order; 0 means all"

@@ -290,7 +290,7 @@ def make_ct_rate(
 def make_rad_chestct(
     folder: str | Path, # Receives the tables and the .npz volumes
     seed: int = 0, # Determines findings and voxels
-    size: Sequence[int] = (40, 96, 96), # Voxels of every volume along d, h, w
+    size: Sequence[int] = (32, 64, 64), # Voxels of every volume along d, h, w
     volumes: Sequence[int] = (16, 8, 16), # How many train, validate and test
 ) -> Path: # The folder, which is the root for `rad-chestct`
     "Write RAD-ChestCT, every volume of a patient of its own"

@@ -105,6 +105,10 @@ StudyPreprocess.volume = _volume
 # %% ../../nbs/images/03_studies.ipynb #2571b30c
 # Options that files may be read with; the window and the filter are the preprocessing's own
 READ = sorted(inspect.signature(read_volume).parameters.keys() - {"path", "window", "antialias"})
+_FIT = (
+    "Give the preprocessing of the model a grid or size; or read the data with "
+    'read={"size": [48, 256, 256], "fit": "resize"}.'
+)
 
 def _parts(self: StudyPreprocess, series: Mapping[str, str | Path]) -> list[tuple[str, str | Path, Window | None]]:
     "Name, file and window of every series of the result"
@@ -125,7 +129,7 @@ def _call(self: StudyPreprocess,
     arrays = [a if a.ndim == 4 else a[None] for a in arrays]
     if len({a.shape for a in arrays}) > 1:
         listed = ", ".join(f"{name} {a.shape[1:]}" for (name, _, _), a in zip(parts, arrays))
-        raise InputError(f"{parts[0][1]}: the series of the study differ in size: {listed}. Give grid or size.")
+        raise InputError(f"{parts[0][1]}: the series of the study differ in size: {listed}. {_FIT}")
     volumes = torch.from_numpy(np.stack(arrays)).float()
     return Study((volumes - self.mean) / self.std, [name for name, _, _ in parts])
 
@@ -207,7 +211,7 @@ def pad_studies(
     tensors = [s.volumes if isinstance(s, Study) else s for s in studies]
     if len({t.shape[1:] for t in tensors}) != 1:
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
-        raise InputError(f"Studies of a batch need one grid, but are {shapes}. Give the preprocessing a grid or size.")
+        raise InputError(f"Studies of a batch need one grid, but are {shapes}. {_FIT}")
     counts = torch.tensor([len(t) for t in tensors])
     volumes = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
     mask = torch.arange(volumes.shape[1]) < counts[:, None]

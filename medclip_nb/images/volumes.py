@@ -76,6 +76,7 @@ def stretch(
 # Plane -> orientation of slices, rows, columns
 PLANES: dict[str, str] = {"axial": "SPL", "coronal": "PIL", "sagittal": "LIP"}
 MAX_VOXELS = 2**30 # Larger volumes are refused
+_SPACE = 'Give file_spacing in mm; with data that are read by name, read={"file_spacing": [3, 1, 1]}.'
 
 @dataclass(frozen=True)
 class Volume:
@@ -118,9 +119,7 @@ def orient(
     from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
     letters = _letters(orientation)
     if volume.affine is None:
-        raise InputError(
-            f"{volume.source}: the file does not state its orientation. Give file_spacing to read it as {letters}."
-        )
+        raise InputError(f"{volume.source}: the file does not state its orientation. {_SPACE} It is then read as SPL.")
     change = ornt_transform(io_orientation(volume.affine), axcodes2ornt(tuple(letters)))
     array = np.ascontiguousarray(apply_orientation(volume.array, change))
     return replace(volume, array=array, affine=volume.affine @ inv_ornt_aff(change, volume.array.shape))
@@ -515,6 +514,15 @@ def _tensor_volume(path: Path, kind: str, frame: int | None = None) -> Volume:
     return Volume(array, None, str(path), [])
 
 # %% ../../nbs/images/02_volumes.ipynb #9cf24c63
+def _check_lengths(name: str, given: Any) -> None:
+    "Raise `InputError` unless these are three numbers above 0, or None"
+    if given is None: return
+    number = lambda value: isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if isinstance(given, (list, tuple, np.ndarray)) and len(given) == 3:
+        if all(number(value) and 0 < value < math.inf for value in given): return
+    unit = "whole numbers of voxels" if name == "size" else "lengths in mm above 0"
+    raise InputError(f"{name} should be three {unit}, but is {given}.")
+
 def _interpolate(array: np.ndarray, size: Sequence[int], antialias: bool = True) -> np.ndarray:
     "Trilinear, over the last three axes, after a filter along those that shrink"
     from torch import from_numpy
@@ -552,9 +560,8 @@ def resample(
 ) -> Volume: # float32; spacing to the nearest whole number of voxels
     "Resample to a spacing"
     if volume.spacing is None:
-        raise InputError(f"{volume.source}: the file does not state its spacing. Give file_spacing in mm.")
-    if len(spacing) != 3 or min(spacing) <= 0:
-        raise InputError(f"spacing should be three lengths in mm above 0, but is {spacing}.")
+        raise InputError(f"{volume.source}: the file does not state its spacing. {_SPACE}")
+    _check_lengths("spacing", spacing)
     size = tuple(max(1, round(n * old / new)) for n, old, new in zip(volume.array.shape[-3:], volume.spacing, spacing))
     if math.prod(size) > MAX_VOXELS:
         raise InputError(f"{volume.source}: {size} voxels at {spacing} mm exceed the limit. Use a coarser spacing.")
@@ -638,6 +645,8 @@ def read_volume( # noqa: PLR0913 (one option per step; callers pass them by name
 ) -> Volume: # float32 (d, h, w)
     "Read a volume; orient, resample, scale and fit it"
     if fit not in ("crop", "resize"): raise InputError(f"fit should be 'crop' or 'resize', but is {fit!r}.")
+    _check_lengths("file_spacing", file_spacing)
+    _check_lengths("size", size)
     volume = load_volume(path, frame, series)
     if volume.affine is None and file_spacing is not None:
         d, h, w = file_spacing
@@ -647,7 +656,7 @@ def read_volume( # noqa: PLR0913 (one option per step; callers pass them by name
         if orientation: volume = orient(volume, orientation)
         if thick_first: volume = through_plane_first(volume)
     elif thick_first:
-        raise InputError(f"{path}: the file does not state its spacing. Give file_spacing, or leave thick_first out.")
+        raise InputError(f"{path}: the file does not state its spacing. {_SPACE} Or leave thick_first out.")
     if rescale: volume = replace(volume, array=volume.array * np.float32(rescale[0]) + np.float32(rescale[1]))
     dtype = volume.array.dtype
     if spacing: volume = resample(volume, spacing, antialias)
