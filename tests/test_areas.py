@@ -1,7 +1,21 @@
 "AUROC and average precision of three classes and more: what scikit-learn finds in the saved predictions"
+import subprocess
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    balanced_accuracy_score,
+    cohen_kappa_score,
+    f1_score,
+    matthews_corrcoef,
+    precision_score,
+    recall_score,
+    roc_auc_score,
+)
 
 from medclip_nb.datasets import make_squares
 from medclip_nb.evaluators import Result, few_shot, item_zero_shot, knn, linear_probe, robustness, zero_shot
@@ -117,3 +131,39 @@ def test_large_logits_are_not_all_certain():
     z[:, 0] += np.where(y == 1, 30, 0)
     assert classification_metrics(y, z, range(3))["auroc_macro"] == pytest.approx(
         roc_auc_score(y, softmax(z), multi_class="ovr"), abs=1e-12)
+
+
+def sklearn_metrics(y, guess):
+    "The metrics of labels and predicted labels, under our names"
+    macro, weighted = {"average": "macro", "zero_division": 0}, {"average": "weighted", "zero_division": 0}
+    return {
+        "accuracy": accuracy_score(y, guess), "balanced_accuracy": balanced_accuracy_score(y, guess),
+        "f1_macro": f1_score(y, guess, **macro), "f1_weighted": f1_score(y, guess, **weighted),
+        "mcc": matthews_corrcoef(y, guess), "kappa": cohen_kappa_score(y, guess),
+    }
+
+
+@pytest.mark.parametrize("template", ["zero_shot", "linear_probe"])
+def test_report_on_a_table_of_ones_own(template, places, command, tmp_path):
+    "Every number of the report, from a table with a class that the test split lacks and a row without a label"
+    clip, part = places
+    rows = pd.concat(part.values())
+    rows.loc[rows.index[rows["split"] == "test"][0], "label"] = None
+    rows.to_csv(table := Path(part["test"].root) / f"{template}.csv", index=False)
+    done = subprocess.run([command, "run", template, "-p", "dataset=csv", "-p",
+                           f"data_root={table}", "-p", "n_boot=20", "-p", "seed=1",
+                           "-p", "leaks=show", "--out", tmp_path / "run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = Result.load(tmp_path / "run")
+    told = found.predictions[found.predictions["label"].notna()]
+    assert len(told) == (rows["split"] == "test").sum() - 1
+    for name, value in sklearn_metrics(told["label"], told["predicted"]).items():
+        assert found.value(name) == pytest.approx(value, abs=1e-6), name
+    means, _ = by_sklearn(told, found.details["classes"])
+    assert [found.value("auroc_macro"), found.value("average_precision_macro")] == pytest.approx(means, abs=1e-6)
+    for row in found.details["per_class"]:
+        is_class, called = told["label"] == row["class"], told["predicted"] == row["class"]
+        assert row["support"] == is_class.sum()
+        if not is_class.any(): continue
+        assert row["recall"] == pytest.approx(recall_score(is_class, called), abs=1e-6)
+        if called.any(): assert row["precision"] == pytest.approx(precision_score(is_class, called), abs=1e-6)
