@@ -6,9 +6,9 @@
 __all__ = ['RENAMED', 'DEVICES', 'PRECISIONS', 'MAX_DEPTH', 'MAX_YAML', 'MAX_VALUES', 'HALF', 'MARK', 'TEMPORARY', 'LITTER',
            'InputError', 'close_matches', 'unknown_name', 'seed_everything', 'repository_root', 'setup_experiment',
            'reuse_memory', 'pick_device', 'pick_precision', 'content_hash', 'file_hash', 'atomic_path', 'parse_json',
-           'parse_yaml', 'read_yaml', 'to_jsonable', 'write_json', 'plain_file', 'read_json', 'FolderKind',
-           'folder_mark', 'replaceable', 'remove_folder', 'alive', 'clear_leftovers', 'atomic_folder', 'is_batch',
-           'progress']
+           'parse_yaml', 'read_yaml', 'to_jsonable', 'write_json', 'spreadsheet_cell', 'plain_file', 'read_json',
+           'FolderKind', 'folder_mark', 'replaceable', 'remove_folder', 'alive', 'clear_leftovers', 'atomic_folder',
+           'is_batch', 'progress']
 
 # %% ../nbs/00_core.ipynb #2a317ea4
 import ctypes
@@ -337,6 +337,15 @@ def write_json(
     "Write `obj` as JSON, atomically and in the same form each time"
     text = json.dumps(to_jsonable(obj), indent=1, sort_keys=True, ensure_ascii=False)
     with atomic_path(path) as p: p.write_text(text + "\n", encoding="utf-8")
+
+def spreadsheet_cell(
+    cell: Any, # Of a table that people open in a spreadsheet
+) -> Any: # The same; a text that would be computed there gets an apostrophe, which spreadsheets hide
+    "Mark a text that begins with =, +, -, @, a tab or a line break, unless it is a number"
+    if not isinstance(cell, str) or cell[:1] not in ("=", "+", "-", "@", "\t", "\r", "\n") or not cell: return cell
+    try: float(cell)
+    except ValueError: return f"'{cell}"
+    return cell
 
 def plain_file(
     path: str | Path, # What is about to be opened

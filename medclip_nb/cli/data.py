@@ -22,7 +22,7 @@ from typing import Annotated, Any, Optional, Union, get_args, get_origin
 
 import typer
 
-from ..core import InputError, close_matches, parse_json
+from ..core import InputError, close_matches, parse_json, spreadsheet_cell
 
 # %% ../../nbs/cli/02_data.ipynb #87635752
 def text_table(
@@ -142,13 +142,8 @@ def _writing(out: Path) -> Iterator[None]:
 def spreadsheet_safe(
     table: Any, # A DataFrame
 ) -> Any: # The same, with texts marked that a spreadsheet would compute
-    "Put an apostrophe before texts that begin with =, +, -, @, a tab or a line break, unless they are numbers"
-    def mark(cell: Any) -> Any:
-        if not isinstance(cell, str) or cell[:1] not in ("=", "+", "-", "@", "\t", "\r", "\n") or not cell: return cell
-        try: float(cell)
-        except ValueError: return f"'{cell}"
-        return cell
-    return table.map(mark).rename(columns=mark)
+    "`core.spreadsheet_cell` for every cell and every name of a column"
+    return table.map(spreadsheet_cell).rename(columns=spreadsheet_cell)
 
 # %% ../../nbs/cli/02_data.ipynb #07b4d0c3
 data = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True,

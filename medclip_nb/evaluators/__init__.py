@@ -67,8 +67,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "pack_questions", "prompt_spec",
     ],
     "results": [
-        "COLUMNS", "EvalOptions", "Result", "SCHEMA", "bootstrap_groups", "classification", "finding_result",
-        "image_names", "join_results", "metric_bounds", "metric_table", "provenance", "skipped_rows", "unit_of",
+        "COLUMNS", "EvalOptions", "HEADLINE", "Result", "SCHEMA", "bootstrap_groups", "classification",
+        "finding_result", "image_names", "join_results", "metric_bounds", "metric_table", "provenance",
+        "skipped_rows", "unit_of",
     ],
     "scores": [
         "BELOW", "MODES", "check_mode", "item_scores", "text_queries",

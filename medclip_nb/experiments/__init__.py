@@ -9,6 +9,12 @@ __all__ = []
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
+    "foreign": [
+        "FOREIGN", "Foreign", "Program", "clip_finetune", "read_foreign", "settings_yaml",
+    ],
+    "ledger": [
+        "ABOUT", "append_run", "check_ledger", "run_line",
+    ],
     "overview": [
         "compare", "find_runs", "first_figure", "headline", "join_published", "natural", "over_runs",
         "published_beside", "read_metrics", "seed_groups", "write_index",

@@ -203,7 +203,7 @@ PARAMETER_RANGES: dict[str, Range] = {
     **dict.fromkeys(("batch_size", "items_per_image", "merge", "shots", "ks", "complete_ks"), AT_LEAST_ONE),
     **dict.fromkeys(("embed_dim", "hidden"), Range(0, 10**6)),
     **dict.fromkeys(("rank", "pooling_heads"), Range(1, 10**6)),
-    **dict.fromkeys(("max_bad", "image_weight", "flip", "ema", "key_token_ratio", "betas"), SHARE),
+    **dict.fromkeys(("max_bad", "image_weight", "flip", "ema", "key_token_ratio", "betas", "lora_dropout"), SHARE),
     **dict.fromkeys(("lr", "weight_decay", "warmup", "alpha", "tolerance", "tolerance_mm", "pixel_mm"), Range(0)),
     **dict.fromkeys(("ila", "mps", "iis", "kta", "worst_positive_factor"), Range(0)),
     **dict.fromkeys(("eps", "pooling_lr", "Cs"), Range(0, beyond=True)),

@@ -145,7 +145,7 @@ EFFECTS = {
         Effect("classes", "a label", lambda p: p["label"]),
         Effect("backbone hidden standardize solver", "mode=head", _is_head),
         Effect("solver", "backbone=frozen", lambda p: p["backbone"] == "frozen"),
-        Effect("rank alpha lora_targets towers", "mode=lora", lambda p: p["mode"] == "lora"),
+        Effect("rank alpha lora_targets lora_dropout towers", "mode=lora", lambda p: p["mode"] == "lora"),
         Effect("embed_dim", "image_tower, text_tower or image_weights",
                lambda p: p["image_tower"] or p["text_tower"] or p["image_weights"]),
     ),

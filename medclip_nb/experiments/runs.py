@@ -86,11 +86,21 @@ def input_identities(
     written = {**default, **(params if written is None else written)}
     params = {**default, **params}
     texts = {k: v for k, v in params.items() if isinstance(v, str) and v and k != "out_dir" and written[k] == v}
-    return {
+    found = {
         k: data_identity(v)
         for k, v in texts.items()
         if k in INPUTS and (k != "model" or os.path.exists(v)) or os.path.isfile(v)
     }
+    return found | (_option_files(params) if written.get("data_options") == params.get("data_options") else {})
+
+def _option_files(params: Mapping[str, Any]) -> dict[str, str]:
+    "Identify the files that options of the reader name, such as one table for each split, alone or below the data"
+    root, options = params.get("data_root") or ".", params.get("data_options")
+    folder = os.path.dirname(root) if os.path.isfile(root) else root
+    texts = {k: v for k, v in options.items() if isinstance(v, str) and v} if isinstance(options, Mapping) else {}
+    places = {k: (os.path.join(folder, v), v) for k, v in texts.items()}
+    files = {k: next((p for p in two if os.path.isfile(p)), "") for k, two in places.items()}
+    return {f"data_options.{k}": file_hash(path) for k, path in files.items() if path}
 
 def threads() -> int:
     "How many threads torch will use in a kernel: OMP_NUM_THREADS, or one for each core this process may use"
