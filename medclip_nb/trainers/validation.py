@@ -174,13 +174,20 @@ def _everywhere(run: Run, parts: tuple[Tensor | None, ...]) -> tuple[Tensor | No
     if run.accelerator.num_processes == 1: return parts
     return tuple(None if p[0] is None else torch.cat(p) for p in zip(*gather_object([parts])))
 
+def _in_shares(run: Run, n: int, encode: Callable[[slice], tuple]) -> tuple[Tensor | None, ...]:
+    "What `encode` returns for n rows; each process encodes its share, and where that is empty, one row in vain"
+    rows = share(n, run.accelerator.process_index, run.accelerator.num_processes)
+    parts = encode(rows if rows.start < rows.stop else slice(0, 1))
+    if rows.start == rows.stop: parts = tuple(None if p is None else p[:0] for p in parts)
+    return _everywhere(run, parts)
+
 def _all_features(run: Run) -> tuple[Tensor, Tensor | None, Tensor | None]:
     "Features of the validation rows, and their similarity to items; each process encodes its share"
-    world, clip, how = run.accelerator, run.clip, (run.config.batch_size, run.config.num_workers)
-    mine = lambda rows: share(rows, world.process_index, world.num_processes)
-    if run.gallery is None: return *_everywhere(run, encode_pairs(clip, run.valid, *how, mine(len(run.valid)))), None
-    texts = _everywhere(run, (gallery_features(clip, run.gallery, how[0], mine(len(run.gallery.texts))).cpu(),))[0]
-    return _everywhere(run, encode_with_items(clip, run.valid, texts.to(clip.device), *how, mine(len(run.valid))))
+    clip, rows, how = run.clip, len(run.valid), (run.config.batch_size, run.config.num_workers)
+    if run.gallery is None: return *_in_shares(run, rows, lambda mine: encode_pairs(clip, run.valid, *how, mine)), None
+    items = lambda mine: (gallery_features(clip, run.gallery, how[0], mine).cpu(),)
+    texts = _in_shares(run, len(run.gallery.texts), items)[0].to(clip.device)
+    return _in_shares(run, rows, lambda mine: encode_with_items(clip, run.valid, texts, *how, mine))
 
 def validate_model(run: Run) -> dict[str, float]: # Keys begin with valid_
     "Measure the model on the validation split: retrieval, items, classes and the watched column, as far as it has them"
