@@ -117,13 +117,25 @@ def reuse_memory() -> bool: # Whether the C library supports it; only glibc does
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
+def _own_gpu(count: int) -> "torch.device":
+    "The GPU of this process: the first, or where a launcher has started several processes, one for each"
+    import torch
+    local, here = (int(os.environ.get(k, n)) for k, n in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    if here == 1: return torch.device("cuda")
+    if here > count:
+        raise InputError(
+            f"{here} processes need a GPU each, and this machine has {count}: start fewer, or give the device cpu."
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
 def pick_device(
     device: str = "auto", # auto, cpu, cuda, cuda:1, mps
 ) -> "torch.device":
     "The torch device to compute on; raises `InputError` if it is not available"
     import torch
     has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto": return torch.device(next(d for d in ("cuda", "mps", "cpu") if has[d]))
+    if device == "auto": device = next(d for d in ("cuda", "mps", "cpu") if has[d])
     kind = str(device).split(":")[0]
     if kind not in has: raise InputError(f"Unknown device {device!r}. {close_matches(kind, DEVICES)}")
     if not has[kind]: raise InputError(f"Device {device!r} is not available here; use 'auto' or 'cpu'.")
@@ -131,7 +143,7 @@ def pick_device(
     if ":" in str(device) and str(device).removeprefix(f"{kind}:") not in map(str, range(count)):
         known = f"there is {', '.join(f'{kind}:{n}' for n in range(count))}"
         raise InputError(f"There is no device {device!r}: {known}.")
-    return torch.device(device)
+    return _own_gpu(count) if device == "cuda" else torch.device(device)
 
 # %% ../nbs/00_core.ipynb #029d1341
 def pick_precision(
