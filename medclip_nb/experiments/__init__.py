@@ -31,6 +31,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "PUBLISHED_COLUMNS", "PUBLISHED_KEYS", "check_published", "published_table", "published_text",
         "read_published",
     ],
+    "processes": [
+        "Company", "GRACE", "ProcessError", "Processes", "assist", "company", "environment", "has_leader",
+        "launched", "meeting_place", "together",
+    ],
     "reports": [
         "ANSI", "ATTRIBUTES", "NOISE", "STYLE", "TAGS", "clean_report", "html_page", "markdown_html", "report_html",
         "report_title", "safe_html", "scrub",
@@ -46,6 +50,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "Status", "TABLES", "artefacts", "asked_for", "check_timeout", "code_hash", "data_identity",
         "input_identities", "is_complete", "note_parameters", "record_notebook", "result_hash", "run", "run_folder",
         "run_key", "run_record", "threads",
+        "training_processes",
     ],
     "scales": ["CHANGE_KEYS", "MADE", "SCALE_KEYS", "make_data", "scaled_suite"],
     "steps": [

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'TABLES', 'STAMP', 'RUN_FOLDER', 'FAILED_FOLDER', 'RUN_NAME', 'MAX_SECONDS', 'data_identity', 'code_hash',
-           'input_identities', 'threads', 'run_key', 'asked_for', 'artefacts', 'is_complete', 'result_hash',
-           'run_folder', 'run_record', 'note_parameters', 'record_notebook', 'RunError', 'check_timeout', 'Status',
-           'RunRecord', 'run']
+           'input_identities', 'threads', 'training_processes', 'run_key', 'asked_for', 'artefacts', 'is_complete',
+           'result_hash', 'run_folder', 'run_record', 'note_parameters', 'record_notebook', 'RunError', 'check_timeout',
+           'Status', 'RunRecord', 'run']
 
 # %% ../../nbs/experiments/02_runs.ipynb #a4a6fafc
 import copy
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache
@@ -40,6 +40,15 @@ from medclip_nb.core import (
 from .overview import headline, read_metrics
 from .parameters import Template, check_parameters, read_template, template_cells, templates
 from .preflight import check_names
+from medclip_nb.experiments.processes import (
+    ProcessError,
+    Processes,
+    company,
+    environment,
+    has_leader,
+    launched,
+    meeting_place,
+)
 from .reports import ANSI, clean_report, report_html, scrub
 from .resuming import STATE, has_state, state_folder
 
@@ -102,15 +111,26 @@ def _option_files(params: Mapping[str, Any]) -> dict[str, str]:
     files = {k: next((p for p in two if os.path.isfile(p)), "") for k, two in places.items()}
     return {f"data_options.{k}": file_hash(path) for k, path in files.items() if path}
 
-def threads() -> int:
-    "How many threads torch will use in a kernel: OMP_NUM_THREADS, or one for each core this process may use"
+def threads(
+    processes: int = 1, # That share the cores of this machine
+) -> int:
+    "How many threads torch will use in a process: OMP_NUM_THREADS, or its share of the cores that may be used"
     given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     if given.isdecimal() and int(given): return int(given)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // processes)
+
+def training_processes(
+    template: Template | str | Path, # As for `read_template`
+) -> Processes: # One, unless more were announced
+    "The processes of a run: those that a launcher has announced, for a template that trains"
+    return launched() if "epochs" in read_template(template).parameters else Processes()
 
 def _training_threads(template: Template | str | Path) -> list[int]:
-    "The threads, where they decide about the result: those of a template that trains"
-    return [threads()] if "epochs" in read_template(template).parameters else []
+    "The threads, and the processes if there are several, where they decide about the result: in a template that trains"
+    if "epochs" not in read_template(template).parameters: return []
+    team = training_processes(template)
+    return [threads(team.here), *([team.total] if team.total > 1 else [])]
 
 def run_key(
     template: Template | str | Path, # As for `read_template`
@@ -132,7 +152,7 @@ def asked_for(
     "The parts of the key of a run, compared when a killed run is resumed"
     parts = {"parameter": {k: content_hash(v) for k, v in params.items()}, "input": inputs, "run": builds_on}
     named = {f"{kind} {name}": value for kind, values in parts.items() for name, value in values.items()}
-    if trained := _training_threads(template): named["the number of threads"] = str(trained[0])
+    named |= zip(("the number of threads", "the number of processes"), map(str, _training_threads(template)))
     return {"the template": content_hash(template_cells(template)), "the code": code_hash(), **named}
 
 # %% ../../nbs/experiments/02_runs.ipynb #0fa2feb7
@@ -210,7 +230,7 @@ def _commit() -> str | None:
 # %% ../../nbs/experiments/02_runs.ipynb #78578cfb
 def run_record(
     folder: str | Path, # With the artefacts in it
-    template: str, # File name
+    template: str | Path, # The notebook
     **about: Any, # Parameters, times, hashes
 ) -> dict[str, Any]: # For run.json
     "The record of a run: parameters, times, versions, and hashes of its files"
@@ -221,11 +241,12 @@ def run_record(
     )
     return {
         "schema": 1,
-        "template": template,
+        "template": Path(template).name,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
-        "threads": threads(),
+        "threads": threads(training_processes(template).here),
+        "processes": training_processes(template).total,
         "commit": _commit(),
         "code": code_hash(),
         "packages": _versions(),
@@ -267,17 +288,18 @@ def record_notebook(
     times = {"started": began.isoformat(timespec="seconds"), "seconds": round((now - began).total_seconds(), 2)}
     about = {"parameters": _noted.parameters, "inputs": input_identities(_noted.parameters), "builds_on": {}}
     (Path(out_dir)/"run.json").unlink(missing_ok=True)
-    write_json(Path(out_dir)/"run.json", run_record(out_dir, _noted.template.path.name, **about, **times))
+    write_json(Path(out_dir)/"run.json", run_record(out_dir, _noted.template.path, **about, **times))
 
 # %% ../../nbs/experiments/02_runs.ipynb #ab8991ea
 class RunError(RuntimeError):
     "A notebook failed; the message shows the cell and where its copy is"
 
-@contextmanager
-def _kernel_environment(**own: str) -> Iterator[None]:
-    "What a kernel inherits: batch mode, its own plotting backend, a fixed hash seed, and what is its `own`"
+def _kernel_environment(team: Processes, **own: str) -> AbstractContextManager[None]:
+    "What a kernel inherits: batch mode, its own plotting backend, a fixed hash seed, its rank, and what is its `own`"
     wanted = {
         **own,
+        **meeting_place(team),
+        **({"RANK": "0", "LOCAL_RANK": "0", "OMP_NUM_THREADS": str(threads(team.here))} if team.total > 1 else {}),
         "MEDCLIP_NB_BATCH": "1",
         "JUPYTER_PREFER_ENV_PATH": "1",
         "PYTHONHASHSEED": "0",
@@ -285,14 +307,7 @@ def _kernel_environment(**own: str) -> Iterator[None]:
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
         "MPLBACKEND": None,
     }
-    old = {k: os.environ.get(k) for k in wanted}
-    def put(values):
-        for k, v in values.items():
-            if v is None: os.environ.pop(k, None)
-            else: os.environ[k] = v
-    put(wanted)
-    try: yield
-    finally: put(old)
+    return environment(wanted)
 
 # %% ../../nbs/experiments/02_runs.ipynb #938912ca
 MAX_SECONDS = 10**8 # Three years
@@ -305,11 +320,14 @@ def check_timeout(
     if timeout is None or 0 < timeout < MAX_SECONDS: return
     raise InputError(f"{where}the timeout is a number of seconds above 0 and below {MAX_SECONDS}, not {timeout}.")
 
-def _kernel_options() -> list[str]: # Arguments of the kernel
-    "Keep a folder `medclip_nb` of the current folder, such as another checkout, from standing in for this package"
+def _is_foreign() -> bool:
+    "Whether a folder `medclip_nb` of the current folder, such as another checkout, would stand in for this package"
     here, own = Path("medclip_nb"), Path(medclip_nb.__file__).parent
-    foreign = here.is_dir() and not here.samefile(own)
-    return ["--IPKernelApp.log_level=50", *(["--IPKernelApp.ignore_cwd=True"] if foreign else [])]
+    return here.is_dir() and not here.samefile(own)
+
+def _kernel_options() -> list[str]: # Arguments of the kernel
+    "Nothing but errors in the log, and no other package of this name"
+    return ["--IPKernelApp.log_level=50", *(["--IPKernelApp.ignore_cwd=True"] if _is_foreign() else [])]
 
 def _execute(
     template: Path,
@@ -317,7 +335,7 @@ def _execute(
     params: Mapping[str, Any],
     timeout: float | None,
     on_cell: Callable[[int], None],
-    **environment: str,
+    **own: str,
 ) -> Any:
     "Execute a template through papermill; the copy in `work` is saved after each cell"
     import papermill
@@ -325,29 +343,38 @@ def _execute(
     deadline = time.monotonic() + timeout if timeout else None
     remaining = lambda cell: max(1, round(deadline - time.monotonic()))
     limits = {"timeout_func": remaining, "interrupt_on_timeout": False} if timeout else {}
-    with _kernel_environment(**environment):
-        return papermill.execute_notebook(
-            template,
-            work / "report.ipynb",
-            {**params, "out_dir": str(work)},
-            kernel_name="python3",
-            language="python",
-            progress_bar=False,
-            start_timeout=120,
-            extra_arguments=_kernel_options(),
-            on_cell_start=lambda cell, cell_index: on_cell(cell_index),
-            **limits,
-        )
+    team = training_processes(template)
+    with _kernel_environment(team, **own), company(team, template, params, _is_foreign()) as others:
+        try:
+            return papermill.execute_notebook(
+                template,
+                work / "report.ipynb",
+                {**params, "out_dir": str(work)},
+                kernel_name="python3",
+                language="python",
+                progress_bar=False,
+                start_timeout=120,
+                extra_arguments=_kernel_options(),
+                on_cell_start=lambda cell, cell_index: on_cell(cell_index),
+                **limits,
+                **others.kernel_options(),
+            )
+        except Exception as error: raise others.cause(error) from None
 
 def _explain(error: Exception, replace: Mapping[str, str], kept: Path, timeout: float | None) -> Exception:
     "The error to raise for what papermill raised"
     kind = type(error).__name__
-    if kind == "PapermillExecutionError":
+    other = f"Process {error.rank} of {error.total}" if isinstance(error, ProcessError) else ""
+    if getattr(error, "ename", ""):
         message = scrub(ANSI.sub("", error.evalue), replace)
         if error.ename == "InputError": return InputError(message)
+        if other: message = f"{message} ({other.lower()})"
         cell = "\n".join("    " + line for line in error.source.strip().splitlines())
         return RunError(f"{error.ename}: {message}\nin this cell:\n{cell}\nThe notebook so far: {kept}")
-    if kind == "DeadKernelError":
+    if other:
+        last = f" ({scrub(error.evalue, replace)})" if error.evalue else ""
+        why = f"{other} died{last}; most likely it ran out of memory. Try a smaller batch or limit."
+    elif kind == "DeadKernelError":
         why = "The kernel died; most likely it ran out of memory. Try a smaller batch or limit."
     elif kind == "CellTimeoutError": why = f"The run took longer than its limit of {timeout:g} s."
     else: why = f"{kind}: {error}"
@@ -429,6 +456,21 @@ def _run_cells(
         status.end(f"failed after {status.seconds:.0f} s")
         raise error from None
 
+# %% ../../nbs/experiments/02_runs.ipynb #b0b95bfd
+def _assist(template: Template, values: Mapping[str, Any], out_dir: Path, timeout: float | None) -> RunRecord:
+    "Take part, on another machine than the first, in a run that is written there; raises as `run` does"
+    team, start = training_processes(template), time.monotonic()
+    done = lambda: RunRecord(out_dir.name, out_dir, "done", time.monotonic() - start)
+    if not team.first: return done() # It trains nothing
+    with (
+        _kernel_environment(team, MEDCLIP_NB_RUN=out_dir.name),
+        company(team, template.path, values, _is_foreign(), leads=False) as others,
+    ):
+        try: others.wait(timeout)
+        except TimeoutError: raise RunError(f"The run took longer than its limit of {timeout:g} s.") from None
+        except ProcessError as e: raise _explain(e, {}, _failed(out_dir)/"report.ipynb", timeout) from None
+    return done()
+
 # %% ../../nbs/experiments/02_runs.ipynb #791f0244
 def _finish(
     work: Path, notebook: Any, template: Template, params: Mapping[str, Any], name: str, replace: Mapping[str, str]
@@ -465,6 +507,8 @@ def run(
     values = check_parameters(one, params or {})
     values = {name: values[name] for name in one.parameters if name in values}
     check_names(one, values)
+    if has_leader(): raise InputError("The first process of a machine runs the notebook and starts the others.")
+    if launched().first: return _assist(one, values, out_dir, timeout)
     params_key = values if params_key is None else params_key
     inputs = input_identities(values, params_key, one)
     key = lambda: run_key(one, params_key, inputs, builds_on)
@@ -483,7 +527,7 @@ def run(
         times = {"started": started.isoformat(timespec="seconds"), "seconds": round(status.seconds, 2)}
         write_json(
             work / "run.json",
-            run_record(work, one.path.name, parameters=shown, inputs=inputs, builds_on=dict(builds_on), **times),
+            run_record(work, one.path, parameters=shown, inputs=inputs, builds_on=dict(builds_on), **times),
         )
         write_json(work/STAMP, {"key": key(), "files": {f: (work/f).stat().st_size for f in artefacts(work)}})
     remove_folder(_failed(out_dir), FAILED_FOLDER)

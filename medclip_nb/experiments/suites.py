@@ -26,6 +26,7 @@ from medclip_nb.experiments.parameters import (
     with_defaults,
 )
 from .preflight import check_names
+from .processes import launched
 from .published import check_published
 from medclip_nb.experiments.runs import (
     RunError,
@@ -357,6 +358,8 @@ def run_suite(
 ) -> list[RunRecord]: # One a run, in order of execution
     "Execute a suite; raises `InputError` if its file is wrong, never because a run fails"
     check_timeout(timeout)
+    if launched().several_machines:
+        raise InputError("A suite runs on one machine; on several, launch each of its runs (medclip-nb run).")
     suite, only = load_suite(path, scale), set(only or ())
     folder, records = (Path(out_dir)/suite.name).resolve(), {}
     state = folder/"suite.json"

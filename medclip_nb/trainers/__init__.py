@@ -39,7 +39,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "state": [
         "MANAGED", "Progress", "Run", "clear_state", "is_managed", "load_best", "load_state",
-        "refuse_other_state", "restore", "run_identity", "save_state", "state_file", "store", "store_best",
+        "refuse_other_state", "restore", "run_identity", "save_state", "share_state_folder", "state_file", "store",
+        "store_best",
     ],
     "trackers": [
         "PROJECT", "RUN", "accelerator_of", "keep_local", "settings", "track", "tracker_options", "tracking",

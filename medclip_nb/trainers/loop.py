@@ -66,6 +66,7 @@ from medclip_nb.trainers.state import (
     refuse_other_state,
     run_identity,
     save_state,
+    share_state_folder,
     store_best,
 )
 from .trackers import accelerator_of, track, tracking
@@ -341,6 +342,7 @@ def begin_run(
     if len(train_rows) < 2: raise InputError(f"Training needs at least 2 pairs, got {len(train_rows)}.")
     check_disjoint(config.leaks, train=train_rows, valid=valid_rows)
     accelerator = accelerator_of(clip, config, out_dir)
+    share_state_folder(accelerator)
     if clip.device.type == "cpu": reuse_memory()
     size, world = min(config.batch_size, len(train_rows)), accelerator.num_processes
     if size < world: raise InputError(f"A batch of {size} cannot be shared by {world} processes.")
