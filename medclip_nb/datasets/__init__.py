@@ -23,8 +23,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "probe", "thumbnail",
     ],
     "items": [
-        "NORMAL_RULES", "NORMAL_TEXTS", "UNREMARKABLE", "item_lists", "normal_flags", "says_normal", "strip_pattern",
-        "text_id",
+        "NORMAL_RULES", "NORMAL_TEXTS", "PATTERN_SECONDS", "UNREMARKABLE", "item_lists", "normal_flags",
+        "says_normal", "strip_pattern", "text_id",
     ],
     "leaks": [
         "DEPTHS", "FACTS", "LEAK", "LEAK_CHOICES", "ORDER", "PIECE", "SIMILAR", "check_disjoint", "file_facts",
@@ -63,8 +63,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "write_shards",
     ],
     "splits": [
-        "FRACTIONS", "SPLIT_NAMES", "load_splits", "make_splits", "save_splits", "split_hash",
-        "split_unit", "with_test", "with_validation",
+        "FRACTIONS", "SPLIT_NAMES", "load_splits", "make_splits", "save_splits", "split_hash", "split_unit",
+        "with_test", "with_validation",
     ],
     "starter": [
         "ANATOMICAL_LEVELS", "CONTRASTS", "CONTRAST_TERMS", "NORMAL", "NORMAL_ITEM", "PATTERNS", "RANGES",
