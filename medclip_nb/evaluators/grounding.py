@@ -268,7 +268,11 @@ def tolerance_mask(
     in_mm: bool = False, # Whether the tolerance is in mm or in pixels
 ) -> np.ndarray: # The shape of the mask
     "Where a tolerant hit counts; the mask of one series does not extend into the next"
-    if in_mm and not found.spacing: raise InputError("A tolerance in mm needs the size of a pixel: give pixel_mm.")
+    if in_mm and not found.spacing:
+        raise InputError(
+            "A tolerance in mm needs the size of a pixel: give pixel_mm, or for studies "
+            'data_options={read: {"file_spacing": [3, 1, 1]}}.'
+        )
     scans = found.mask if found.mask.ndim == 4 else found.mask[None]
     spacing = found.spacing if in_mm else [1.0] * len(scans)
     near = [within(scan[None], tolerance, step) for scan, step in zip(scans, spacing)]

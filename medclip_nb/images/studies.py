@@ -106,8 +106,8 @@ StudyPreprocess.volume = _volume
 # Options that files may be read with; the window and the filter are the preprocessing's own
 READ = sorted(inspect.signature(read_volume).parameters.keys() - {"path", "window", "antialias"})
 _FIT = (
-    "Give the preprocessing of the model a grid or size; or read the data with "
-    'read={"size": [48, 256, 256], "fit": "resize"}.'
+    "Give the preprocessing of the model a grid or size; in a run, "
+    'data_options={read: {"size": [48, 256, 256], "fit": "resize"}}.'
 )
 
 def _parts(self: StudyPreprocess, series: Mapping[str, str | Path]) -> list[tuple[str, str | Path, Window | None]]:

@@ -76,7 +76,7 @@ def stretch(
 # Plane -> orientation of slices, rows, columns
 PLANES: dict[str, str] = {"axial": "SPL", "coronal": "PIL", "sagittal": "LIP"}
 MAX_VOXELS = 2**30 # Larger volumes are refused
-_SPACE = 'Give file_spacing in mm; with data that are read by name, read={"file_spacing": [3, 1, 1]}.'
+_SPACE = 'Give file_spacing in mm; in a run, data_options={read: {"file_spacing": [3, 1, 1]}}.'
 
 @dataclass(frozen=True)
 class Volume:
@@ -407,7 +407,7 @@ def _series(folder: Path, series: str | None) -> tuple[list[Any], list[str]]:
     listed = "; ".join(f"{uid} ({len(files)} slices)" for uid, files in found.items())
     if not found: raise InputError(f"{folder}: no DICOM images in it. Give the folder of one series.")
     if series is None and len(found) > 1:
-        raise InputError(f"{folder}: has {len(found)} series: {listed}. Give series, or one folder each.")
+        raise InputError(f"{folder}: has {len(found)} series: {listed}. Move each into a folder of its own.")
     if series is not None and series not in found:
         raise InputError(f"{folder}: has no series {series}. It has {listed}.")
     return found[series or next(iter(found))], [f"{others} files are not DICOM images"] if others else []

@@ -307,13 +307,13 @@ def _scan_codes(self: VolumeEncoder, counts: list[int], names: Sequence[Sequence
     most = max(counts)
     if self.max_scans == 1:
         if most > 1:
-            raise InputError(f"This encoder takes one scan per study, but there are {most}. "
-                             "Choose one, or an encoder with max_scans above 1.")
+            raise InputError(f"This encoder takes one scan per study, but there are {most}. Take a model of several "
+                             "(max_scans above 1), such as hlip-multiscan-h2-token1176, or data with one scan a study.")
         return None
     if not self.training: return torch.cat([stretch_positions(self.sequential_posemb, n) for n in counts])
     if most > self.max_scans:
         raise InputError(f"A study has {most} scans, and training takes {self.max_scans} at most. "
-                         "Choose some of them, or raise max_scans.")
+                         f"Draw fewer with num_series={self.max_scans}, or raise max_scans.")
     order = torch.randperm(self.max_scans)
     return torch.cat([self.sequential_posemb[0, order[:n]] for n in counts])
 
