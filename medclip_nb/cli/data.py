@@ -415,4 +415,12 @@ def make(
     typer.echo(f"data root: {root}\nMade up, for trying out: nothing measured on it is a result. For example:")
     typer.echo(f"  medclip-nb data info {name} --root {root}")
     task = next((t for t in cards.loc[name, "tasks"].split(", ") if t in _NEXT), None) if name in MINIATURES else None
-    if task: typer.echo(f"  medclip-nb run {_NEXT[task]} -p dataset={name} -p data_root={root}")
+    split = _split_to_try(name, root)
+    if task: typer.echo(f"  medclip-nb run {_NEXT[task]} -p dataset={name} -p data_root={root}{split}")
+
+def _split_to_try(name: str, root: Path) -> str:
+    "The parameter that a template needs where a data set has no test split"
+    from medclip_nb.datasets.loading import load_manifest
+    manifest = load_manifest(name, root)
+    if manifest.unsplit: return " -p split=all"
+    return "" if (manifest["split"] == "test").any() else " -p split=valid"

@@ -73,7 +73,7 @@ def _read_hint(options: Mapping[str, Any]) -> str:
 def load_manifest(
     dataset: str, # A registered name (see `list_datasets`): starter, csv, imagefolder, ...
     root: str | Path, # The folder (or table file) that holds the data
-    split: str | None = None, # Only these rows; None or "all" means all
+    split: str | None = None, # Only these rows; None takes all, and so does "all", which makes no splits
     split_seed: int = 0, # Seed of the split made where the data has none
     splits: str | Path | None = None, # A file of splits to use instead (see `save_splits`)
     # A column whose values stay in one split, where the data has none; None takes group, or else image
@@ -107,6 +107,7 @@ def load_manifest(
         manifest["split"] = _usual_names(manifest["split"])
         without = int((manifest["split"] == "unassigned").sum())
         manifest.split_source = "given with the data" + (f"; rows in no split: {without}" if without else "")
+    elif split == "all" and not split_by: manifest["split"], manifest.split_source = "all", "none: all rows are taken"
     else:
         manifest["split"], manifest.split_source = _made_splits(manifest, split_seed, split_by)
         manifest.unsplit = split_by is None

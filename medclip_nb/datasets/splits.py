@@ -74,7 +74,10 @@ def make_splits(
     "Assign whole groups to splits, class by class; raises `InputError` with fewer groups than splits"
     codes, groups = pd.factorize(_units(table)[1], sort=True)
     if len(groups) < len(fractions):
-        raise InputError(f"Cannot make {len(fractions)} splits out of {len(groups)} group(s); give a 'split' column.")
+        raise InputError(
+            f"Cannot make {len(fractions)} splits out of {len(groups)} group(s); give a 'split' column, or split=all "
+            "where nothing is trained."
+        )
     columns = [stratify] if isinstance(stratify, str) else list(stratify or ())
     strata = _strata(table, columns, codes, len(fractions)) if columns else np.zeros(len(groups), int)
     order = pd.Series(range(len(groups))).sample(frac=1, random_state=seed).to_numpy()

@@ -60,22 +60,19 @@ def open_data(
     note_parameters()
     setup_experiment(seed)
     use_style()
-    manifest = load_manifest(dataset, data_root, **(data_options or {}))
-    if measured and manifest.unsplit: manifest = _all_measured(manifest, measured)
+    every = {"split": "all"} if measured == "all" else {}
+    manifest = load_manifest(dataset, data_root, **{**every, **(data_options or {})})
+    if measured and manifest.unsplit: raise InputError(_which_rows(manifest, measured))
     if labels is not None:
         manifest.labels = label_columns(manifest, labels)
         manifest = with_classes(manifest, classes, manifest.labels)
     if prepare: manifest = prepare(manifest)
     return manifest.limited(limit, seed)
 
-def _all_measured(manifest: Manifest, split: str) -> Manifest:
-    "Data without splits as one split `all`; raises `InputError` where another one is wanted"
-    if split == "all":
-        out = manifest.assign(split="all")
-        out.split_source = "the data have no splits; all rows are measured"
-        return out
+def _which_rows(manifest: Manifest, split: str) -> str:
+    "The question to the owner of data without splits"
     by = split_unit(manifest)
-    raise InputError(
+    return (
         f"{manifest.dataset} in {manifest.root}: the data have no splits, and nothing is trained here that needs them. "
         f"Give split=all to measure on all rows, or make splits by {by} (-p 'data_options={{split_by: {by}}}') to "
         f"measure on the {split!r} rows, which a probe or a training run on the same data leaves aside."
