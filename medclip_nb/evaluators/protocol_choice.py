@@ -119,6 +119,7 @@ def measured_split(
     wanted = split or (published.pop() if len(published) == 1 else "test")
     if len(present) == 1: return present[0]
     if wanted == "all" or wanted in present: return wanted
+    if held := next((s for s in ("test", "valid") if s in present), ""): return held
     raise InputError(
         f"{manifest.dataset} has no rows in split {wanted!r}, which was published. Name one in split: "
         f"{_listed(sorted(present))}, or all."
@@ -231,6 +232,7 @@ def chance_levels_of(
 ) -> dict[str, float]: # Metric -> what guessing reaches, for those where it is known
     "Chance levels"
     found = result.details
+    if found.get("multilabel"): return dict.fromkeys(("auroc_macro", "balanced_accuracy_macro"), 0.5)
     if isinstance(found.get("chance"), Mapping): return dict(found["chance"])
     levels: dict[str, float] = {}
     for before, part in (("", found), *((f"{task}/", d) for task, d in found.get("labels", {}).items())):
@@ -270,7 +272,7 @@ def headline_sentence(
     "The main metrics of a protocol with their intervals, and what guessing reaches"
     chance, known = chance_levels_of(result), set(result.metrics["name"])
     told = lambda m: f" (chance {chance[m]:.3f})" if m in chance else ""
-    words = lambda m: m.replace("/", " ").replace("_", " ")
+    words = lambda m: m.replace("/", " ").replace("_", " ").replace("auroc", "AUROC")
     said = [f"{words(m)} {result.format_metric(m)}{told(m)}" for m in result.details["headline"] if m in known]
     return f"**{name}**: {', '.join(said)}."
 
