@@ -34,9 +34,31 @@ def test_a_split_is_not_both_fitted_on_and_measured(template, params, message):
     ("linear_probe", {"split": "valid", "Cs": [1.0]}), ("linear_probe", {"split": "valid", "method": "sgd"}),
     ("few_shot", {"split": "valid"}), ("robustness", {"split": "valid", "classifier": "zero_shot"}),
     ("itemized", {"split": "valid", "epochs": 0}), ("zero_shot", {"split": "valid"}),
-    ("attention_maps", {"split": "valid"}), ("retrieval", {"split": "train"})])
+    ("attention_maps", {"split": "valid"}), ("retrieval", {"split": "train"}), ("zero_shot", {"split": "all"}),
+    ("attention_maps", {"split": "all"}), ("robustness", {"split": "all", "classifier": "zero_shot"})])
 def test_a_split_that_nothing_is_fitted_on_can_be_measured(template, params):
     assert check_parameters(template, params)
+
+
+@pytest.mark.parametrize("template, params, message", [
+    ("linear_probe", {}, "on split 'train' the probe is fitted"),
+    ("finetune", {}, "on split 'train' weights are fitted"),
+    ("few_shot", {}, "on split 'train' labelled images are drawn"),
+    ("zero_shot", {"valid_split": "valid"}, "on split 'valid' temperature and thresholds are fitted")])
+def test_all_rows_are_not_measured_where_some_are_fitted_on(template, params, message):
+    params = {"split": "all", **params}
+    with pytest.raises(InputError, match=f"split='all': {message}, and"): check_parameters(template, params)
+    assert check_parameters(template, params | {"leaks": "show"})
+
+
+def test_all_rows_measured_by_a_probe_are_told(tmp_path):
+    from medclip_nb.experiments import open_data
+    make_squares(tmp_path)
+    manifest = open_data("csv", tmp_path / "table.csv")
+    with pytest.raises(InputError, match="on split 'train' the probe is fitted"):
+        check_fitting("linear_probe", manifest, "all", method="sgd")
+    fitting = check_fitting("linear_probe", manifest, "all", "show", method="sgd")
+    assert fitting.details["measured_where_fitted"] and "measured on *all* too, which flatters it" in fitting.sentence()
 
 
 @pytest.mark.parametrize("template, params, idle, active", [
@@ -52,6 +74,10 @@ def test_a_split_that_nothing_is_fitted_on_can_be_measured(template, params):
     ("itemized", {"epochs": 0, "lr": 1.0}, "lr", {"epochs": 1}),
     ("itemized", {"merge": 2}, "merge", {"sampling": "diverse"}),
     ("linear_probe", {"method": "sgd", "Cs": [1.0]}, "Cs", {"method": "logistic"}),
+    ("linear_probe", {"alpha": 0.01}, "alpha", {"method": "sgd"}),
+    ("finetune", {"mode": "head", "label": "x", "betas": [0.9, 0.99]}, "betas", {"solver": "adamw"}),
+    ("finetune", {"mode": "head", "label": "x", "clip_grad": 2.0}, "clip_grad", {"backbone": "trained"}),
+    ("finetune", {"lora_dropout": 0.1}, "lora_dropout", {"mode": "lora"}),
     ("robustness", {"prompts": {"a": "b"}}, "prompts", {"classifier": "zero_shot"}),
     ("zero_shot", {"pack": "kather", "templates": ["{}"]}, "templates", {"pack": ""}),
     ("zero_shot", {"negatives": ["no {}"]}, "negatives", {"multilabel": True}),
