@@ -28,6 +28,7 @@ from medclip_nb.evaluators import Result
 from medclip_nb.experiments import check_split, open_data, read_parameters
 from medclip_nb.images import StudyPreprocess
 from medclip_nb.models import PUBLISHED, STAND_INS, load_model, save_checkpoint, study_model
+from medclip_nb.trainers import train
 
 AT_ONCE = {"epochs": 1, "max_steps": 2, "batch_size": 4, "chunk": 0, "n_boot": 20}
 SMALL = (8, 24, 24)
@@ -91,7 +92,7 @@ def test_stand_ins_for_every_published_model(monkeypatch):
 # Forms of a study: NIfTI files and DICOM folders in one table, and tensors in JSON lists
 def mixed_table(root):
     rng, rows = np.random.default_rng(0), []
-    for row in range(12):
+    for row in range(6):
         marks = [row % 4] if row % 3 else []
         values = marked_volume(rng, (10, 32, 32), marks, 4)
         image = nibabel.Nifti1Image((1000 * values).transpose(2, 1, 0), np.diag([-6, -6, 12, 1.0]))
@@ -123,8 +124,8 @@ def test_nifti_and_dicom_in_one_table(command, tmp_path):
     data = {"dataset": "study-csv", "data_root": str(root), "data_options": {"series": ["T1", "CT"]}}
     checkpoint, peak = train_and_look(command, tmp_path, data, [f"T1={root}/0/t1.nii.gz", f"CT={root}/0/ct"])
     assert peak in ("T1", "CT")
-    status, said = run(command, "attention_maps", *words(model=checkpoint, n_boot=20, n_examples=1, **data),
-                       "--out", tmp_path / "maps")
+    maps = {"model": checkpoint, "n_boot": 20, "n_examples": 1, "methods": ["attention"]} | data
+    status, said = run(command, "attention_maps", *words(**maps), "--out", tmp_path / "maps")
     assert status == 0 and "attention" in (tmp_path / "maps" / "report.html").read_text(), said
 
 
@@ -135,6 +136,18 @@ def test_tensors_without_spacing(command, tmp_path):
     files = [f"{name}={root / path}" for name, path in series.items()]
     _, peak = train_and_look(command, tmp_path, data, files, "--file-spacing", "3,1,1")
     assert peak in series and "3 x 1 x 1 mm is assumed" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_models_of_studies_train_on_tensors(tmp_path):
+    "The models of HLIP, without pooling and bias of their own, and what one of single scans answers"
+    rows = load_manifest("mri-study", make_mri_studies(tmp_path / "data", 0, SMALL, (6, 2)))
+    parts, how = (rows.part("train"), rows.part("valid")), {"max_steps": 1, "batch_size": 3}
+    for name in ("hlip-multiscan-h2-token588", "hlip-multiscan-h2-token1176", "hlip-multiscan-h3-token1176"):
+        clip = load_model(f"{name}-tiny", device="cpu")
+        assert len(train(clip, *parts, tmp_path / name, "itemized", **how).history) and clip.pooling is not None
+    single = load_model("hlip-singlescan-h2-token2744-tiny", device="cpu")
+    with pytest.raises(InputError, match="several .*hlip-multiscan-h2-token1176, or data with one scan a study"):
+        train(single, *parts, tmp_path / "single", "itemized", **how)
 
 
 # What a message tells the user to give, given as it says
