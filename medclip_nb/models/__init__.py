@@ -10,8 +10,8 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "adapters": [
-        "ADAPTER_CARD", "CalledAttentionPool", "PEFT_PREFIX", "SplitAttention", "SplitQKV", "TARGETS", "adapter_state",
-        "add_lora", "join_attention", "load_adapter", "merge_lora", "plain_state", "save_adapter",
+        "ADAPTER_CARD", "CalledAttentionPool", "PEFT_PREFIX", "SplitAttention", "SplitQKV", "TARGETS",
+        "adapter_state", "add_lora", "join_attention", "load_adapter", "merge_lora", "plain_state", "save_adapter",
         "split_attention", "write_adapter",
     ],
     "archives": [
@@ -22,14 +22,16 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "END_TOKEN", "PASTED", "START_TOKEN", "cleaning_facts", "cleaning_rules", "differing", "fast_tokenizer",
     ],
     "clip": [
-        "ClipModel", "Encoders", "Towers", "adapter_facts", "describe", "encode_image_tokens",
-        "forward_image_tokens", "has_adapters", "set_long_text",
+        "ClipModel", "Encoders", "Towers", "adapter_facts", "describe", "encode_image_tokens", "forward_image_tokens",
+        "has_adapters", "set_long_text",
     ],
     "exports": [
-        "CARD", "EXPORT_LAYOUTS", "LOADING", "SENT", "export", "model_card", "push", "read_run",
-        "save_huggingface", "write_huggingface",
+        "CARD", "EXPORT_LAYOUTS", "LOADING", "SENT", "export", "model_card", "push", "read_run", "save_huggingface",
+        "write_huggingface",
     ],
-    "freezing": ["TOWERS", "layer_groups", "lock", "tower_of", "trainable"],
+    "freezing": [
+        "TOWERS", "layer_groups", "lock", "tower_of", "trainable",
+    ],
     "loading": [
         "CHECKPOINT_FOLDER", "WEIGHTS", "load_checkpoint", "load_model", "quick_gelu", "save_checkpoint",
         "write_checkpoint",
@@ -39,28 +41,45 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "split_text", "stretch_context", "token_counts", "tokenize", "trimmed_features",
     ],
     "maps": [
-        "ItemMaps", "MAP_METHODS", "UPSAMPLE", "available_methods", "choose_method", "item_maps",
-        "map_requests", "moved", "shown_box", "spline_weights", "upsample_to_image",
+        "ItemMaps", "MAP_METHODS", "UPSAMPLE", "available_methods", "choose_method", "item_maps", "map_requests",
+        "moved", "shown_box", "spline_weights", "upsample_to_image",
     ],
-    "pooling": ["POOLING_PREFIXES", "TextConditionedPooling", "key_mask", "masked_softmax", "pooling_from"],
-    "published": ["PUBLISHED", "published_state", "text_files"],
-    "relevance": ["on_grid", "relevance_maps", "shown_attention", "similarity_maps", "token_grid"],
-    "similarity": ["PER", "item_similarity", "pair_maps", "top_candidates"],
-    "stand_ins": ["STAND_INS", "STAND_IN_TEXT", "stand_in", "write_stand_in_text"],
-    "starter": ["ConvBlock", "STARTER", "STARTERS", "STARTER_STUDIES", "StarterTrunk", "conv", "medclip_starter"],
+    "network": [
+        "cached_without_network", "hub_is_known",
+    ],
+    "pooling": [
+        "POOLING_PREFIXES", "TextConditionedPooling", "key_mask", "masked_softmax", "pooling_from",
+    ],
+    "published": [
+        "PUBLISHED", "published_state", "text_files",
+    ],
+    "relevance": [
+        "on_grid", "relevance_maps", "shown_attention", "similarity_maps", "token_grid",
+    ],
+    "similarity": [
+        "PER", "item_similarity", "pair_maps", "top_candidates",
+    ],
+    "stand_ins": [
+        "STAND_INS", "STAND_IN_TEXT", "stand_in", "write_stand_in_text",
+    ],
+    "starter": [
+        "ConvBlock", "STARTER", "STARTERS", "STARTER_STUDIES", "StarterTrunk", "conv", "medclip_starter",
+    ],
     "study_clip": [
-        "StudyModel", "StudyTower", "build", "encode_studies", "give_bias", "give_pooling",
-        "start_from_slices", "study_model",
+        "StudyModel", "StudyTower", "build", "encode_studies", "give_bias", "give_pooling", "start_from_slices",
+        "study_model",
     ],
-    "towers": ["CLASSIFIERS", "PROJECTIONS", "SCRATCH", "swap_towers"],
+    "towers": [
+        "CLASSIFIERS", "PROJECTIONS", "SCRATCH", "swap_towers",
+    ],
     "trust": [
         "BUILD_ERRORS", "CODE_KEYS", "CONFIGURATIONS", "KNOWN_KEYS", "TOKENIZER_OPTIONS", "check_configuration",
         "check_files", "no_foreign_code", "reason",
     ],
     "volume_encoder": [
         "ATTENTION_LEVELS", "Arrangement", "CHARACTERS", "END", "SLOTS", "SeriesNameEncoder", "SlicePatches",
-        "UNKNOWN", "VOLUME_LAYOUTS", "VolumeEncoder", "VolumePatches", "inflate", "inflated", "layout",
-        "merged", "parted", "regroup", "resampled", "sincos", "sincos_grid", "spelled", "stretch_positions",
+        "UNKNOWN", "VOLUME_LAYOUTS", "VolumeEncoder", "VolumePatches", "inflate", "inflated", "layout", "merged",
+        "parted", "regroup", "resampled", "sincos", "sincos_grid", "spelled", "stretch_positions",
     ],
     "weights": [
         "NAMES", "OPENAI_MEAN", "OPENAI_STD", "RESAMPLE", "WEIGHT_SUFFIXES", "align_state", "find_weights",

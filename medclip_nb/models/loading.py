@@ -37,6 +37,7 @@ from .adapters import SplitAttention, load_adapter, plain_state, write_adapter
 from .archives import Checkpoint
 from .clip import ClipModel, has_adapters, set_long_text
 from .long_text import give_context, other_context
+from .network import cached_without_network
 from .published import PUBLISHED, published_state, text_files
 from .stand_ins import STAND_INS, stand_in, write_stand_in_text
 from .starter import STARTERS
@@ -58,8 +59,8 @@ from medclip_nb.models.weights import (
 # %% ../../nbs/models/02_loading.ipynb #95ca5f2d
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    "Keep open_clip's warnings about random weights out of reports"
-    logging.disable(logging.WARNING)
+    "Keep open_clip's warnings about random weights out of reports, and messages of errors that it raises as well"
+    logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -161,6 +162,7 @@ def _build_stand_in(spec: str, checkpoint: str | Path | None, device: torch.devi
         return _build(stand_in(spec.removesuffix("-tiny")), spec, device, precision, files)
 
 # %% ../../nbs/models/02_loading.ipynb #5b863990
+@cached_without_network()
 def load_model(
     # A starter, a published model, an open_clip architecture ('ViT-B-16/openai'), 'hf-hub:org/name' or a folder
     spec: str,

@@ -143,5 +143,7 @@ def reason(
     if re.search(r"weights[_ ]only|unpickl", said + type(error).__name__, re.IGNORECASE):
         named = re.search(r"(?:GLOBAL|class|function) ([\w.]+\.[\w.]+)", said)
         return f"it is a pickle of Python objects{f', such as {named[1]}' if named else ''}, which are never built here"
+    if re.search(r"couldn't connect|locate the file on the Hub|offline mode", said):
+        return "it is not in the cache of Hugging Face, and the hub cannot be reached"
     if "trust_remote_code" in said: return "it has classes of its own (auto_map), whose code is never run here"
     return f"{type(error).__name__}: {said[:200]}" if said else type(error).__name__
