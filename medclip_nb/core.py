@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['RENAMED', 'DEVICES', 'PRECISIONS', 'MAX_DEPTH', 'MAX_YAML', 'MAX_VALUES', 'HALF', 'MARK', 'TEMPORARY', 'LITTER',
-           'InputError', 'close_matches', 'unknown_name', 'seed_everything', 'repository_root', 'setup_experiment',
-           'reuse_memory', 'pick_device', 'pick_precision', 'content_hash', 'file_hash', 'atomic_path', 'parse_json',
-           'parse_yaml', 'read_yaml', 'to_jsonable', 'write_json', 'spreadsheet_cell', 'plain_file', 'read_json',
-           'FolderKind', 'folder_mark', 'replaceable', 'remove_folder', 'alive', 'clear_leftovers', 'atomic_folder',
-           'is_batch', 'progress']
+           'InputError', 'close_matches', 'looks_like_path', 'absent', 'unknown_name', 'seed_everything',
+           'repository_root', 'setup_experiment', 'reuse_memory', 'pick_device', 'pick_precision', 'content_hash',
+           'file_hash', 'atomic_path', 'parse_json', 'parse_yaml', 'read_yaml', 'to_jsonable', 'write_json',
+           'spreadsheet_cell', 'plain_file', 'read_json', 'FolderKind', 'folder_mark', 'replaceable', 'remove_folder',
+           'alive', 'machine', 'clear_leftovers', 'atomic_folder', 'is_batch', 'progress']
 
 # %% ../nbs/00_core.ipynb #2a317ea4
 import ctypes
@@ -51,6 +51,23 @@ def close_matches(
     if near: return f"Did you mean {' or '.join(map(repr, near))}?"
     if len(options) <= 12: return f"There is: {', '.join(map(repr, options))}." if options else "There is none."
     return f"There are {len(options)}, such as {', '.join(map(repr, options[:5]))}."
+
+def looks_like_path(
+    name: str, # What stands where a name or a folder may be given
+    options: Iterable[str] = (), # The known names
+) -> bool:
+    "Whether an unknown name is rather the path of a folder or file: no part of it is nearly a known name"
+    if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1: return True
+    return "/" in name and not difflib.get_close_matches(name.partition("/")[0], list(map(str, options)), cutoff=0.6)
+
+def absent(
+    path: str | Path, # A folder or file that does not exist
+) -> str: # Part of an error message
+    "Where a path ends: the last folder that exists, and what it does not hold"
+    path = Path(path)
+    there = next((p for p in path.parents if p.is_dir()), Path("."))
+    missing = path.relative_to(there).parts[0] if path.is_relative_to(there) else str(path)
+    return f"there is no such folder; {'the current folder' if there == Path('.') else there} holds no {missing!r}"
 
 # %% ../nbs/00_core.ipynb #5dfabe99
 RENAMED = {
@@ -487,7 +504,7 @@ def alive(
     except PermissionError: return True
     return True
 
-def _machine() -> str: # 6 hexadecimal digits
+def machine() -> str: # 6 hexadecimal digits
     "Where a process number means this process: the machine, and on Linux its space of process numbers"
     space = Path("/proc/self/ns/pid")
     return content_hash(platform.node(), os.readlink(space) if space.is_symlink() else "")[:6]
@@ -499,7 +516,7 @@ def clear_leftovers(
     "Remove what killed processes of this machine left; a folder that was moved aside for nothing comes back"
     for p in list(Path(where).glob(".*")):
         found = TEMPORARY.fullmatch(p.name)
-        if not found or found[3] != _machine() or alive(int(found[2])) or p.is_symlink() or not p.is_dir(): continue
+        if not found or found[3] != machine() or alive(int(found[2])) or p.is_symlink() or not p.is_dir(): continue
         target = Path(home or where, found[1])
         if found[4] and not target.exists():
             with suppress(OSError): os.replace(p, target)
@@ -516,7 +533,7 @@ def atomic_folder(
     path = replaceable(path, kind)
     beside = Path(beside or path.parent)
     clear_leftovers(beside, path.parent)
-    temporary = beside/f".{path.name}.{os.getpid()}-{_machine()}-{uuid.uuid4().hex[:8]}"
+    temporary = beside/f".{path.name}.{os.getpid()}-{machine()}-{uuid.uuid4().hex[:8]}"
     old = Path(f"{temporary}.old")
     temporary.mkdir(parents=True)
     try:

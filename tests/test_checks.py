@@ -22,6 +22,7 @@ from medclip_nb import datasets
 from medclip_nb.core import InputError
 from medclip_nb.datasets import (
     Manifest,
+    allowed_bad,
     check,
     drop_unusable,
     file_facts,
@@ -419,11 +420,19 @@ def test_a_few_bad_rows_are_skipped_and_recorded(good, data):
     assert [s["row"] for s in kept.part("test").skipped] == [3, 4] and len(good.skipped) == 1
 
 
+@pytest.mark.parametrize("n, share, most", [(154, 0.01, 3), (154, 0, 0), (40, 0.01, 2), (19, 0.01, 0), (19, 0.3, 5),
+                                            (1000, 0.01, 10), (1000, 0.002, 3)])
+def test_small_data_may_lack_a_few_rows(n, share, most):
+    "Three, but not more than one in twenty, and none where none are tolerated"
+    assert allowed_bad(n, share) == most
+
+
 def test_above_the_share_the_list_is_shown(good, data):
     for i in range(0, 60, 2): (data / f"{i}.png").write_bytes(b"")
     with pytest.raises(InputError) as error: drop_unusable(good)
     said = str(error.value)
-    assert "30 of 100 rows cannot be used (30.0%, at most 1.0% may be left out)" in said and "raise max_bad" in said
+    assert "30 of 100 rows cannot be used (30.0%, at most 3 row(s) may be left out)" in said
+    assert said.endswith("raise max_bad, as in max_bad=0.3.")
     assert (said.count("0.png: no bytes in it") + said.count("2.png: no bytes in it") >= 6
             and said.count("no bytes in it") == 20 and "and 10 more" in said)
     kept, _ = drop_unusable(good, max_bad=0.3)

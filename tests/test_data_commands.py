@@ -148,6 +148,9 @@ def test_validate_says_how_a_table_was_read_and_which_labels_look_alike(tmp_path
     code, said = data("validate", "csv", "--root", tmp_path / "t.csv", "--csv", tmp_path / "f.csv")
     assert code == 0 and "read: t.csv: cells are separated by semicolons" in said
     assert "column 'Image' is taken as 'image'" in said
+    (tmp_path / "t.txt").write_text("image\tcaption\n" + "".join(f"{i}.png\tone, two\n" for i in range(6)))
+    for tab in (r"sep=\t", "sep=tab", "sep=\t"):
+        assert data("validate", "csv", "--root", tmp_path / "t.txt", "-o", tab)[0] == 0, "a tab as a shell hands it on"
     found = pd.read_csv(tmp_path / "f.csv").set_index("kind")["message"]["labels alike"]
     assert all(f"{name!r} (1 rows)" in found for name in names[:5]) and "malignant" not in found
 

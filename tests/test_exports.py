@@ -235,6 +235,20 @@ def test_command(tmp_path):
         assert failed.exit_code == 2 and message in failed.output and "Traceback" not in failed.output
 
 
+def test_the_runs_there_are_are_named(tmp_path):
+    "For a folder of several runs, and for one that does not exist"
+    words = ["--to", "open_clip", "--out", str(tmp_path / "x")]
+    call = lambda source: CliRunner().invoke(cli.app, ["export", str(source), *words])
+    (tmp_path / "runs" / "untrained").mkdir(parents=True)
+    said = call(tmp_path / "runs")
+    assert said.exit_code == 2 and f"No run in {tmp_path / 'runs'} has a model" in said.output
+    for name in ("a", "suite/b"): hf_model(tmp_path / "runs" / name / "checkpoint")
+    named = f"Runs with a model: {tmp_path / 'runs' / 'a'}, {tmp_path / 'runs' / 'suite' / 'b'}."
+    for source in ("runs", "runs/c", "runs/untrained"):
+        said = call(tmp_path / source)
+        assert said.exit_code == 2 and named in said.output, said.output
+
+
 class Hub(BaseHTTPRequestHandler):
     "Answers huggingface_hub's own client as the hub does, and takes notes"
     def do_POST(self):

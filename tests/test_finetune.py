@@ -199,9 +199,10 @@ def test_a_suite_goes_on_by_itself(installed, table, whole, tmp_path):
 
 
 @pytest.mark.parametrize("params, message",
-                         [({"mode": "lorra"}, "Did you mean 'lora'"), ({**HEAD, "label": ""}, "needs a label column"),
+                         [({"mode": "lorra"}, "Did you mean 'lora'"),
+                          ({**HEAD, "label": ""}, "Columns with few different values: 'shade', 'number'"),
                           ({"objective": "siglipp"}, "Did you mean 'siglip'"),
-                          ({"mode": "lora"}, "has no layers for targets"),
+                          ({"mode": "lora"}, "it has some for conv. Add one of these to the targets"),
                           ({"image_tower": "timm:test_resnets"}, "Did you mean 'test_resnet"),
                           ({"text_tower": "timm:test_vit"}, "is an image tower"),
                           ({"text_tower": "hf:no/such/folder"}, "could not be found"),

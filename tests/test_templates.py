@@ -1,6 +1,7 @@
 "The experiment templates, on a user's own CSV and on bad input, through the installed command"
 import json
 import os
+import re
 import subprocess
 
 import numpy as np
@@ -45,14 +46,23 @@ def test_bad_rows_are_left_out_and_counted(command, table, tmp_path):
     rows.loc[3, "image"] = "nowhere.png"
     rows.to_csv(root := table.with_name("one bad row.csv"), index=False, sep=";")
     command_line(command, "run", "linear_probe", "-p", "dataset=csv", "-p", f"data_root={root}", "-p", "device=cpu",
-                 "-p", "max_bad=0.05", "--out", tmp_path / "run")
+                 "--out", tmp_path / "run")
     record = json.loads((tmp_path / "run" / "run.json").read_text())["skipped"]
     assert record["rows"] == 1 and record["kinds"] == {"missing image": 1} and record["list"][0]["row"] == 3
     report = (tmp_path / "run" / "report.html").read_text()
     assert "nowhere.png" in report and "cells are separated by semicolons, as the header shows" in report
-    said = command_line(command, "run", "linear_probe", "-p", "dataset=csv", "-p", f"data_root={root}", "--out",
-                        tmp_path / "strict", code=2)
-    assert "1 of 64 rows cannot be used (1.6%, at most 1.0% may be left out)" in said and "raise max_bad" in said
+    rows.loc[:4, "image"] = "nowhere.png"
+    rows.to_csv(root, index=False, sep=";")
+    probe = ("run", "linear_probe", root, "-p", "dataset=csv", "-p", "n_boot=0", "--out", tmp_path / "strict")
+    said = command_line(command, *probe, code=2)
+    assert "5 of 64 rows cannot be used (7.8%, at most 3 row(s) may be left out)" in said
+    command_line(command, *probe, "-p", re.search(r"raise max_bad, as in (max_bad=\S+)\.\n", said)[1])
+
+
+def test_a_head_takes_the_label_of_the_data(command, table, tmp_path):
+    command_line(command, "run", "finetune", table, "-p", "dataset=csv", "-p", "mode=head", "-p", "n_boot=20",
+                 "-p", "device=cpu", "--out", tmp_path / "head")
+    assert "Balanced accuracy on 'label'" in (tmp_path / "head" / "report.ipynb").read_text()
 
 
 @pytest.mark.parametrize("template, metric, extra", [

@@ -160,7 +160,9 @@ def _usable(manifest: Any, kinds: list[str], check: str, max_bad: float, quiet: 
     from medclip_nb.datasets.checks import drop_unusable, skipped_table
     whole = manifest.drop(columns="group", errors="ignore")
     try: found = drop_unusable(whole, [FEATURE_KINDS[kind] for kind in kinds], check, max_bad)[0]
-    except InputError as error: raise InputError(str(error).replace("raise max_bad", "raise --max-bad")) from None
+    except InputError as error:
+        said = str(error).replace("raise max_bad, as in max_bad=", "raise --max-bad, as in --max-bad ")
+        raise InputError(said) from None
     kept, lost = manifest.loc[found.index], [s for s in found.skipped if s not in manifest.skipped]
     for kind, n, row, example in skipped_table(lost).itertuples(index=False):
         if not quiet: typer.echo(f"left out: {n} row(s), {kind}; the first is row {row}: {example}", err=True)

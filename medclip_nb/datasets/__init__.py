@@ -10,8 +10,8 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "checks": [
-        "ISSUE_COLUMNS", "MARKUP", "REMEDIES", "ROW_KINDS", "check", "describe_labels", "drop_unusable",
-        "skipped_table", "split_table", "summarize_issues", "token_lengths", "validate",
+        "FEW", "ISSUE_COLUMNS", "MARKUP", "REMEDIES", "ROW_KINDS", "allowed_bad", "check", "describe_labels",
+        "drop_unusable", "more_bad", "skipped_table", "split_table", "summarize_issues", "token_lengths", "validate",
     ],
     "classes": [
         "ClassList", "alike_sentence", "class_column", "class_facts", "class_list", "class_lists", "class_sentence",

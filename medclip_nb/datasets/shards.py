@@ -22,6 +22,7 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from ..core import FolderKind, InputError, atomic_folder, content_hash, progress, replaceable
+from .checks import allowed_bad, more_bad
 from .manifest import Manifest
 from .paths import file_fault
 from .readers.common import split_of
@@ -154,7 +155,8 @@ def write_shards(
     bar = progress(total=len(manifest), desc="shards")
     def bad(row: int, message: str) -> None:
         skipped.append({"row": row, "kind": "bad file", "message": message})
-        if len(skipped) > max_bad * len(manifest): raise InputError(_too_many(skipped, len(manifest), max_bad))
+        n = len(manifest)
+        if len(skipped) > allowed_bad(n, max_bad): raise InputError(_too_many(skipped, n, max_bad))
     def counted(rows: Iterable[int]) -> Iterator[int]:
         for n in rows:
             yield n
@@ -197,7 +199,7 @@ def _too_many(skipped: list[dict], n: int, share: float) -> str:
     "The message for more bad files than are tolerated"
     first = "\n".join(f"  {s['message']}" for s in skipped[:10])
     counts = f"{len(skipped)} bad files among {n} rows are more than the tolerated share of {share:g}"
-    return f"{counts}; fix them, or raise max_bad. The first:\n{first}"
+    return f"{counts}; fix them, or raise max_bad (to {more_bad(len(skipped), n)} or more). The first:\n{first}"
 
 # %% ../../nbs/datasets/13_shards.ipynb #23ec0622
 def shuffled(

@@ -101,9 +101,11 @@ def _check_unpacked(path: Path) -> None:
                              "If it is one, unpack it yourself and give the result.")
 
 # %% ../../nbs/datasets/03_tables.ipynb #7ffdd4b5
+_SPELLED = {"\\t": "\t", "tab": "\t"} # A tab as a shell or a YAML file hands it on
+
 def read_table(
     path: str | Path, # A text file with a header; .gz is unpacked on the way
-    sep: str | None = None, # One character; None finds it in the header
+    sep: str | None = None, # One character, a tab also as \\t or tab; None finds it in the header
     columns: Iterable[str] | None = None, # Columns that must exist
     skip: int = 0, # Lines before the header
     dtype: Any = str, # Type of the cells, as for `pandas.read_csv`
@@ -114,7 +116,9 @@ def read_table(
     suffixes = [s.lower() for s in path.suffixes]
     packed = suffixes[-1:] == [".gz"]
     usual = "\t" if {".tsv", ".tab"} & set(suffixes[-2:]) else ","
-    if sep is not None and len(sep) != 1: raise InputError(f"sep={sep!r}: the separator is one character.")
+    sep = _SPELLED.get(sep, sep)
+    if sep is not None and len(sep) != 1:
+        raise InputError(f"sep={sep!r}: the separator is one character; a tab is written \\t or tab.")
     if not path.is_file(): raise InputError(f"{path}: no such file.")
     form, opener = TableForm(sep or usual, skip, "utf-8-sig", '"', []), gzip.open if packed else open
     try:

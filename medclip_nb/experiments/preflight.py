@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..core import InputError, close_matches, pick_device
+from ..core import InputError, absent, close_matches, looks_like_path, pick_device
 from .parameters import Template, read_template, template_folder
 
 # %% ../../nbs/experiments/09_preflight.ipynb #pre0f105
@@ -33,6 +33,7 @@ def _check_model(spec: str) -> None:
     from medclip_nb.models.starter import STARTERS
     known |= {*PUBLISHED, *STAND_INS, *STARTERS}
     if spec not in known:
+        if looks_like_path(spec, known): raise InputError(f"model={spec[:200]!r}: {absent(spec[:200])}.")
         raise InputError(f"model={spec[:200]!r}: no such folder or name. {close_matches(spec, known)}")
 
 def check_names(

@@ -102,6 +102,8 @@ def _is_head(p: Mapping[str, Any]) -> bool: return p["mode"] == "head"
 
 def _by_class(p: Mapping[str, Any]) -> bool: return _is_head(p) or p["objective"] == "prompts"
 
+def _has_label(p: Mapping[str, Any]) -> bool: return bool(p["label"] or _by_class(p) or p["objective"] == "labels")
+
 def _by_items(p: Mapping[str, Any]) -> bool: return _trains(p) and p["objective"] == "itemized"
 
 LOOP = "chunk max_steps augment flip patience resume save_every state_dir report_to"
@@ -140,9 +142,9 @@ EFFECTS = {
             lambda p: not _is_head(p) and p["objective"] in ("clip", "labels"),
         ),
         Effect("class_weight", "mode=head or objective=prompts", _by_class),
-        Effect("templates prompts", "classes, which a label names", lambda p: p["label"]),
+        Effect("templates prompts", "classes, which a label names", _has_label),
         Effect("prompt_note", "mode=head or objective=prompts", _by_class),
-        Effect("classes", "a label", lambda p: p["label"]),
+        Effect("classes", "a label", _has_label),
         Effect("backbone hidden standardize solver", "mode=head", _is_head),
         Effect("solver", "backbone=frozen", lambda p: p["backbone"] == "frozen"),
         Effect("rank alpha lora_targets lora_dropout towers", "mode=lora", lambda p: p["mode"] == "lora"),

@@ -197,9 +197,12 @@ def add_lora(
     found = {tower: _find_targets(clip.model, targets, tower) for tower in towers}
     for tower, names in found.items():
         if not names:
+            works = [name for name in TARGETS if _find_targets(clip.model, [name], tower)]
             join_attention(clip.model)
-            raise InputError(f"The {tower} tower of {clip.spec!r} has no layers for targets {targets}; "
-                             f"other targets are {sorted(TARGETS.keys() - set(targets))}, or leave the tower out.")
+            raise InputError(
+                f"The {tower} tower of {clip.spec!r} has no layers for the targets {', '.join(targets)}; it has some "
+                f"for {' and '.join(works) or 'none'}. Add one of these to the targets, or leave the tower out."
+            )
     names = [name for tower in found.values() for name in tower]
     _inject(clip.model, peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=_pattern(names),
                                         base_model_name_or_path=clip.spec))

@@ -272,17 +272,29 @@ def _may_export(out: Path, to: str, overwrite: bool) -> None:
     if to == "card" and card.exists() and not _is_our_card(card):
         raise InputError(f"{card}: is not a model card of this package and not replaced. Give another folder.")
 
+def _is_whole(folder: Path) -> bool:
+    "Whether a folder holds a model with its configuration"
+    configured = any((folder/name).is_file() for name in ("open_clip_config.json", "config.json"))
+    return configured and has_weights(folder)
+
+def _trained_runs(source: Path) -> str: # Part of an error message
+    "The runs with a model below a folder, or else below the next folder above it"
+    places = [p for p in (source, *source.parents) if p.is_dir()][:2]
+    for folder in places:
+        found = sorted(p.parent for n in (1, 2, 3) for p in folder.glob("*/" * n + "checkpoint") if _is_whole(p))
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        if found: return f"Runs with a model: {', '.join(map(str, found[:8]))}{more}."
+    return f"No run in {places[0]} has a model; one that trained has."
+
 def _find_model(source: Path, model: str) -> ClipModel:
     "The model of a run folder, of a folder with weights, or of a file beside the name of its model"
-    if not source.exists(): raise InputError(f"{source}: there is no such run or checkpoint.")
-    def whole(folder: Path) -> bool:
-        configured = any((folder/name).is_file() for name in ("open_clip_config.json", "config.json"))
-        return configured and has_weights(folder)
-    own = next((folder for folder in (source/"checkpoint", source) if whole(folder)), None)
+    if not source.exists():
+        raise InputError(f"{source}: there is no such run or checkpoint. {_trained_runs(source)}")
+    own = next((folder for folder in (source/"checkpoint", source) if _is_whole(folder)), None)
     if model: return load_model(model, checkpoint=own or source, device="cpu", precision="fp32")
     if own is None:
         raise InputError(
-            f"{source}: no checkpoint/ and no open_clip_config.json with weights; a run that trained leaves one. "
+            f"{source}: no checkpoint/ and no open_clip_config.json with weights. {_trained_runs(source)} "
             "For bare weights or an adapter, name the model they belong to."
         )
     return load_model(str(own), device="cpu", precision="fp32")

@@ -26,8 +26,10 @@ from torch import nn
 from medclip_nb.core import (
     FolderKind,
     InputError,
+    absent,
     atomic_folder,
     close_matches,
+    looks_like_path,
     pick_device,
     pick_precision,
     read_json,
@@ -73,6 +75,7 @@ def _resolve(spec: str) -> tuple[str, str | None]:
     name, _, tag = spec.partition("/")
     if name not in open_clip.list_models():
         known = [*STARTERS, *PUBLISHED, *STAND_INS, *open_clip.list_models()]
+        if looks_like_path(spec, known): raise InputError(f"model {spec!r}: {absent(spec)}.")
         raise InputError(f"Unknown model {spec!r}. {close_matches(name, known)}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag and tag not in tags: raise InputError(f"Model {name!r} has no weights {tag!r}. {close_matches(tag, tags)}")
