@@ -3,6 +3,7 @@ import json
 import subprocess
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from medclip_nb.cli import doctor as diagnosis
@@ -69,6 +70,31 @@ def test_run_that_fails(stub, tmp_path):
 def test_mistakes_end_with_2(stub, tmp_path, args, message):
     assert message in call("run", stub, *args, "--out", tmp_path / "run", code=2)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_not_there_is_no_name(tmp_path, monkeypatch):
+    "Of a model: neither before a kernel starts nor where it is loaded are architectures listed"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reports").mkdir()
+    Image.new("L", (4, 4)).save("a.png")
+    (tmp_path / "t.csv").write_text("image,split\na.png,test\n")
+    said = "there is no such folder; reports holds no 'x'."
+    assert f"model='reports/x/checkpoint': {said}" in call("run", "zero_shot", "-p", "model=reports/x/checkpoint",
+                                                           code=2)
+    embed = ("embed", "csv", "t.csv", "--out", "e.npz", "--check", "none", "--model")
+    assert f"model 'reports/x/checkpoint': {said}" in call(*embed, "reports/x/checkpoint", code=2)
+    assert "there is no such folder; the current folder holds no 'runs'" in call(*embed, "./runs/mine", code=2)
+    assert "Unknown model 'ViT-B-33/openai'. Did you mean" in call(*embed, "ViT-B-33/openai", code=2)
+
+
+def test_a_folder_after_the_template_is_what_it_reads(stub, tmp_path):
+    call("run", stub, "my data", "--out", tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["parameters"]["data_root"] == "my data"
+    (tmp_path / "empty").mkdir()
+    none = call("run", "compare", tmp_path / "empty", "--out", tmp_path / "compared", code=2)
+    assert "no run with metrics" in none and str(tmp_path / "empty") in none
+    both = call("run", stub, "here", "-p", "data_root=there", "--out", tmp_path / "both", code=2)
+    assert "'here' after the template is its data_root, which -p gives too. Leave one out." in both
 
 
 def test_other_mistakes_end_with_2(tmp_path):

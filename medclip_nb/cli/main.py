@@ -18,6 +18,7 @@ from .attend import attend
 from .cache import cache, embed
 from .data import OverwriteOption, _writing, check_out, data, spreadsheet_safe
 from .doctor import doctor
+from .slurm import slurm
 from ..core import InputError
 
 # %% ../../nbs/cli/01_main.ipynb #82a850b0
@@ -60,6 +61,7 @@ app.add_typer(cache, name="cache")
 app.command("embed")(embed)
 for verb in (classify, rank, attend, packs): app.command(cls=ManyValues)(verb)
 app.command()(doctor)
+app.command()(slurm)
 
 # %% ../../nbs/cli/01_main.ipynb #5f0f164d
 ProcessesOption = Annotated[
@@ -86,6 +88,17 @@ def parse_parameters(
         found[name.strip()] = value
     return found
 
+def _reads(template: str, folder: str, pairs: list[str]) -> dict[str, str]: # One parameter, or none
+    "The folder after the name of a template as its parameter `reports_dir` or `data_root`"
+    if not folder: return {}
+    from medclip_nb.experiments.parameters import template_parameters
+    known = template_parameters(template)
+    name = next((n for n in ("reports_dir", "data_root") if n in known), None)
+    if name is None: raise InputError(f"{template} takes no folder after its name: {folder!r}. Give -p NAME=VALUE.")
+    if any(pair.partition("=")[0].strip() == name for pair in pairs):
+        raise InputError(f"{folder!r} after the template is its {name}, which -p gives too. Leave one out.")
+    return {name: folder}
+
 # %% ../../nbs/cli/01_main.ipynb #f8ad7764
 ForeignOption = Annotated[
     str,
@@ -97,6 +110,9 @@ ForeignOption = Annotated[
 @app.command()
 def run(
     template: Annotated[str, typer.Argument(help="Name of a template, or a path to an .ipynb.")],
+    folder: Annotated[
+        str, typer.Argument(help="What it reads: for compare the folder of runs, else data_root.", show_default=False)
+    ] = "",
     param: Annotated[
         list[str], typer.Option("-p", "--param", metavar="NAME=VALUE", help="A parameter; repeat for more.")
     ] = [],
@@ -132,7 +148,7 @@ def run(
     for note in theirs.notes if theirs else []: typer.echo(f"note: {note}", err=True)
     settings = (theirs.params if theirs else {}) | parse_parameters([], file)
     if append is not None: check_ledger(append)
-    given = with_defaults(template, parse_parameters(param), settings)
+    given = with_defaults(template, parse_parameters(param) | _reads(template, folder, param), settings)
     with together(processes):
         if processes > 1 and runs.training_processes(template).total == 1:
             raise InputError(f"{template} trains nothing, so one process runs it: leave out --processes.")

@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "ledger": [
         "ABOUT", "append_run", "check_ledger", "run_line",
     ],
+    "jobs": ["NOTES", "close_suite", "run_job", "runs_to_do", "suite_levels"],
     "overview": [
         "compare", "find_runs", "first_figure", "headline", "join_published", "natural", "over_runs",
         "published_beside", "read_metrics", "seed_groups", "write_index",
@@ -40,7 +41,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "report_title", "safe_html", "scrub",
     ],
     "resuming": [
-        "ASKED", "STATE", "differences", "has_state", "left_behind", "state_folder",
+        "ASKED", "MACHINE", "STATE", "differences", "has_state", "left_behind", "state_folder",
     ],
     "rules": [
         "EFFECTS", "Effect", "LOOP", "USES", "Use", "check_split", "idle_message", "idle_parameters", "split_uses",
