@@ -262,3 +262,12 @@ def test_a_made_up_data_set_comes_with_a_command_that_takes_it(tmp_path, name, s
     assert f"-p data_root={tmp_path / 'data'}{split}\n" in said
     measured = split.removeprefix(" -p split=") or "test"
     assert len(open_data(name, tmp_path / "data", measured=measured).part(measured))
+
+
+def test_two_images_are_measured_though_they_cannot_be_divided(tmp_path):
+    (table := tmp_path / "t.csv").write_text("image,label\na.png,x\nb.png,y\n")
+    few = load_manifest("csv", table)
+    assert few.unsplit and len(few.part("all")) == 2
+    with pytest.raises(InputError, match="no rows in split 'train'.* too few to divide by image; give a column split"):
+        few.part("train")
+    with pytest.raises(InputError, match="Cannot make 3 splits out of 2"): load_manifest("csv", table, split_by="image")

@@ -99,6 +99,7 @@ class Manifest(pd.DataFrame):
         found = self["split"].value_counts().to_dict()
         counts = ", ".join(f"{n} {s!r}" for s, n in found.items())
         hint = " To measure valid, read the data with test_split=valid." if split == "test" and "valid" in found else ""
+        if self.unsplit: counts += f" ({self.split_source})"
         raise InputError(f"{self.dataset} has no rows in split {split!r}. It has {counts}.{hint}")
 
     def limited(self, n: int, seed: int = 0) -> "Manifest":

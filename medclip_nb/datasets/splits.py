@@ -75,8 +75,7 @@ def make_splits(
     codes, groups = pd.factorize(_units(table)[1], sort=True)
     if len(groups) < len(fractions):
         raise InputError(
-            f"Cannot make {len(fractions)} splits out of {len(groups)} group(s); give a 'split' column, or split=all "
-            "where nothing is trained."
+            f"Cannot make {len(fractions)} splits out of {len(groups)} group(s); give a 'split' column."
         )
     columns = [stratify] if isinstance(stratify, str) else list(stratify or ())
     strata = _strata(table, columns, codes, len(fractions)) if columns else np.zeros(len(groups), int)
@@ -216,6 +215,9 @@ def split_unit(
 
 def _made_splits(manifest: Manifest, seed: int, by: str | None = None) -> tuple[pd.Series, str]:
     "Splits for data that have none, and how they were made; raises `InputError` for a column that is not there"
+    if by is None and _units(manifest)[1].nunique() < len(FRACTIONS):
+        few = pd.Series("all", index=manifest.index)
+        return few, f"none: too few to divide by {split_unit(manifest)}; give a column split"
     if by is not None and by not in manifest:
         raise InputError(f"split_by={by!r}: no such column. {close_matches(by, manifest.columns)}")
     rows = manifest if by is None else manifest.assign(group=manifest[by])
