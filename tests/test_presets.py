@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import nibabel
 import numpy as np
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from medclip_nb.cli.main import app
 from medclip_nb.core import InputError
 from medclip_nb.datasets import (
+    class_lists,
     load_manifest,
     make_ct_rate,
     make_headct_studies,
@@ -228,6 +230,31 @@ def test_the_cure_that_a_message_names_works(tmp_path, name, monkeypatch):
     else: options = yaml.safe_load(re.search(r"data_options=(\{.*\})\.$", said)[1])
     if name == "the lists": monkeypatch.chdir(root)
     assert len(attempt(root, **options))
+
+
+def training(tmp_path, **how):
+    "Train on studies with nine series, whose preprocessing does not know left from right"
+    clip = load_model("hlip-multiscan-h2-token588-tiny", device="cpu")
+    clip.preprocess = replace(clip.preprocess, orientation=None)
+    clip.model.visual.trunk.max_scans = 8
+    rows = load_manifest("mri-study", make_mri_studies(tmp_path / "data", 0, SMALL, (4, 2)))
+    rows["series"] = [{f"T{n}": next(iter(series.values())) for n in range(9)} for series in rows["series"]]
+    return train(clip, rows.part("train"), rows.part("valid"), tmp_path / "run", "itemized", max_steps=1, batch_size=2,
+                 **how)
+
+
+@pytest.mark.parametrize("given, pattern", [({}, r"(num_series)=(\d+)"),
+                                            ({"num_series": 2, "flip": 0.5}, r"set (flip) to (\d+)")])
+def test_what_training_is_told(tmp_path, given, pattern):
+    with pytest.raises(InputError) as caught: training(tmp_path, **given)
+    name, value = re.search(pattern, str(caught.value)).groups()
+    assert len(training(tmp_path, **given | {name: int(value)}).history)
+
+
+def test_a_list_of_classes_for_several_labels():
+    with pytest.raises(InputError) as caught: class_lists(["yes", "no"], ["grade", "side"])
+    said = yaml.safe_load(re.search(r"classes=(\{.*\})", str(caught.value))[1])
+    assert class_lists(said, ["grade", "side"]) == {"grade": ["a", "b"]}
 
 
 def test_leaks_are_shown_where_a_message_says_so():

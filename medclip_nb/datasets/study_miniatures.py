@@ -46,10 +46,11 @@ def _write_lines(path: Path, lines: Sequence[Sequence]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(",".join(map(str, line)) + "\n" for line in lines), encoding="utf-8")
 
-def _draw(rng: np.random.Generator, kinds: int, row: int) -> list[int]:
-    "The findings of a row: none in every fourth, else each with a probability of 0.4"
+def _draw(rng: np.random.Generator, kinds: int, row: int, rows: int) -> list[int]:
+    "The findings of a row of a split: none in every fourth; in the others each is drawn, and is in one at least"
     if row % 4 == 0: return []
-    found = np.flatnonzero(rng.random(kinds) < 0.4).tolist()
+    own = set(range(row - row // 4 - 1, kinds, rows - (rows + 3) // 4))
+    found = sorted(own | set(np.flatnonzero(rng.random(kinds) < 0.3).tolist()))
     return found or [int(rng.integers(kinds))]
 
 # %% ../../nbs/datasets/19_study_miniatures.ipynb #e434dea7
@@ -85,7 +86,7 @@ def _make_studies(
         listed = {}
         for row in range(count):
             number += 1
-            name, marks = f"STUDY{number:06d}", _draw(rng, len(items), row)
+            name, marks = f"STUDY{number:06d}", _draw(rng, len(items), row, count)
             own = series if series is CT_SERIES else rng.permutation(series)[:rng.integers(2, 5)].tolist()
             report = [items[mark] for mark in marks] or ["no significant abnormalities."]
             listed[name] = {"series": {one: {} for one in own}, "report": report}
@@ -206,7 +207,7 @@ def make_rsna(
     for split, count in zip(("train", "val", "test"), studies):
         names = lists[split] = [f"ID_{0xb7d0400331 + start + i:010x}" for i in range(count)]
         for row, name in enumerate(names):
-            marks = _draw(rng, len(kinds), row)
+            marks = _draw(rng, len(kinds), row, count)
             found = [int(bool(marks)), *(int(i in marks) for i in range(len(kinds)))]
             table.append([name, *found])
             values = marked_volume(rng, size, marks, len(kinds))
@@ -236,7 +237,7 @@ def make_cq500(
     consensus = [["study", *findings, "Anomaly"]]
     reads = [["name", "Category", *(f"R{reader}:{name}" for reader in (1, 2, 3) for name in findings)]]
     for number in range(studies):
-        marks = _draw(rng, len(findings), number)
+        marks = _draw(rng, len(findings), number, studies)
         found = [int(i in marks) for i in range(len(findings))]
         consensus.append([f"CQ500CT{number:03d}", *found, int(bool(marks))])
         reads.append([f"CQ500-CT-{number}", f"B{1 + number % 2}", *(found * 3)])
@@ -270,7 +271,7 @@ def make_ct_rate(
         reports = [["VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN"]]
         labels, metadata = [["VolumeName", *kinds]], [["VolumeName", "PatientSex", "PatientAge"]]
         for number in range(1, count + 1):
-            marks, scan = _draw(rng, len(kinds), number), f"{split}_{number}_a"
+            marks, scan = _draw(rng, len(kinds), number - 1, count), f"{split}_{number}_a"
             said = " ".join(f"{kinds[mark]} is seen." for mark in marks) or "The lungs are clear."
             place = base / f"{split}_fixed" / f"{split}_{number}" / scan
             place.mkdir(parents=True, exist_ok=True)
@@ -303,7 +304,7 @@ def make_rad_chestct(
     for name, prefix, count in zip(RAD_SPLITS.values(), ("trn", "val", "tst"), volumes):
         lines = [["NoteAcc_DEID", *("*".join(pair) for pair in columns)]]
         for row in range(count):
-            volume, marks = f"{prefix}{start + row}", _draw(rng, len(kinds), row)
+            volume, marks = f"{prefix}{start + row}", _draw(rng, len(kinds), row, count)
             first = {kind: next(pair for pair in columns if pair[0] == kind) for kind in kinds}
             lines.append([volume, *(float(pair in [first[kinds[mark]] for mark in marks]) for pair in columns)])
             summary.append([f"mrn{start + row}", volume, f"{name}_a", name])
