@@ -135,7 +135,7 @@ def test_a_public_test_set_and_a_published_checkpoint(runs, checkpoint, name):
     run = next((runs / "runs").glob(f"*/{name}"))
     found, clip = Result.load(run), load_model(model, checkpoint(model), "cpu")
     every = load_manifest(dataset, runs / name, **PROTOCOLS[name].options)
-    rows = every if split == "all" else every.part(split)
+    rows = every.part(split)
     valid = every.part("valid") if name == "rad-chestct-hlip" else None
     expected = evaluate_protocol(name, clip, rows, valid=valid, n_boot=20,
                                  batch_size=2 if isinstance(clip, StudyModel) else 32)

@@ -49,9 +49,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "protocol_choice": [
         "ANY", "as_model_compares", "chance_levels_of", "choose_protocols", "class_tables", "departure_list",
-        "evaluate_protocols", "headline_sentence", "is_marked", "join_protocols", "marked_table", "measured_split",
-        "protocol_mode", "published_for", "reading_options", "rows_of", "threshold_sentence", "threshold_split",
-        "unmarked",
+        "evaluate_protocols", "headline_sentence", "is_marked", "join_protocols", "marked_table",
+        "measured_split", "protocol_mode", "published_for", "reading_options", "threshold_sentence",
+        "threshold_split", "unmarked",
     ],
     "protocol_metrics": [
         "AS_PUBLISHED", "BRAIN_PATHS", "BRAIN_TASKS", "CALLED", "MANY_WAY", "Scored", "TWO_WAY", "areas_result",
