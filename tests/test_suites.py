@@ -1,5 +1,6 @@
 "Suites at a scale, and the published numbers that they keep"
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from medclip_nb.cli.main import app
-from medclip_nb.experiments import find_runs, load_suite, plan_suite, read_metrics
+from medclip_nb.experiments import find_runs, load_suite, plan_suite, read_metrics, suite_works
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
@@ -83,6 +84,23 @@ def test_published_numbers_stand_beside_ours(tiny, tmp_path):
     assert rows["published"].notna().sum() == 2
 
 
+def test_the_report_shows_published_numbers_beside_ours(tiny, command, tmp_path):
+    (folder := tmp_path / "runs").mkdir()
+    (folder / "words").symlink_to(tiny[0] / "words")
+    later = {"run": "later", "metric": "accuracy", "value": 0.9, "source": "a <b>book</b>", "note": "another split"}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump({"published": [*SMALL["published"], later],
+                                                     "reports_dir": str(folder)}))
+    words = [command, "run", "compare", "-f", tmp_path / "p.yaml", "--out", tmp_path / "out"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "out" / "report.html").read_text().split("Published numbers")[1].split("Seeds")[0]
+    assert "a README" in page and "0.19–0.31" in page and "<th>difference</th>" in page and "<b>book" not in page
+    told = {(e["run"], e["metric"]): e for e in read_metrics(tmp_path / "out")["details"]["published"]}
+    ours = read_metrics(tiny[0] / "words")["metrics"]["accuracy"]["value"]
+    assert told["words", "accuracy"]["difference"] == pytest.approx(ours - 0.5, abs=1e-5)
+    assert told["later", "accuracy"]["ours"] is None
+
+
 def test_a_full_comparison_is_told_the_numbers(tmp_path):
     full = {r.name: r.params for r in load_suite(suite_file(tmp_path)).runs}
     assert full["compare"]["published"] == SMALL["published"] and "scale" not in full["compare"]
@@ -121,3 +139,78 @@ def test_suites_are_listed():
 def test_a_scale_makes_no_data_to_be_planned(tmp_path):
     assert [r.status for r in plan_suite(suite_file(tmp_path), tmp_path, scale="tiny")] == ["to run", "to run"]
     assert [p.name for p in tmp_path.iterdir()] == ["tissues.yaml"]
+
+
+def test_a_dry_run_says_what_the_full_size_takes(tmp_path):
+    runs = [*SMALL["runs"][:1], {"name": "train", "template": "finetune", "params": {
+        "mode": "full", "epochs": 5, "batch_size": 64, "label": "", "model": "starter"}},
+        {"name": "after", "template": "zero_shot", "params": {"labels": ["label"], "model": "{train}/checkpoint"}}]
+    rows = {"kather": {"train": 1000, "valid": 100, "test": 200}}
+    path = suite_file(tmp_path, runs=runs, rows=rows, published=[], defaults=SMALL["defaults"] | {"model": "starter"})
+    code, said = call("suite", path, "--dry-run", "--out", tmp_path)
+    lines = {line.split()[0]: line for line in said.splitlines() if line}
+    assert "5,000 trained, 900 encoded" in lines["train"] and "PFLOP; about" in lines["train"]
+    assert "200 encoded" in lines["words"] and "200 encoded" in lines["after"] and lines["together"]
+    assert code == 2 and "data_root='data/kather': there is no such" in said, "what is missing is said after that"
+    code, said = call("suite", suite_file(tmp_path, rows={"kater": {}}), "--dry-run", "--out", tmp_path)
+    assert code == 2 and "rows: no run reads 'kater'. Did you mean 'kather'?" in said
+    code, said = call("suite", suite_file(tmp_path, rows={"kather": {"train": "many"}}), "--dry-run", "--out", tmp_path)
+    assert code == 2 and "'kather' needs a number for each split" in said
+
+
+@pytest.mark.parametrize("name", [
+    "ipclip", "cytopath", "rocov2", "medpix", "itemized-mri", "itemized-headct", "itemized-ctrate", "itemized-rsicd",
+    "itemized-cc03m"])
+def test_the_suites_of_papers_are_as_published(name):
+    suite = load_suite(name)
+    works = suite_works(name)
+    assert suite.rows and set(works) == {r.name for r in suite.runs if r.template != "compare"}
+    assert suite.runs[-1].template == "compare" and all(e["source"] for e in suite.published)
+    assert not [r.name for r in suite.runs if "tiny" in str(r.params.get("model"))], "stand-ins are for the scale"
+    small = {r.name for r in load_suite(name, "tiny").runs}
+    assert small <= {r.name for r in suite.runs} and {e["run"] for e in suite.published} <= small
+
+
+def test_published_settings():
+    "What the five sources say, see their logs, scripts and configurations"
+    ipclip = {r.name: r.params for r in load_suite("ipclip").runs}
+    assert (ipclip["probe-clip"]["method"], ipclip["probe-clip"]["alpha"]) == ("sgd", 0.001)
+    head = ipclip["head-clip"]
+    assert [head[k] for k in ("epochs", "batch_size", "lr", "weight_decay", "warmup")] == [5, 8, 5e-5, 0.2, 0]
+    cytopath = {r.name: r.params for r in load_suite("cytopath").runs}
+    lora = cytopath["lora-processed"]
+    assert [lora[k] for k in ("rank", "alpha", "lora_targets", "lr", "max_steps")] == [
+        8, 1.0, ["q", "k", "v"], 2e-3, 10000]
+    full = cytopath["full-raw"]
+    assert [full[k] for k in ("lr", "schedule", "warmup", "max_steps", "betas", "eps")] == [
+        1e-5, "constant", 100, 5000, [0.9, 0.999], 1e-8]
+    weights = [r.params["image_weight"] for r in load_suite("medpix").runs if r.name.startswith("weighted")]
+    assert weights == [0, 0.25, 0.5, 0.75, 1]
+    mri = {r.name: r.params for r in load_suite("itemized-mri").runs}["train"]
+    assert [mri[k] for k in ("epochs", "batch_size", "lr", "warmup", "betas")] == [24, 256, 1.75e-4, 2000, [0.9, 0.98]]
+
+
+PARTS = { # Of the three longest, whose runs resemble each other, unless MEDCLIP_NB_WHOLE is set
+    "ipclip": ["head-clip", "probe-clip", "zero-shot-ip-clip", "retrieval-ip-clip"],
+    "cytopath": ["hits-lora-raw"],
+    "medpix": ["zero-shot-vit-b-32", "weighted-1.0"],
+}
+WHOLE = ["rocov2", "itemized-mri", "itemized-headct", "itemized-ctrate", "itemized-rsicd", "itemized-cc03m"]
+
+
+@pytest.mark.parametrize("name", [*PARTS, *WHOLE])
+def test_a_suite_runs_at_scale_tiny(name, command, tmp_path):
+    "Its runs end with the metrics for which there are published numbers, and the last is the comparison"
+    only = [] if os.environ.get("MEDCLIP_NB_WHOLE") else PARTS.get(name, [])
+    words = [command, "suite", name, "--scale", "tiny", "--out", tmp_path]
+    done = subprocess.run([*words, *(w for run in only for w in ("--only", run))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder, small = tmp_path / f"{name}-tiny", [r.name for r in load_suite(name, "tiny").runs]
+    made = [p.name for p in find_runs(folder)]
+    assert set(only) <= set(made) and (only or made == small), "every run has its metrics"
+    if not only: assert "nothing below is a result" in (folder / "compare" / "report.html").read_text()
+    for e in load_suite(name).published:
+        if e["run"] not in made: continue
+        assert e["metric"] in read_metrics(folder / e["run"])["metrics"], f"{e['run']} does not report {e['metric']}"
+    for run in set(made) - {"compare"}:
+        assert any("miniature" in note for note in read_metrics(folder / run)["details"]["notes"]), run

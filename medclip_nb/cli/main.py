@@ -160,6 +160,19 @@ def run(
         with _writing(append): typer.echo(f"line added: {append_run(record.path, append)}")
 
 # %% ../../nbs/cli/01_main.ipynb #680c2067
+def _costs(file: str, only: list[str], scale: str) -> None:
+    "Print what the runs of a suite will take, where their sizes are known"
+    from medclip_nb.experiments import costs, suites
+    works = suites.suite_works(file, only, scale)
+    if not works: return
+    typer.echo("Expected at full size:")
+    found, remarks = costs.measure_costs(works)
+    for name in works:
+        parts = [costs.cost_text(found[name])] if name in found else []
+        typer.echo(f"{name:<24}  {'; '.join([*parts, *([remarks[name]] if name in remarks else [])])}")
+    if found: typer.echo(f"{'together':<24}  about {costs.time_text(sum(c.seconds for c in found.values()))}")
+    typer.echo(f"{costs.cost_note()}\n")
+
 @app.command()
 def suite(
     file: Annotated[
@@ -169,7 +182,9 @@ def suite(
     out: Annotated[Path, typer.Option("--out", "-o", help="The suite's folder is made in it.")] = Path("reports"),
     only: Annotated[list[str], typer.Option(help="Run this one and what it builds on; repeat for more.")] = [],
     force: Annotated[bool, typer.Option("--force", help="Execute even what has not changed.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the file and show what would run.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the file, show what would run and what it takes.")
+    ] = False,
     scale: Annotated[
         str, typer.Option(help="A scale of the suite, such as tiny: the same runs on made-up data, to try it out.")
     ] = "",
@@ -184,6 +199,7 @@ def suite(
         known = experiments.list_suites()
         return typer.echo("\n".join(f"{name:<{max(map(len, known))}}  {title}" for name, title in known.items()))
     if dry_run:
+        _costs(file, only, scale)
         with experiments.together(processes): planned = experiments.plan_suite(file, out, only, scale)
         for r in planned: typer.echo(f"{r.name:<24}  {'to run' if force else r.status}")
         return

@@ -9,6 +9,9 @@ __all__ = []
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
+    "costs": [
+        "Cost", "Pace", "Work", "cost_note", "cost_text", "measure_costs", "measure_pace", "run_work", "time_text",
+    ],
     "foreign": [
         "FOREIGN", "Foreign", "Program", "clip_finetune", "read_foreign", "settings_yaml",
     ],
@@ -61,6 +64,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "suites": [
         "MAX_RUNS", "NAME", "REFERENCE", "RUN_KEYS", "SUITE_KEYS", "Suite", "SuiteRun", "YAML_TYPES", "find_suite",
-        "list_suites", "load_suite", "plan_suite", "run_suite", "summarize_runs", "up_to_date",
+        "list_suites", "load_suite", "plan_suite", "run_suite", "suite_works", "summarize_runs",
+        "up_to_date",
     ],
 })

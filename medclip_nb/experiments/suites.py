@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['YAML_TYPES', 'SUITE_KEYS', 'RUN_KEYS', 'NAME', 'MAX_RUNS', 'REFERENCE', 'SuiteRun', 'Suite', 'find_suite',
-           'list_suites', 'load_suite', 'up_to_date', 'plan_suite', 'run_suite', 'summarize_runs']
+           'list_suites', 'load_suite', 'up_to_date', 'plan_suite', 'suite_works', 'run_suite', 'summarize_runs']
 
 # %% ../../nbs/experiments/05_suites.ipynb #ac413fdc
 import itertools
@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from ..core import InputError, close_matches, read_json, read_yaml, write_json
+from .costs import Work, run_work
 from .overview import write_index
 from medclip_nb.experiments.parameters import (
     check_parameters,
     find_template,
+    read_parameters,
     template_folder,
     template_parameters,
     with_defaults,
@@ -62,6 +64,7 @@ class Suite:
     runs: list[SuiteRun] # In the order of the file
     scale: str = "" # One of the scales of the file; empty is the full one
     published: list[dict[str, Any]] = field(default_factory=list) # Numbers of others, see `check_published`
+    rows: dict[str, dict[str, int]] = field(default_factory=dict) # Data set -> split -> images, at full size
 
 # %% ../../nbs/experiments/05_suites.ipynb #5369c8f6
 def find_suite(
@@ -96,9 +99,12 @@ def _keys(found: Any, allowed: Mapping[str, type | tuple], where: str) -> dict[s
 # %% ../../nbs/experiments/05_suites.ipynb #9b9afa9f
 SUITE_KEYS = {
     "name": str, "title": str, "description": str, "license": str, "defaults": dict, "runs": list, "published": list,
-    "scales": dict,
+    "scales": dict, "rows": dict,
 }
-RUN_KEYS = {"name": str, "template": str, "params": dict, "matrix": dict, "headline": list, "timeout": (int, float)}
+RUN_KEYS = {
+    "name": str, "template": str, "file": str, "params": dict, "matrix": dict, "headline": list,
+    "timeout": (int, float),
+}
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,149}")
 MAX_RUNS = 2000 # Runs of a suite
 
@@ -175,6 +181,15 @@ def _check_scales(scales: Mapping[str, Any], where: str) -> None:
         _keys(change, SCALE_KEYS, there)
         for name, changes in change.get("runs", {}).items(): _keys(changes, CHANGE_KEYS, f"{there}, run {name}")
 
+def _checked_rows(rows: Mapping[str, Any], runs: Iterable[SuiteRun], where: str) -> dict[str, dict[str, int]]:
+    "The sizes of data sets; raises `InputError` for one that no run reads, and for what is no number of rows"
+    used = {r.params["dataset"] for r in runs if "dataset" in r.params}
+    for name, splits in rows.items():
+        if name not in used: raise InputError(f"{where}, rows: no run reads {name!r}. {close_matches(name, used)}")
+        if not isinstance(splits, dict) or not all(type(n) is int and n >= 0 for n in splits.values()):
+            raise InputError(f"{where}, rows: {name!r} needs a number for each split, as in {{train: 100, test: 20}}.")
+    return dict(rows)
+
 def _scale_sentence(scale: str, note: str) -> str:
     "What the front page says first"
     return f"Scale {scale}, for trying out: nothing here is a result. {note}".strip()
@@ -186,13 +201,21 @@ def _tell_comparisons(runs: Iterable[SuiteRun], published: list[dict[str, Any]],
         for name, value in (("published", published), ("scale", scale)):
             if name in known and value: r.params.setdefault(name, value)
 
+def _with_files(found: dict[str, Any]) -> dict[str, Any]:
+    "The content of a suite, with the published settings that its runs name among their parameters"
+    def read(entry: Any) -> Any:
+        if not isinstance(entry, dict) or not isinstance(entry.get("file"), str): return entry
+        own = entry.get("params", {})
+        return entry | {"params": read_parameters(entry["file"]) | own} if isinstance(own, dict) else entry
+    return found | {"runs": [read(e) for e in found.get("runs", [])]}
+
 def load_suite(
     path: str | Path, # As for `find_suite`
     scale: str = "", # One of its scales; empty is the full one
 ) -> Suite: # Runs in an order that can be executed
     "Read and check a suite; raises `InputError` with all that is wrong in it"
     path = find_suite(path)
-    found = _keys(read_yaml(path), SUITE_KEYS, str(path))
+    found = _with_files(_keys(read_yaml(path), SUITE_KEYS, str(path)))
     _check_scales(found.get("scales", {}), str(path))
     note = found.get("scales", {}).get(scale, {}).get("note", "")
     if scale: found = scaled_suite(found, scale, str(path))
@@ -210,6 +233,7 @@ def load_suite(
     published = check_published(found.get("published", []), names) if not scale else found.get("published", [])
     _tell_comparisons(runs, published, scale)
     _apply_defaults(runs, found.get("defaults", {}))
+    rows = {} if scale else _checked_rows(found.get("rows", {}), runs, str(path))
     problems = _link(runs)
     for r in runs:
         try: r.params = check_parameters(r.template, r.params)
@@ -217,7 +241,8 @@ def load_suite(
     if problems: raise InputError("\n".join([f"{path} cannot be run:", *problems]))
     title, about = found.get("title", name), found.get("description", "")
     if scale: title, about = f"{title} (scale {scale})", f"**{_scale_sentence(scale, note)}** {about}".strip()
-    return Suite(name, title, about, found.get("license", ""), _ordered(runs), scale, published)
+    licence = found.get("license", "")
+    return Suite(name, title, about, licence, _ordered(runs), scale, published, rows)
 
 # %% ../../nbs/experiments/05_suites.ipynb #c4af1027
 def _fill(text: str, folder: Path) -> str:
@@ -339,6 +364,23 @@ def plan_suite(
     return records
 
 # %% ../../nbs/experiments/05_suites.ipynb #56bac84d
+def suite_works(
+    path: str | Path, # As for `run_suite`
+    only: Iterable[str] | None = None, # As for `run_suite`
+    scale: str = "", # As for `run_suite`; only the full one has sizes
+) -> dict[str, Work]: # For `measure_costs`, by run; without those whose size or work is not known
+    "How much the runs of a suite have to do at full size"
+    suite = load_suite(path, scale)
+    models = {r.name: r.params for r in suite.runs}
+    found = {}
+    for r in _chosen(suite, only):
+        rows = suite.rows.get(r.params.get("dataset", ""))
+        made = REFERENCE.fullmatch(str(r.params.get("model", "")).partition("/")[0]) # A model that another run trains
+        own = models[made[1]] if made and made[1] in models else {}
+        towers = {k: own[k] for k in ("model", "image_tower", "text_tower", "num_series") if k in own}
+        if rows and (work := run_work(r.template, r.params | towers, rows)): found[r.name] = work
+    return found
+
 def _refuse_other(folder: Path) -> None:
     "Raise for a folder whose suite.json or index.html is not that of a suite, and would be replaced"
     state = folder/"suite.json"
