@@ -36,7 +36,7 @@ def test_what_is_tried():
     assert [line for line in LINES
             if not line.startswith("medclip-nb")] == ["make reports", "make test", "source .venv/bin/activate"]
     inline = set(re.findall(r"`medclip-nb ([a-z]+)", README))
-    assert inline <= {shlex.split(c)[1] for c in COMMANDS} | {"params", "packs", "suite", "doctor"}
+    assert inline <= {shlex.split(c)[1] for c in COMMANDS} | {"params", "packs", "suite", "doctor", "slurm"}
 
 
 @pytest.mark.parametrize("line", COMMANDS, ids=lambda line: "-".join(shlex.split(line)[1:3]))
