@@ -9,14 +9,18 @@ __all__ = []
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
-    "features": ["Embeddings", "embed", "feature_identity", "tower_hash"],
-    "maintenance": ["STORE_COLUMNS", "STORE_FILE", "prune", "stores"],
+    "features": [
+        "Embeddings", "embed", "feature_identity", "tower_hash",
+    ],
+    "maintenance": [
+        "STORE_COLUMNS", "STORE_FILE", "prune", "stores",
+    ],
     "store": [
-        "DAMAGE", "FeatureCache", "INDEX", "SETTLED", "SHARD_BYTES", "file_hashes", "fill", "index_of",
-        "key_numbers", "map_array", "read", "read_index", "read_rows", "row_checks", "set_aside", "stamp",
-        "write_shard",
+        "DAMAGE", "FeatureCache", "INDEX", "SETTLED", "SHARD_BYTES", "file_hashes", "fill", "index_of", "key_numbers",
+        "map_array", "read", "read_index", "read_rows", "row_checks", "set_aside", "stamp", "write_shard",
     ],
     "streams": [
-        "ManifestImages", "ManifestStudies", "encoded_images", "open_rows", "prepared_for", "reads_studies",
+        "ManifestImages", "ManifestStudies", "encoded_images", "fitted_to_files", "open_rows", "prepared_for",
+        "reads_studies",
     ],
 })

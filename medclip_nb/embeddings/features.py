@@ -23,7 +23,7 @@ from torch import Tensor
 from ..core import InputError, content_hash, progress
 from ..datasets.manifest import Manifest
 from .store import FeatureCache, file_hashes, stamp
-from .streams import ManifestImages, ManifestStudies, open_rows
+from .streams import ManifestImages, ManifestStudies, fitted_to_files, open_rows
 from ..images.reading import READING
 from ..images.studies import StudyPreprocess
 from ..models.clip import ClipModel
@@ -163,6 +163,7 @@ def embed(
         store = FeatureCache(folder, clip.dim, facts=_facts(clip, kind, **how), save_every=save_every)
         found[kind], counts[kind] = store.fill(keys, compute, together=together), store.counts
     if images and {"image", "series"} & {*manifest}:
+        clip = fitted_to_files(clip, manifest)
         rows = open_rows(clip, manifest)
         stamps = [{name: stamp(path) for name, path in row.items()} for row in rows.files] if cache else None
         size = max(1, batch_size // 16) if isinstance(rows, ManifestStudies) else batch_size
