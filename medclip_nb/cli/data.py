@@ -316,7 +316,9 @@ def shard(
     "Write WebDataset shards with an index."
     from medclip_nb.datasets.shards import write_shards
     manifest = _load(dataset, root, option, splits)
-    with _writing(out): index = write_shards(manifest, out, per_shard, max_mb, seed, check, max_bad, overwrite)
+    try:
+        with _writing(out): index = write_shards(manifest, out, per_shard, max_mb, seed, check, max_bad, overwrite)
+    except InputError as error: raise InputError(str(error).replace("raise max_bad", "raise --max-bad")) from None
     totals: dict[str, list] = {}
     for s in index["shards"]:
         row = totals.setdefault(s["split"], [s["split"], 0, 0, 0.0])
