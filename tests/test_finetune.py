@@ -113,7 +113,8 @@ def test_other_towers(command, table, bert, tmp_path):
         assert ((clip.dim, clip.context_length, clip.long_text) == (24, 7, "chunks")
                 and clip.config["model_cfg"]["vision_cfg"]["timm_model_name"] == "test_resnet")
         given = {k: v for k, v in DEFAULTS.items()
-                 if k in ("dataset", "device", "n_boot")} | {"data_root": table, "model": checkpoint}
+                 if k in ("dataset", "device", "n_boot")} | {"data_root": table, "model": checkpoint,
+                                                             "data_options": "{split_by: group}"}
         done = subprocess.run([command, "run", "retrieval", *(x for k, v in given.items() for x in ("-p", f"{k}={v}")),
                                "--out", str(tmp_path / "retrieval")], capture_output=True, text=True, env=ENVIRONMENT)
         assert done.returncode == 0, done.stdout + done.stderr
