@@ -365,7 +365,8 @@ def test_embed_and_shard_end_with_one_line(hostile, command):
                      ["data", "shard", "csv", "--root", "t.csv", "--out", "s"]):
             done = subprocess.run([command, *verb], cwd=hostile, capture_output=True, text=True,
                                   timeout=120)
-            assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+            said = words if verb[0] == "data" else f"row 0: {name}: "
+            assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
             assert not (hostile / "f.npz").exists() and not (hostile / "s").exists()
 
 

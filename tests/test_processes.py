@@ -306,6 +306,9 @@ def test_killed_and_resumed(command, made, two, tmp_path):
         time.sleep(0.005)
     process.kill()
     process.communicate()
+    owner = int(next(out.parent.glob(".partial/finetune.state.*")).name.rpartition(".")[2])
+    while psutil.pid_exists(owner) and psutil.Process(owner).status() != "zombie" and time.monotonic() < end:
+        time.sleep(0.05) # What stands for the command dies a moment later
     one = finished([*call[:-2], "--resume"], code=2)
     assert "differs in the number of processes, so it cannot be continued" in one.stderr
     finished([*call, "--resume"])

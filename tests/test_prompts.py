@@ -54,7 +54,7 @@ FINDINGS = {"chexpert": chest.CHEXPERT_FINDINGS, "mimic-cxr-jpg": chest.CHEXPERT
 LEFT_OUT = {"rsna-ich-itemized": {"epidural"},
             "cq500-itemized": {"ChronicBleed", "Fracture", "CalvarialFracture", "OtherFracture"}}
 NO_CLASSES = {"cc03m-itemized", "coco-captions", "csv", "cytopath", "flickr30k", "huggingface", "imagefolder", "ipath",
-              "json-pairs", "parquet", "quilt1m", "rocov2", "study-json", "webdataset"}
+              "json-pairs", "parquet", "quilt1m", "rocov2", "study-csv", "study-json", "webdataset"}
 
 
 @pytest.mark.parametrize("path", PACKS, ids=[p.stem for p in PACKS])
