@@ -498,11 +498,12 @@ def remove_folder(
 def alive(
     pid: int, # Number of a process of this machine
 ) -> bool:
-    "Whether a process runs"
+    "Whether a process runs; one that has ended and that nobody has asked after, as in some containers, does not"
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
     except PermissionError: return True
-    return True
+    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (OSError, IndexError): return True
 
 def machine() -> str: # 6 hexadecimal digits
     "Where a process number means this process: the machine, and on Linux its space of process numbers"
