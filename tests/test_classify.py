@@ -100,12 +100,26 @@ def test_classify_with_packs(images, tmp_path):
     (["--classes", "a", "b", "--label", "side"], "--label picks"),
     (["--pack", "kather", "--template", "x {}"], "brings its own templates"),
     (["--classes", "a", "b", "--template", "no braces"], "has no {}"),
+    (["--classes", "a", "b", "--template", "{side} {}"], "has a slot 'side' without words"),
+    (["--classes", "a", "b", "--slot", "side=left"], "Slot 'side' stands in no prompt"),
+    (["--classes", "a", "b", "--slot", "side"], "write a name and its words"),
+    (["--pack", "kather", "--slot", "side=left"], "brings its own templates"),
     (["--classes", "a", "b", "--model", "ViT-B32"], "Did you mean"),
     (["--classes", "a", "b", "--checkpoint", "nowhere"], "nowhere"), (["--classes", "a", "b", "--top", "-1"], "top"),
     (["--classes"], "requires an argument")])
 def test_classify_mistakes(images, args, says):
     result = call("classify", images / "0.png", *args, code=2)
     assert says in result.stderr and not result.stdout
+
+
+def test_slots(images):
+    words = ("--slot", "size=small,large", "side=left,right", "--json")
+    found = json.loads(call("classify", images / "0.png", "--classes", "a", "b", "--template", "{size} {} {side}",
+                            *words).stdout)
+    assert found["prompts"]["classes"]["a"] == ["small a left", "small a right", "large a left", "large a right"]
+    found = json.loads(call("rank", images / "0.png", "--texts", "{size} {side}", "a knee", *words).stdout)
+    assert ({s["text"] for s in found["images"][0]["texts"]}
+            == {"small left", "small right", "large left", "large right", "a knee"})
 
 
 def test_no_image(images):
@@ -315,11 +329,13 @@ def test_template_with_classes(command, spots, tmp_path):
 def test_template_with_findings(command, spots, tmp_path):
     words = ("multilabel=true", 'templates=["{}", "a square, {}"]', 'negatives=["no {}", "a square, not {}"]')
     run(command, tmp_path / "columns", f"data_root={spots}", 'labels=["bright", "right"]', *words,
-        'prompts={"right": {"present": "on the right", "absent": "on the left"}}')
+        'prompts={"right": {"present": "on the {far} right", "absent": "on the {far} left"}}',
+        "slots={far: [far, near]}")
     found = json.loads((tmp_path / "columns/metrics.json").read_text())
     assert ({"auroc_macro", "average_precision_macro", "f1_macro"} <= set(found["metrics"])
             and found["details"]["thresholds"]["chosen_on"] == "valid")
-    assert (found["details"]["prompts"]["right"]["absent"] == ["on the left", "a square, on the left"]
+    assert (found["details"]["prompts"]["right"]["absent"] == ["on the far left", "a square, on the far left",
+                                                               "on the near left", "a square, on the near left"]
             and found["details"]["prompts"]["bright"]["absent"][0] == "no bright")
     assert "Thresholds were chosen by the rule youden on" in (tmp_path / "columns/report.html").read_text()
     run(command, tmp_path / "list", f"data_root={spots}", 'labels=["found"]', *words, "valid_split=",
@@ -332,7 +348,8 @@ def test_template_with_findings(command, spots, tmp_path):
 
 @pytest.mark.parametrize("params, says",
                          [("valid_split=test", "temperature and thresholds are fitted"),
-                          ("pack=kather", "Pack kather@1 has no words for 'grey'")])
+                          ("pack=kather", "Pack kather@1 has no words for 'grey'"),
+                          ('templates=["{size} {}"]', "Prompt '{size} {}' has a slot 'size' without words")])
 def test_template_mistakes(command, spots, tmp_path, params, says):
     assert says in run(command, tmp_path / "run", f"data_root={spots}", params, code=2)
     assert not (tmp_path / "run").exists()

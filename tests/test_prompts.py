@@ -1,5 +1,6 @@
 """Prompt packs: every one loads and agrees with its card and its reader; slips are one message; they travel with the
 package"""
+import itertools
 import re
 import shutil
 import subprocess
@@ -31,6 +32,7 @@ from medclip_nb.datasets.readers import (
 )
 from medclip_nb.evaluators import (
     class_sentences,
+    fill_slots,
     finding_sentences,
     list_packs,
     load_pack,
@@ -38,6 +40,7 @@ from medclip_nb.evaluators import (
     prompts,
     read_pack,
 )
+from medclip_nb.experiments import check_parameters, load_suite
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKS = sorted((ROOT / "data" / "prompts").glob("*.yaml"))
@@ -120,6 +123,44 @@ def test_starter_pack_says_what_the_suite_says():
 GOOD = {"name": "mine", "version": "1", "dataset": "csv", "origin": "convention", "source": "here", "templates": ["{}"]}
 LABEL, FINDING = {"labels": {"label": {"a": "x", "b": ["y", "z"]}}}, {
     "findings": {"a": "x", "b": {"present": ["y"], "absent": ["z"]}}}
+
+
+@pytest.mark.parametrize("name", ["starter", "ablation", "balance"])
+def test_slots_of_the_suites_stand_for_every_sentence(name):
+    "Lesions in all sizes, on both sides and in all lobes, in this order"
+    expected = {kind: [f"{size} {kind} in the {side} {lobe} lobe."
+                       for size in ("Small", "Medium-sized", "Large")
+                       for side in ("left", "right")
+                       for lobe in ("frontal", "parietal", "temporal", "occipital")]
+                for kind in ("white-matter lesion", "ring-enhancing mass", "haemorrhage", "infarct")}
+    expected |= {"normal": "No significant abnormality.", "enlarged ventricles": "Enlarged lateral ventricles."}
+    runs = [r for r in load_suite(name).runs if "slots" in r.params]
+    assert len(runs) == sum(r.template == "itemized" for r in load_suite(name).runs) > 5
+    for r in runs:
+        (column, filled), = fill_slots(r.params["prompts"], r.params["slots"]).items()
+        assert filled == {kind: expected[kind] for kind in filled}, r.name
+        assert expected.keys() - filled.keys() == ({"normal"} if column == "findings" else set())
+
+
+@pytest.mark.parametrize("template, extra", [
+    ("zero_shot", {}), ("few_shot", {}), ("robustness", {"classifier": "zero_shot"}),
+    ("finetune", {"mode": "head"}), ("itemized", {"labels": ["finding"]})])
+def test_slots_are_checked_before_a_kernel_starts(template, extra):
+    given = extra | {"prompts": {"finding": {"infarct": "{size} infarct"}}, "slots": {"size": ["Small", "Large"]}}
+    assert check_parameters(template, given)["slots"] == given["slots"]
+    for change, says in (({"slots": {}}, "'{size} infarct' has a slot 'size' without words. No slots are given."),
+                         ({"slots": {"siez": ["Small"]}}, "The slots are siez. A literal brace is doubled."),
+                         ({"slots": {"size": ["Small"], "lobe": ["frontal"]}}, "Slot 'lobe' stands in no prompt"),
+                         ({"prompts": {}}, "'slots' has no effect here: it needs a prompt or template with a slot"),
+                         ({"slots": {"size": [str(k) for k in range(10001)]}}, "stand for 10,001 texts; 10,000 are")):
+        with pytest.raises(InputError, match=re.escape(says)): check_parameters(template, given | change)
+    assert check_parameters(template, extra | {"templates": ["{{size}} {}"]})
+
+
+def test_slots_run_fastest_at_the_end():
+    slots = {"b": ["1", "2"], "a": ["x", "y", "z"], "c": ["!"]}
+    assert (fill_slots("{a}{b}{a}{c}{}", slots)
+            == [f"{a}{b}{a}!{{}}" for a, b in itertools.product("xyz", "12")])
 
 
 @pytest.mark.parametrize("change, says", [

@@ -44,8 +44,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "labeled_features", "labeled_parts", "linear_probe", "neighbor_votes",
     ],
     "prompts": [
-        "ORIGINS", "PACK_KEYS", "Pack", "check_pack", "class_sentences", "finding_sentences", "finding_words",
-        "list_packs", "load_pack", "pack_folder", "read_pack",
+        "FEWER", "MAX_SENTENCES", "ORIGINS", "PACK_KEYS", "Pack", "SLOT", "check_pack", "class_sentences", "fill_slots",
+        "finding_sentences", "finding_words", "list_packs", "load_pack", "pack_folder", "read_pack", "slot_names",
     ],
     "protocol_choice": [
         "ANY", "as_model_compares", "chance_levels_of", "choose_protocols", "class_tables", "departure_list",

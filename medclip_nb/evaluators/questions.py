@@ -15,7 +15,7 @@ from ..core import InputError, close_matches
 from ..datasets.classes import class_lists, label_columns
 from ..datasets.manifest import Manifest
 from .labels import finding_labels
-from .prompts import Pack, check_pack, class_sentences, finding_sentences, load_pack
+from .prompts import Pack, check_pack, class_sentences, fill_slots, finding_sentences, load_pack
 
 # %% ../../nbs/evaluators/04_questions.ipynb #9be96e87
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ def prompt_spec(
     # The classes that are offered: a list for a single label column, or column -> list; nothing takes those of the
     # pack or the data set
     classes: Sequence[str] | Mapping[str, Sequence[str]] = (),
+    slots: Mapping[str, Sequence[str]] | None = None, # Slot of the sentences -> its words, see `fill_slots`
 ) -> PromptSpec:
     "Bring the parameters of an experiment into one form; raises `InputError` for words beside a pack"
     if not pack:
@@ -85,20 +86,22 @@ def prompt_spec(
         if multilabel and classes and len(labels) > 1:
             raise InputError("With multilabel, the label columns are the findings; leave classes out.")
         listed = class_lists(classes, labels)
+        texts = {"templates": list(templates), "prompts": dict(prompts or {}), "negatives": list(negatives)}
+        texts = fill_slots(texts, slots or {})
         return PromptSpec(
             list(labels),
-            list(templates),
-            dict(prompts or {}),
-            list(negatives),
+            texts["templates"],
+            texts["prompts"],
+            texts["negatives"],
             dict(positive or {}),
             multilabel,
             {} if multilabel else listed,
             dict.fromkeys(listed, BY_PARAMETER),
             listed.get(labels[0]) if multilabel and labels else None,
         )
-    if prompts or negatives:
+    if prompts or negatives or slots:
         raise InputError(
-            f"Pack {pack!r} brings its own words; leave prompts and negatives out, or write a pack of your own."
+            f"Pack {pack!r} brings its own words; leave prompts, negatives and slots out, or write a pack of your own."
         )
     found = load_pack(pack)
     columns = pack_columns(pack, labels, classes)

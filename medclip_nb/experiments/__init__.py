@@ -47,7 +47,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "ASKED", "MACHINE", "STATE", "differences", "has_state", "left_behind", "state_folder",
     ],
     "rules": [
-        "EFFECTS", "Effect", "LOOP", "USES", "Use", "check_split", "idle_message", "idle_parameters", "split_uses",
+        "EFFECTS", "Effect", "LOOP", "SENTENCES", "SLOTTED", "USES", "Use", "check_prompts", "check_split",
+        "idle_message", "idle_parameters", "split_uses",
     ],
     "runs": [
         "FAILED_FOLDER", "INPUTS", "MAX_SECONDS", "RUN_FOLDER", "RUN_NAME", "RunError", "RunRecord", "STAMP",

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import medclip_nb
 from ..core import InputError, close_matches, parse_json, parse_yaml, read_yaml, unknown_name
-from .rules import check_split, idle_message, idle_parameters
+from .rules import check_prompts, check_split, idle_message, idle_parameters
 
 # %% ../../nbs/experiments/01_parameters.ipynb #3b3e5aab
 def template_folder() -> Path:
@@ -292,8 +292,9 @@ def _broken_rules(template: Template, values: dict[str, Any]) -> list[str]:
     "What the rules of a template say against its parameters"
     name, params = template.path.stem, _completed(template, values)
     problems = [idle_message(*idle) for idle in idle_parameters(name, values, params).items()]
-    try: check_split(name, params)
-    except InputError as e: problems.append(str(e))
+    for check in (lambda: check_split(name, params), lambda: check_prompts(params)):
+        try: check()
+        except InputError as e: problems.append(str(e))
     return problems
 
 def _completed(template: Template, values: dict[str, Any]) -> dict[str, Any]:
