@@ -15,6 +15,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "foreign": [
         "FOREIGN", "Foreign", "Program", "clip_finetune", "read_foreign", "settings_yaml",
     ],
+    "kernels": [
+        "BACKEND", "EACH", "ForkedKernel", "IMPORT_LIMIT", "KernelServer", "KernelStart", "LAUNCHER", "LIBRARIES",
+        "Phases", "SWITCH", "cell_phase", "notebook_imports", "obstacle", "serve", "warm_kernels",
+    ],
     "ledger": [
         "ABOUT", "append_run", "check_ledger", "run_line",
     ],

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -37,6 +37,7 @@ from medclip_nb.core import (
     replaceable,
     write_json,
 )
+from .kernels import KernelStart, Phases, cell_phase, notebook_imports, warm_kernels
 from .overview import headline, read_metrics
 from .parameters import Template, check_parameters, read_template, template_cells, templates
 from .preflight import check_names
@@ -334,17 +335,24 @@ def _execute(
     work: Path,
     params: Mapping[str, Any],
     timeout: float | None,
-    on_cell: Callable[[int], None],
+    status: "Status",
     **own: str,
 ) -> Any:
     "Execute a template through papermill; the copy in `work` is saved after each cell"
-    import papermill
-    logging.getLogger("papermill").setLevel(logging.CRITICAL)
     deadline = time.monotonic() + timeout if timeout else None
     remaining = lambda cell: max(1, round(deadline - time.monotonic()))
     limits = {"timeout_func": remaining, "interrupt_on_timeout": False} if timeout else {}
-    team = training_processes(template)
+    team, phases = training_processes(template), status.phases
+    code = [source for kind, source, _ in read_template(template).cells if kind == "code"]
+    status.kernel = start = KernelStart(notebook_imports(code), _is_foreign(), team.total == 1)
+    def begin(cell: Any, cell_index: int) -> None:
+        phases.end("papermill" if "imports" in phases.seconds else "kernel")
+        status.cell(cell_index)
     with _kernel_environment(team, **own), company(team, template, params, _is_foreign()) as others:
+        start.prepare()
+        phases.end("checks")
+        import papermill
+        logging.getLogger("papermill").setLevel(logging.CRITICAL)
         try:
             return papermill.execute_notebook(
                 template,
@@ -355,9 +363,10 @@ def _execute(
                 progress_bar=False,
                 start_timeout=120,
                 extra_arguments=_kernel_options(),
-                on_cell_start=lambda cell, cell_index: on_cell(cell_index),
+                on_cell_start=begin,
+                on_cell_executed=lambda cell, **_: phases.end(cell_phase(cell.source)),
                 **limits,
-                **others.kernel_options(),
+                **(others.kernel_options() or start.options()),
             )
         except Exception as error: raise others.cause(error) from None
 
@@ -389,6 +398,7 @@ class Status:
         quiet: bool = False, # Print nothing
     ) -> None:
         self.name, self.total, self.quiet, self.start = name, total, quiet, time.monotonic()
+        self.phases, self.kernel = Phases(), None
         self.live = sys.stderr.isatty() and not quiet
 
     def cell(self, index: int) -> None:
@@ -404,6 +414,12 @@ class Status:
     def end(self, text: str) -> None:
         "The run is over"
         if not self.quiet: print("\r\x1b[K" * self.live + f"{self.name}: {text}", file=sys.stderr, flush=True)
+
+    def record(self) -> dict[str, Any]:
+        "For `run.json`: how the kernel started, and the seconds of the run and of its parts"
+        self.phases.end("saving")
+        kernel = {"start": self.kernel.made, "why": self.kernel.why} if self.kernel else {}
+        return {"kernel": kernel, "phases": self.phases.rounded(), "seconds": round(self.seconds, 2)}
 
     @property
     def seconds(self) -> float: return time.monotonic() - self.start
@@ -442,7 +458,7 @@ def _run_cells(
     "Execute the cells; raises `InputError` or `RunError`, the notebook so far kept beside the destination"
     try:
         return _execute(
-            path, work, values, timeout, status.cell, **{STATE: str(states), RUN_NAME: out_dir.name}
+            path, work, values, timeout, status, **{STATE: str(states), RUN_NAME: out_dir.name}
         )
     except Exception as e:
         failed = _failed(out_dir)
@@ -503,7 +519,8 @@ def run(
 ) -> RunRecord: # Name, path, status, seconds, headline
     "Execute a template into a folder; raises `InputError` for what the user can correct, `RunError` for other failures"
     check_timeout(timeout)
-    one, out_dir = read_template(template), Path(out_dir)
+    one, out_dir, started = read_template(template), Path(out_dir), datetime.now(timezone.utc)
+    status = Status(out_dir.name, len(one.cells) + 1, quiet)
     values = check_parameters(one, params or {})
     values = {name: values[name] for name in one.parameters if name in values}
     check_names(one, values)
@@ -515,20 +532,19 @@ def run(
     if not force and is_complete(out_dir, key()): return _record(out_dir, "kept")
     replaceable(out_dir, RUN_FOLDER)
     replaceable(_failed(out_dir), FAILED_FOLDER)
-    status, started = Status(out_dir.name, len(one.cells) + 1, quiet), datetime.now(timezone.utc)
     asked = asked_for(one, params_key, inputs, builds_on)
-    with state_folder(out_dir, asked, resume or (False if force else None)) as states, run_folder(out_dir) as work:
+    resumes = resume or (False if force else None)
+    with warm_kernels(), state_folder(out_dir, asked, resumes) as states, run_folder(out_dir) as work:
         replace = {str(work): ".", os.path.relpath(work): ".", **replace}
         notebook = _run_cells(one.path, work, values, timeout, status, out_dir, states, replace)
         complete = {k: values.get(k, s.default) for k, s in one.parameters.items() if k != "out_dir"}
+        status.phases.end("kernel")
         _finish(work, notebook, one, complete, out_dir.name, replace)
+        status.phases.end("report")
         inputs |= {k: v for k, v in input_identities(values, params_key, one).items() if inputs.get(k) == "absent"}
         shown = {k: scrub(v, replace) if isinstance(v, str) else v for k, v in complete.items()}
-        times = {"started": started.isoformat(timespec="seconds"), "seconds": round(status.seconds, 2)}
-        write_json(
-            work / "run.json",
-            run_record(work, one.path, parameters=shown, inputs=inputs, builds_on=dict(builds_on), **times),
-        )
+        record = run_record(work, one.path, parameters=shown, inputs=inputs, builds_on=dict(builds_on))
+        write_json(work/"run.json", record | {"started": started.isoformat(timespec="seconds"), **status.record()})
         write_json(work/STAMP, {"key": key(), "files": {f: (work/f).stat().st_size for f in artefacts(work)}})
     remove_folder(_failed(out_dir), FAILED_FOLDER)
     status.end(f"done in {status.seconds:.0f} s")

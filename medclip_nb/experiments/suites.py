@@ -18,6 +18,7 @@ from typing import Any
 
 from ..core import InputError, close_matches, read_json, read_yaml, write_json
 from .costs import Work, run_work
+from .kernels import warm_kernels
 from .overview import write_index
 from medclip_nb.experiments.parameters import (
     check_parameters,
@@ -389,6 +390,7 @@ def _refuse_other(folder: Path) -> None:
     for path in (state, folder/"index.html"):
         if path.exists() and not ours: raise InputError(f"{path}: was not written by a suite. Give another --out.")
 
+@warm_kernels()
 def run_suite(
     path: str | Path, # A YAML file, or the name of a suite of the package
     out_dir: str | Path = "reports", # The suite's folder is made in it
