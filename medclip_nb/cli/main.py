@@ -190,21 +190,35 @@ def suite(
     ] = "",
     timeout: Annotated[Optional[float], typer.Option(help="Limit of each run in seconds.")] = None,
     processes: ProcessesOption = 0,
+    workers: Annotated[int, typer.Option(help="Execute so many runs at a time, each in a process of its own.")] = 1,
+    threads: Annotated[
+        int,
+        typer.Option(
+            help="Threads of each run; by default OMP_NUM_THREADS, or the cores divided among the workers. Training "
+            "depends on it.",
+            show_default=False,
+        ),
+    ] = 0,
 ) -> None:
-    "Execute a suite of runs; skip what has not changed."
+    "Execute a suite of runs; skip what has not changed. After Ctrl-C or a crash the same command goes on."
     from medclip_nb import experiments
     if experiments.has_leader(): return
     experiments.check_timeout(timeout)
     if file is None:
         known = experiments.list_suites()
         return typer.echo("\n".join(f"{name:<{max(map(len, known))}}  {title}" for name, title in known.items()))
+    if workers > 1 and (processes > 1 or experiments.launched().total > 1):
+        raise InputError("--workers executes runs side by side, --processes trains one with several: give one of them.")
+    place, share = experiments.local_place(workers, threads)
+    own = {"OMP_NUM_THREADS": str(share)} if threads or workers > 1 else {}
     if dry_run:
         _costs(file, only, scale)
-        with experiments.together(processes): planned = experiments.plan_suite(file, out, only, scale)
+        with experiments.together(processes), experiments.environment(own):
+            planned = experiments.plan_suite(file, out, only, scale)
         for r in planned: typer.echo(f"{r.name:<24}  {'to run' if force else r.status}")
         return
-    with experiments.together(processes):
-        records = experiments.run_suite(file, out, only, force, timeout, scale=scale)
+    with experiments.together(processes), experiments.environment(own), place:
+        records = experiments.run_suite(file, out, only, force, timeout, scale=scale, place=place)
     typer.echo(experiments.summarize_runs(records))
     if scale: typer.echo(f"scale {scale}: this was to try the suite out, and nothing above is a result")
     typer.echo(f"reports: {Path(out, records[0].path.parent.name, 'index.html')}")

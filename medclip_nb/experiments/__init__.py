@@ -55,8 +55,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "idle_message", "idle_parameters", "split_uses",
     ],
     "runs": [
-        "FAILED_FOLDER", "INPUTS", "MAX_SECONDS", "RUN_FOLDER", "RUN_NAME", "RunError", "RunRecord", "STAMP",
-        "Status", "TABLES", "artefacts", "asked_for", "check_timeout", "code_hash", "data_identity",
+        "FAILED_FOLDER", "FOLLOWED", "INPUTS", "MAX_SECONDS", "RUN_FOLDER", "RUN_NAME", "RunError", "RunRecord",
+        "STAMP", "Status", "TABLES", "artefacts", "asked_for", "check_timeout", "code_hash", "data_identity",
         "input_identities", "is_complete", "note_parameters", "record_notebook", "result_hash", "run", "run_folder",
         "run_key", "run_record", "threads",
         "training_processes",
@@ -68,8 +68,12 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "show_skipped", "usable_rows",
     ],
     "suites": [
-        "MAX_RUNS", "NAME", "REFERENCE", "RUN_KEYS", "SUITE_KEYS", "Suite", "SuiteRun", "YAML_TYPES", "find_suite",
-        "list_suites", "load_suite", "plan_suite", "run_suite", "suite_works", "summarize_runs",
+        "MAX_RUNS", "NAME", "REFERENCE", "RUN_KEYS", "STATE_EVERY", "SUITE_KEYS", "Suite", "SuiteRun", "YAML_TYPES",
+        "find_suite", "list_suites", "load_suite", "plan_suite", "run_suite", "suite_works", "summarize_runs",
         "up_to_date",
+    ],
+    "workers": [
+        "Apart", "Board", "Died", "END_WITHIN", "Here", "IDLE", "LOGS", "Line", "RunPlace", "Waiting", "Workers",
+        "apart", "follow", "last_line", "local_place", "serve_calls", "visible_gpus", "work_off",
     ],
 })

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..core import InputError, alive, machine, read_json, write_json
@@ -73,6 +73,16 @@ def _take(out_dir: Path, mine: Path, asked: Mapping[str, str], insist: bool) -> 
     return False
 
 # %% ../../nbs/experiments/03_resuming.ipynb #e43750de
+def _begin(mine: Path, asked: Mapping[str, str]) -> None:
+    "Make a state folder, or complete one that was taken, while other runs may remove the folder around it"
+    for last in (*[False] * 9, True):
+        try:
+            mine.mkdir(parents=True, exist_ok=True)
+            write_json(mine/ASKED, dict(asked))
+            return (mine/MACHINE).write_text(machine(), encoding="utf-8") and None
+        except FileNotFoundError:
+            if last: raise
+
 @contextmanager
 def state_folder(
     out_dir: str | Path, # Destination of the run
@@ -87,8 +97,7 @@ def state_folder(
     for p in left_behind(out_dir):
         if (p/ASKED).is_file() and (p != mine or not taken): shutil.rmtree(p, ignore_errors=True)
     try:
-        write_json(mine/ASKED, dict(asked))
-        (mine/MACHINE).write_text(machine(), encoding="utf-8")
+        _begin(mine, asked)
     except OSError as e:
         raise InputError(f"{out_dir} cannot be written: {e.strerror}. Choose another folder.") from None
     keep = False
@@ -99,4 +108,4 @@ def state_folder(
         raise
     finally:
         if not keep: shutil.rmtree(mine, ignore_errors=True)
-        if mine.parent.is_dir() and not any(mine.parent.iterdir()): mine.parent.rmdir()
+        with suppress(OSError): mine.parent.rmdir() # Unless other runs are at work in it
