@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import forks
@@ -86,6 +87,32 @@ def test_the_phases_of_a_run_are_its_seconds(facts):
     about = facts("one")[1]
     assert set(about["phases"]) == {"checks", "kernel", "imports", "body", "papermill", "report", "saving"}
     assert sum(about["phases"].values()) == pytest.approx(about["seconds"], abs=0.06), "but for rounding"
+
+
+def test_the_runner_imports_neither_models_nor_what_nobody_needs():
+    code = """
+import sys
+from medclip_nb.experiments import kernels, runs
+runs.check_names("zero_shot", {"dataset": "starter", "model": "starter"})
+with kernels.without("rfc3987_syntax"):
+    import papermill
+print(sorted({"torch", "open_clip", "timm", "transformers", "rfc3987_syntax"} & sys.modules.keys()))"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "[]"
+
+
+def test_a_figure_is_drawn_for_its_report_alone(make_template, tmp_path, usual):
+    template = make_template(tmp_path/"figure.ipynb", 'out_dir: str = "out"', """
+import matplotlib.pyplot as plt
+from medclip_nb import plots
+plots.use_style()
+draw, drawn = plt.Figure.draw, []
+plt.Figure.draw = lambda figure, renderer: (drawn.append(1), draw(figure, renderer))[1]
+plt.plot([1, 2]);""", "print(len(drawn))")
+    report = json.loads((run(template, {}, tmp_path/"out", quiet=True).path/"report.ipynb").read_text())
+    outputs = [output for cell in report["cells"] for output in cell.get("outputs", [])]
+    assert [o["output_type"] for o in outputs] == ["display_data", "stream"], "a figure, and how often it was drawn"
+    assert "".join(outputs[1]["text"]).strip() == "2", "to be measured, and to be drawn"
 
 
 def test_another_environment_gets_another_server(facts, monkeypatch):

@@ -120,11 +120,14 @@ def card(
 # %% ../../nbs/datasets/02_registry.ipynb #5460fbc0
 LISTED = ["name", "title", "modality", "tasks", "license", "source", "description", "reader"]
 
-def list_datasets() -> pd.DataFrame: # One row per dataset; `reader` is the module of its reader
+def list_datasets(
+    only: Iterable[str] | None = None, # Names; None for all
+) -> pd.DataFrame: # One row per dataset; `reader` is the module of its reader
     "Every dataset that `load_manifest` can read: those with a card, and those registered by hand"
-    cards = {name: card(name) for name in card_names()}
+    wanted = (lambda name: True) if only is None else frozenset(only).__contains__
+    cards = {name: card(name) for name in card_names() if wanted(name)}
     rows = [c | {"tasks": ", ".join(c["tasks"]), "reader": c["module"]} for c in cards.values()]
-    rows += [facts for name, (_, facts) in READERS.items() if name not in cards]
+    rows += [facts for name, (_, facts) in READERS.items() if name not in cards and wanted(name)]
     return pd.DataFrame(rows, columns=LISTED).sort_values("name", ignore_index=True)
 
 def _find_reader(name: str) -> Callable:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'BACKEND', 'IMPORT_LIMIT', 'EACH', 'LAUNCHER', 'SWITCH', 'notebook_imports', 'serve', 'ForkedKernel',
-           'KernelServer', 'warm_kernels', 'obstacle', 'KernelStart', 'Phases', 'cell_phase']
+           'KernelServer', 'warm_kernels', 'obstacle', 'KernelStart', 'without', 'Phases', 'cell_phase']
 
 # %% ../../nbs/experiments/19_kernels.ipynb #d1d8af5a
 import ast
@@ -357,6 +357,18 @@ class KernelStart:
                 local.process, local.pid, local.pgid, local.cwd = found, found.pid, found.pid, os.getcwd()
                 self._reconcile_connection_info(local.connection_info)
         return {"kernel_manager_class": Warm}
+
+# %% ../../nbs/experiments/19_kernels.ipynb #0fe703d7
+@contextmanager
+def without(
+    *names: str, # Optional modules
+) -> Iterator[None]:
+    "Imports in the block do without modules that are not loaded yet; nothing is held back inside a kernel"
+    held = [] if "ipykernel" in sys.modules else [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(held))
+    try: yield
+    finally:
+        for name in held: sys.modules.pop(name, None)
 
 # %% ../../nbs/experiments/19_kernels.ipynb #7c24bc7d
 class Phases:

@@ -16,6 +16,7 @@ from ..core import InputError, absent, close_matches, looks_like_path, pick_devi
 from .parameters import Template, read_template, template_folder
 
 # %% ../../nbs/experiments/09_preflight.ipynb #pre0f105
+_OWN = ("starter", "starter-studies") # The keys of `models.starter.STARTERS`, whose import takes seconds
 _MADE = ("starter", "medmnist") # Datasets that may be made or downloaded when they are read
 
 def _architectures() -> set[str]:
@@ -27,7 +28,7 @@ def _architectures() -> set[str]:
 def _check_model(spec: str) -> None:
     "Raise `InputError` for a model that is neither a name nor a folder"
     name = spec.partition("/")[0]
-    if ":" in spec or os.path.isdir(spec) or name in (known := _architectures()) or not known: return
+    if ":" in spec or os.path.isdir(spec) or spec in _OWN or name in (known := _architectures()) or not known: return
     from medclip_nb.models.published import PUBLISHED
     from medclip_nb.models.stand_ins import STAND_INS
     from medclip_nb.models.starter import STARTERS

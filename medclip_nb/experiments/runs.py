@@ -37,7 +37,7 @@ from medclip_nb.core import (
     replaceable,
     write_json,
 )
-from .kernels import KernelStart, Phases, cell_phase, notebook_imports, warm_kernels
+from .kernels import KernelStart, Phases, cell_phase, notebook_imports, warm_kernels, without
 from .overview import headline, read_metrics
 from .parameters import Template, check_parameters, read_template, template_cells, templates
 from .preflight import check_names
@@ -355,7 +355,8 @@ def _execute(
     with _kernel_environment(team, **own), company(team, template, params, _is_foreign()) as others:
         start.prepare()
         phases.end("checks")
-        import papermill
+        with without("rfc3987_syntax"):
+            import papermill
         logging.getLogger("papermill").setLevel(logging.CRITICAL)
         try:
             return papermill.execute_notebook(

@@ -246,7 +246,7 @@ def dataset_facts(
     dataset: str, # A registered name
 ) -> pd.Series: # name, title, modality, tasks, license, source, description, reader
     "What its card says about a dataset"
-    return list_datasets().set_index("name").loc[dataset]
+    return list_datasets([dataset]).set_index("name").loc[dataset]
 
 def data_notice(
     dataset: str, # A registered name

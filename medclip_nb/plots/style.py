@@ -10,6 +10,7 @@ import math
 import textwrap
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
@@ -40,6 +41,13 @@ def use_style() -> None:
             "svg.hashsalt": "medclip_nb",
         },
     )
+    _draw_once()
+
+def _draw_once() -> None:
+    "Where a notebook shows figures at the end of a cell, do not draw each of them for an unseen window before"
+    if "inline" not in plt.get_backend(): return
+    plt.switch_backend(plt.get_backend()) # Loads it, as the first figure would
+    plt.uninstall_repl_displayhook()
 
 # %% ../../nbs/plots/01_style.ipynb #9f43404a
 def wrapped(
