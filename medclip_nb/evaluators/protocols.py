@@ -51,7 +51,8 @@ class Protocol:
     scaled: bool = False # Whether the published softmax multiplies cosines by the model's scale
     thresholds: bool = False # Whether validation rows are used, for thresholds
     options: Mapping[str, Any] = field(default_factory=dict) # Options of the reader
-    split: str = "test" # What was measured: a split, or all
+    split: str = "test" # What is measured: a split, or all
+    published_split: str = "" # What the published number covers; empty for the same
     files: str = "" # How files that nobody prepared are read, a name from `PREPROCESSING`; empty as the model does
     departures: tuple[str, ...] = () # Where it departs from the published script, and why
 
@@ -208,6 +209,7 @@ _ALL = (
         "rad-chestct",
         "15 findings",
         source=ITEMIZED,
+        published_split="all",
         measure=partial(threshold_result, grid=np.linspace(-1, 1, 4000)),
         pack="rad-chestct-itemized",
         departures=(RAW, TUNED, WHOLE, BALANCED, EMPTY),
@@ -226,6 +228,7 @@ _ALL = (
         "rad-chestct",
         "15 findings, each against its absence",
         pack="rad-chestct-hlip",
+        published_split="all",
         **_CHEST_HLIP | {"departures": (*_CHEST_HLIP["departures"], WHOLE)},
     ),
     Protocol(

@@ -68,13 +68,14 @@ def published_table(
     table: "pandas.DataFrame", # From `compare`: run, metric, value, low, high
     entries: Iterable[Mapping[str, Any]], # From `check_published`
 ) -> "pandas.DataFrame": # One row an entry, see `PUBLISHED_COLUMNS`
-    "Published numbers beside ours; missing where there is no such run or metric yet"
+    "Published numbers beside ours (as published, where that differs); missing where there is no such run or metric yet"
     import pandas as pd
     found = table.set_index(["run", "metric"])[["value", "low", "high"]].astype(float)
     rows = []
     for e in entries:
         where, nothing = (e["run"], e["metric"]), [float("nan")] * 3
-        ours, low, high = found.loc[where] if where in found.index else nothing
+        right = (e["run"], e["metric"].removesuffix("_as_published")) # The same number where the script had no slip
+        ours, low, high = next((found.loc[at] for at in (where, right) if at in found.index), nothing)
         rows.append((
             *where, ours, low, high, published_text(e["value"]), _difference(ours, e["value"]),
             e["source"], e.get("note", ""),

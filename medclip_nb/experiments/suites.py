@@ -74,7 +74,7 @@ class Suite:
     runs: list[SuiteRun] # In the order of the file
     scale: str = "" # One of the scales of the file; empty is the full one
     published: list[dict[str, Any]] = field(default_factory=list) # Numbers of others, see `check_published`
-    rows: dict[str, dict[str, int]] = field(default_factory=dict) # Data set -> split -> images, at full size
+    rows: dict[str, dict[str, int]] = field(default_factory=dict) # Data set, or a run of its own -> split -> images, at full size
 
 # %% ../../nbs/experiments/05_suites.ipynb #5369c8f6
 def find_suite(
@@ -193,8 +193,8 @@ def _check_scales(scales: Mapping[str, Any], where: str) -> None:
         for name, changes in change.get("runs", {}).items(): _keys(changes, CHANGE_KEYS, f"{there}, run {name}")
 
 def _checked_rows(rows: Mapping[str, Any], runs: Iterable[SuiteRun], where: str) -> dict[str, dict[str, int]]:
-    "The sizes of data sets; raises `InputError` for one that no run reads, and for what is no number of rows"
-    used = {r.params["dataset"] for r in runs if "dataset" in r.params}
+    "The sizes of data sets or single runs; raises `InputError` for what none is, and for what is no number of rows"
+    used = {r.params["dataset"] for r in runs if "dataset" in r.params} | {r.name for r in runs}
     for name, splits in rows.items():
         if name not in used: raise InputError(f"{where}, rows: no run reads {name!r}. {close_matches(name, used)}")
         if not isinstance(splits, dict) or not all(type(n) is int and n >= 0 for n in splits.values()):
@@ -386,7 +386,7 @@ def suite_works(
     models = {r.name: r.params for r in suite.runs}
     found = {}
     for r in _chosen(suite, only):
-        rows = suite.rows.get(r.params.get("dataset", ""))
+        rows = suite.rows.get(r.name) or suite.rows.get(r.params.get("dataset", ""))
         made = REFERENCE.fullmatch(str(r.params.get("model", "")).partition("/")[0]) # A model that another run trains
         own = models[made[1]] if made and made[1] in models else {}
         towers = {k: own[k] for k in ("model", "image_tower", "text_tower", "num_series") if k in own}
