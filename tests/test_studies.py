@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import subprocess
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -10,11 +11,12 @@ import pytest
 import torch
 
 from medclip_nb.core import InputError
-from medclip_nb.datasets import Manifest, load_manifest, name_studies, series_paths
-from medclip_nb.embeddings import embed
+from medclip_nb.datasets import Manifest, drop_unusable, load_manifest, name_studies, series_paths
+from medclip_nb.embeddings import embed, encoded_images, open_rows
 from medclip_nb.evaluators import linear_probe, retrieval, zero_shot, zero_shot_classifier
-from medclip_nb.images import StudyPreprocess
+from medclip_nb.images import StudyPreprocess, load_volume, read_volume, study_preprocess, value_scale
 from medclip_nb.models import load_model, save_checkpoint, study_model
+from medclip_nb.trainers import Pairs
 
 FEW = {"n_studies": [8, 4, 5], "n_slices": 1, "workers": 1}
 TOWER = dict(width=32, depth=2, heads=2, patch_size=(8, 16, 16), grid=(2, 3, 3), levels=("scan", "study"), max_scans=8,
@@ -156,3 +158,118 @@ def test_the_command_writes_features_of_studies(command, reader, folder, studies
     done = subprocess.run([command, "embed", "starter", studies.root, "--model", "starter", *options, "--out",
                            tmp_path / "other.npz"], capture_output=True, text=True)
     assert done.returncode == 2 and "Take a study model" in done.stderr and not (tmp_path / "other.npz").exists()
+
+
+NOISE = np.random.default_rng(0).random((12, 40, 44)).astype(np.float32)
+
+
+def heads():
+    "A model that was trained on tensors from 0 to 255"
+    torch.manual_seed(0)
+    steps = StudyPreprocess(percentiles=None, divide=255, size=(16, 48, 48))
+    return study_model(TOWER, WORDS, dim=32, preprocess=steps, device="cpu")
+
+
+def rows_of(folder, *arrays, **read):
+    "A study with one series for each array"
+    for i, array in enumerate(arrays): torch.save(torch.as_tensor(array), folder / f"{i}.pt")
+    rows = Manifest({"series": [{"T1": f"{i}.pt"} for i in range(len(arrays))], "split": "test"})
+    rows = rows.assign(caption=[f"study {i}" for i in range(len(arrays))])
+    rows.root, rows.dataset, rows.read = str(folder), "noise", read
+    return rows
+
+
+@pytest.mark.parametrize(("values", "scale"), [
+    (NOISE, "unit"), (NOISE * 1.004 - 0.003, "unit"), (NOISE * 255, "bytes"), (NOISE * 259 - 3, "bytes"),
+    (NOISE * 5 - 1.5, "other"), (NOISE * 3, "other"), (NOISE * 2000 - 1000, "other"), (NOISE * 1000, "other"),
+    (NOISE * 0, ""), (NOISE * 0 + 0.4, ""), (NOISE > 0.5, ""), (np.round(NOISE * 3), "bytes"),
+    ((NOISE * 255).astype(np.uint8), "bytes"),
+])
+def test_the_scale_of_values(values, scale):
+    assert value_scale(values) == scale
+
+
+def test_training_features_and_scores_read_tensors_alike(tmp_path):
+    "From 0 to 1 or from 0 to 255: the same picture, wherever rows are opened, and a word where steps were changed"
+    (tmp_path / "unit").mkdir()
+    bytes_, unit, clip = rows_of(tmp_path, NOISE * 255), rows_of(tmp_path / "unit", NOISE * 1.002), heads()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        known = open_rows(clip, bytes_)[0].volumes
+    with pytest.warns(UserWarning, match="noise: tensors from 0 to 1, read by the steps mri-unit"):
+        trained = Pairs(clip, unit)[0][0].volumes
+    seen = open_rows(clip, unit)[0].volumes
+    assert torch.equal(seen, trained) and seen.std() > 0.5 and known.std() > 0.5
+    found = next(iter(encoded_images(clip, unit, tokens=False)))[1]
+    assert np.allclose(torch.nn.functional.normalize(found).numpy(), embed(clip, unit).images, atol=1e-5)
+
+
+@pytest.mark.parametrize(("last", "said"), [
+    (NOISE, r"8.pt: values from \S+ to 1, read by steps for values from 0 to 255. If all .*rescale: \[255, 0\]"),
+    (NOISE * 5 - 1.5, r"8.pt: values from -1.5 to 3.5, .*percentiles: \[0.5, 99.5\]"),
+])
+def test_a_later_file_on_another_scale_stops(tmp_path, last, said):
+    "Beyond the files that decide, in training, features and scores"
+    rows, clip = rows_of(tmp_path, *[NOISE * 255] * 8, last), heads()
+    for read in (lambda: embed(clip, rows), lambda: list(encoded_images(clip, rows)), lambda: Pairs(clip, rows)[8]):
+        with pytest.raises(InputError, match=said): read()
+    unit = rows_of(tmp_path, *[NOISE] * 8, NOISE * 255)
+    with pytest.warns(UserWarning, match="mri-unit"), pytest.raises(InputError, match="8.pt: .* 0 to 1.*0.0039216"):
+        embed(clip, unit)
+    with pytest.raises(InputError, match="one scale"): embed(clip, rows_of(tmp_path, NOISE, NOISE * 255))
+
+
+def test_the_remedies_for_other_scales_work(tmp_path):
+    "Each as the message writes it; nothing is divided twice"
+    clip = heads()
+    plain = open_rows(clip, rows_of(tmp_path, NOISE * 255))[0].volumes
+    again = open_rows(clip, rows_of(tmp_path, NOISE, rescale=[255, 0]))[0].volumes
+    assert torch.allclose(again, plain, atol=1e-5)
+    scores = open_rows(clip, rows_of(tmp_path, NOISE * 5 - 1.5, percentiles=[0.5, 99.5]))[0].volumes
+    inside = scores[..., 2:14, 4:44, 2:46]
+    assert inside.min() == pytest.approx(-0.449 / 0.226, abs=1e-4)
+    assert inside.max() == pytest.approx(0.551 / 0.226, abs=1e-4)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_voxels_that_are_no_numbers(tmp_path, value):
+    "A tensor is refused and is a bad row; in a scan they are where nothing was measured"
+    import nibabel as nib
+    (broken := NOISE * 255)[3, 5, 7] = value
+    rows = rows_of(tmp_path, broken, NOISE * 255, NOISE * 255)
+    said = r"0.pt: 1 of 21,120 voxels are not finite \(NaN or infinite\).*remove its row"
+    for read in (lambda: embed(heads(), rows), lambda: open_rows(heads(), rows)[0]):
+        with pytest.raises(InputError, match=said): read()
+    kept, _ = drop_unusable(rows, ["image"], "decode", 0.5)
+    assert len(kept) == 2 and kept.skipped[0]["kind"] == "unreadable image"
+    np.save(tmp_path / "0.npy", broken)
+    with pytest.raises(InputError, match="0.npy: 1 of 21,120 voxels"): read_volume(tmp_path / "0.npy")
+    nib.save(nib.Nifti1Image(broken, np.eye(4)), tmp_path / "scan.nii.gz")
+    with pytest.warns(UserWarning, match="scan.nii.gz: 1 voxels are not finite"):
+        scan = read_volume(tmp_path / "scan.nii.gz", percentiles=None, orientation=None).array
+    assert np.isfinite(scan).all() and scan[3, 5, 7] == scan.min()
+
+
+def test_channels_of_a_tensor(tmp_path):
+    "One channel, first or last, is a plain volume; several are turned together"
+    torch.save(torch.as_tensor(NOISE), tmp_path / "plain.pt")
+    torch.save(torch.as_tensor(NOISE)[None], tmp_path / "first.pt")
+    torch.save(torch.as_tensor(NOISE)[..., None], tmp_path / "last.pt")
+    torch.save(torch.stack([torch.as_tensor(NOISE), torch.as_tensor(NOISE) * 2]), tmp_path / "two.pt")
+    steps = study_preprocess("mri-files")
+    read = lambda name: steps({"T1": tmp_path / name}, file_spacing=(3, 1, 1)).volumes
+    assert torch.equal(read("first.pt"), read("plain.pt")) and torch.equal(read("last.pt"), read("plain.pt"))
+    how = {"file_spacing": (1, 1, 3), "orientation": "IPR", "thick_first": True, "percentiles": None}
+    one, two = read_volume(tmp_path / "plain.pt", **how), read_volume(tmp_path / "two.pt", **how)
+    assert one.array.shape == (44, 12, 40) and np.array_equal(two.array[0], one.array)
+    assert np.allclose(two.array[1], one.array * 2) and np.allclose(two.affine, one.affine)
+
+
+def test_a_file_of_several_volumes_says_which_is_read(tmp_path):
+    import nibabel as nib
+    nib.save(nib.Nifti1Image(np.stack([NOISE, NOISE + 1, NOISE + 2], 3), np.eye(4)), tmp_path / "4d.nii.gz")
+    with pytest.warns(UserWarning, match=r"4d.nii.gz: volume 0 of 3; another is read with .*read: {frame: 1}"):
+        study_preprocess("mri-files")({"s": tmp_path / "4d.nii.gz"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.allclose(load_volume(tmp_path / "4d.nii.gz", frame=1).array, NOISE + 1, atol=1e-6)

@@ -192,8 +192,9 @@ def test_published_numbers_stand_beside_the_same_rows(name):
         assert wanted == {measured}, (name, entry["run"])
     works = suite_works(name)
     for run in works:
-        split, size = runs[run].params.get("split") or "test", suite.rows.get(run) or suite.rows[runs[run].params["dataset"]]
-        measured = size.get(split, sum(size.values()))
+        params, rows = runs[run].params, suite.rows
+        size = rows.get(run) or rows[params["dataset"]]
+        measured = size.get(params.get("split") or "test", sum(size.values()))
         if runs[run].template == "evaluate": assert works[run].encoded == measured, run
 
 

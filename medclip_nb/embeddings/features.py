@@ -56,7 +56,8 @@ def _study_probe(preprocess: StudyPreprocess) -> tuple[dict, Tensor, list[str]]:
     noise = np.random.default_rng(0).integers(-1000, 1500, (20, 9, 26), np.int16)
     with tempfile.TemporaryDirectory() as folder:
         nib.save(nib.Nifti1Image(noise, affine), f"{folder}/probe.nii")
-        return preprocess.config(), *preprocess({"T2": f"{folder}/probe.nii"})
+        fit = {"bytes": {"rescale": (0.1, 100)}, "unit": {"rescale": (0.0004, 0.4)}}.get(preprocess.scale, {})
+        return preprocess.config(), *preprocess({"T2": f"{folder}/probe.nii"}, **fit)
 
 def _image_probe(clip: ClipModel) -> Any:
     if isinstance(clip.preprocess, StudyPreprocess): return _study_probe(clip.preprocess)
@@ -163,7 +164,7 @@ def embed(
         store = FeatureCache(folder, clip.dim, facts=_facts(clip, kind, **how), save_every=save_every)
         found[kind], counts[kind] = store.fill(keys, compute, together=together), store.counts
     if images and {"image", "series"} & {*manifest}:
-        clip = fitted_to_files(clip, manifest)
+        clip = fitted_to_files(clip, manifest) # Its steps are a part of what the cache goes by
         rows = open_rows(clip, manifest)
         stamps = [{name: stamp(path) for name, path in row.items()} for row in rows.files] if cache else None
         size = max(1, batch_size // 16) if isinstance(rows, ManifestStudies) else batch_size

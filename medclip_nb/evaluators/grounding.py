@@ -20,6 +20,7 @@ from PIL import Image
 from ..core import InputError, plain_file, progress
 from ..datasets.manifest import Manifest
 from ..datasets.studies import series_paths
+from ..embeddings.streams import fitted_to_files
 from .results import EvalOptions, Result, bootstrap_groups, provenance
 from ..images.reading import FORMATS, read_image
 from ..images.studies import labels_at, pad_studies
@@ -192,6 +193,7 @@ def look_at_row(
     own = items_of(one)[0] if texts is None else list(texts)
     mask = one.files(one["mask"])[0] if texts is None and has_masks(one) else None
     if isinstance(clip, StudyModel):
+        clip = fitted_to_files(clip, one)
         found = look_at_study(clip, series_paths(one)[0], own, method, mask, True, **one.read)
     else:
         image = read_image(one.paths()[0], **one.read)

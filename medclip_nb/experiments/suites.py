@@ -74,7 +74,7 @@ class Suite:
     runs: list[SuiteRun] # In the order of the file
     scale: str = "" # One of the scales of the file; empty is the full one
     published: list[dict[str, Any]] = field(default_factory=list) # Numbers of others, see `check_published`
-    rows: dict[str, dict[str, int]] = field(default_factory=dict) # Data set, or a run of its own -> split -> images, at full size
+    rows: dict[str, dict[str, int]] = field(default_factory=dict) # Data set or run -> split -> images, at full size
 
 # %% ../../nbs/experiments/05_suites.ipynb #5369c8f6
 def find_suite(

@@ -19,7 +19,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "reading": ["FORMATS", "READING", "read_image"],
     "studies": [
         "PREPROCESSING", "READ", "Study", "StudyBatch", "StudyDataset", "StudyPreprocess", "draw_series",
-        "json_values", "labels_at", "nearest_slices", "pad_studies", "study_preprocess", "token_mask",
+        "json_values", "labels_at", "nearest_slices", "pad_studies", "study_preprocess", "token_mask", "value_scale",
     ],
     "volumes": [
         "MAX_VOXELS", "PLANES", "Volume", "WINDOWS", "Window", "apply_window", "dicom_pixels",

@@ -12,7 +12,7 @@ import gzip
 import math
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -123,6 +123,12 @@ def orient(
     change = ornt_transform(io_orientation(volume.affine), axcodes2ornt(tuple(letters)))
     array = np.ascontiguousarray(apply_orientation(volume.array, change))
     return replace(volume, array=array, affine=volume.affine @ inv_ornt_aff(change, volume.array.shape))
+
+def _each_channel(volume: Volume, change: Callable[[Volume], Volume]) -> Volume:
+    "Change the axes of a volume, or of every channel of one"
+    if volume.array.ndim == 3: return change(volume)
+    parts = [change(replace(volume, array=channel)) for channel in volume.array]
+    return replace(parts[0], array=np.stack([part.array for part in parts]))
 
 def through_plane_first(
     volume: Volume, # With an affine
@@ -457,6 +463,7 @@ def _nifti_volume(path: Path, frame: int | None = None) -> Volume:
         affine, rest = _nifti_affine(image.header), (frame or 0, *[0] * (len(image.shape) - 4))
         data = image.dataobj if len(image.shape) == 3 else image.dataobj[(..., *rest)]
         notes = [f"volume {frame or 0} of {count}"] if count > 1 else []
+        if count > 1 and frame is None: notes[-1] += "; another is read with data_options={read: {frame: 1}}"
         if image.header["sform_code"] > 0 and not _in_space(image.header.get_sform()):
             notes.append("the sform is singular; the qform was used")
         return Volume(np.asarray(data, dtype=np.float32), affine, str(path), notes)
@@ -505,12 +512,19 @@ def _tensor_volume(path: Path, kind: str, frame: int | None = None) -> Volume:
             f"{path}: {array.dtype} of shape {array.shape}; should be finite numbers of (h, w), (d, h, w) or "
             "(c, d, h, w). Save one plain array or tensor in it."
         )
+    if array.dtype.kind == "f" and (bad := int((~np.isfinite(array)).sum())):
+        raise InputError(
+            f"{path}: {bad:,} of {array.size:,} voxels are not finite (NaN or infinite). Save it without them, such as "
+            "by nan_to_num, or remove its row; images=decode leaves such rows out and counts them."
+        )
     if array.shape[-1] in (3, 4) and min(array.shape[-3:-1]) >= 16:
         raise InputError(f"{path}: shape {array.shape} looks like a colour picture, not a volume. Save it as PNG.")
     if array.ndim == 4 and frame is not None:
         if not 0 <= frame < len(array):
             raise InputError(f"{path}: has no channel {frame}. It has {len(array)}, counted from 0.")
         array = array[frame]
+    if array.ndim == 4 and len(array) == 1: array = array[0]
+    elif array.ndim == 4 and array.shape[-1] == 1: array = array[..., 0]
     return Volume(array, None, str(path), [])
 
 # %% ../../nbs/images/02_volumes.ipynb #9cf24c63
@@ -589,9 +603,11 @@ def pad_crop(
 
 # %% ../../nbs/images/02_volumes.ipynb #d68b9803
 def _scale(array: np.ndarray, window: Window | None, percentiles: tuple[float, float] | None) -> np.ndarray:
-    "By window, by 255, by percentiles, or not at all"
+    "By window, by 255, by percentiles, or not at all; what is not finite becomes the lowest value"
     if window is not None: return np.nan_to_num(apply_window(array, window))
-    if percentiles is None: return array.astype(np.float32)
+    if percentiles is None:
+        values = array.astype(np.float32)
+        return values if (finite := np.isfinite(values)).all() else np.where(finite, values, values[finite].min())
     return array.astype(np.float32) / 255 if array.dtype == np.uint8 else stretch(array, percentiles)
 
 def is_volume(path: str | Path) -> bool: # By content, as `file_format`
@@ -620,8 +636,11 @@ def load_volume(
     elif kind in ("folder", "DICOM", ""): volume = _dicom_volume(path, series)
     else: volume = _tensor_volume(path, kind, frame)
     _check(volume, path)
+    if bad := int((~np.isfinite(volume.array)).sum()) if volume.array.dtype.kind == "f" else 0:
+        volume.notes.append(f"{bad:,} voxels are not finite (NaN or infinite) and count as the lowest value")
+    said = ("missing", "duplicates", "not finite", "another is read")
     for note in volume.notes:
-        if "missing" in note or "duplicates" in note: warnings.warn(f"{path}: {note}", stacklevel=3)
+        if any(words in note for words in said): warnings.warn(f"{path}: {note}", stacklevel=3)
     return volume
 
 def read_volume( # noqa: PLR0913 (one option per step; callers pass them by name)
@@ -652,9 +671,9 @@ def read_volume( # noqa: PLR0913 (one option per step; callers pass them by name
         d, h, w = file_spacing
         affine = np.array([[0, 0, -w, 0], [0, -h, 0, 0], [d, 0, 0, 0], [0, 0, 0, 1.0]])
         volume = replace(volume, affine=affine, notes=[*volume.notes, "spacing as given, orientation SPL assumed"])
-    if volume.affine is not None and volume.array.ndim == 3:
-        if orientation: volume = orient(volume, orientation)
-        if thick_first: volume = through_plane_first(volume)
+    if volume.affine is not None:
+        if orientation: volume = _each_channel(volume, lambda one: orient(one, orientation))
+        if thick_first: volume = _each_channel(volume, through_plane_first)
     elif thick_first:
         raise InputError(f"{path}: the file does not state its spacing. {_SPACE} Or leave thick_first out.")
     if rescale: volume = replace(volume, array=volume.array * np.float32(rescale[0]) + np.float32(rescale[1]))

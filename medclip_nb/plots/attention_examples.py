@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 
 from ..core import InputError, close_matches
 from ..datasets.manifest import Manifest
-from ..datasets.studies import series_paths
 from ..images.reading import read_image
 from .attention import item_overlays, item_title, overlay_grid, volume_montage
 
@@ -58,11 +57,11 @@ def row_figures(
     upsample: str = "bilinear", # As in `upsample_to_image`
 ) -> list[Figure]: # One for an image; one per item for a study
     "Maps of each text in one row of a manifest"
-    from medclip_nb.embeddings.streams import reads_studies
+    from medclip_nb.embeddings.streams import open_rows, reads_studies
     from medclip_nb.evaluators.grounding import look_at_row
     one, found = manifest.loc[[row]], look_at_row(clip, manifest, row, texts, method, upsample)
     if not reads_studies(clip, one): return [image_figure(read_image(one.paths()[0], **one.read), found, method)]
-    study = clip.preprocess(series_paths(one)[0], **one.read)
+    study = open_rows(clip, one)[0]
     return [study_figure(study, item, method) for item in found]
 
 # %% ../../nbs/plots/08_attention_examples.ipynb #f75913ac
@@ -92,7 +91,7 @@ def comparison_figures(
     others: Mapping[str, "ClipModel"] | None = None, # Further models by name, with the methods of `map_requests`
 ) -> list[Figure]: # One for all picks; for studies one per pick and method
     "Maps of the picked items by each method, with the share of each map inside the finding"
-    from medclip_nb.embeddings.streams import reads_studies
+    from medclip_nb.embeddings.streams import open_rows, reads_studies
     from medclip_nb.evaluators.grounding import look_at_row
     from medclip_nb.models.maps import map_requests
 
@@ -103,7 +102,7 @@ def comparison_figures(
              for name, (model, method) in map_requests(clip, methods, others or {}).items()}
     rows = [manifest.loc[[row]] for row, _ in picks]
     if reads_studies(clip, manifest):
-        studies = [clip.preprocess(series_paths(one)[0], **one.read) for one in rows]
+        studies = [open_rows(clip, one)[0] for one in rows]
         return [study_figure(study, own[i], method) for i, study in enumerate(studies) for method, own in found.items()]
     share = lambda a: np.nansum(a.map * a.mask) / max(np.nansum(a.map), 1e-30)
     inside = lambda a: "" if a.mask is None else f"{share(a):.0%} inside"

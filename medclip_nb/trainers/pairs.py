@@ -81,7 +81,7 @@ class Pairs(Dataset):
         seed: int = 0, # Of that draw
     ) -> None:
         self.images = open_rows(clip, rows, memory_mb)
-        self.axis = clip.preprocess.left_right if isinstance(self.images, ManifestStudies) else -1
+        self.axis = self.images.preprocess.left_right if isinstance(self.images, ManifestStudies) else -1
         if flip and self.axis is None:
             raise InputError(f"flip={flip:g}, but the preprocessing does not say which axis runs from left to right. "
                              "Give it an orientation without thick_first, or set flip to 0.")
