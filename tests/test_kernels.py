@@ -60,7 +60,7 @@ plt.plot(table); table.describe()""", """
 import json, pathlib, sys
 table.to_parquet(f"{out_dir}/predictions.parquet")
 about = {"threads": torch.get_num_threads(), "hash": hash("a"), "backend": plt.get_backend(), "path": sys.path,
-         "value": float(table["sum"].std()), "filters": len(sys.argv)}
+         "value": float(table["sum"].std()), "words": len(sys.argv), "columns": pd.get_option("display.max_columns")}
 _ = pathlib.Path(out_dir, "metrics.json").write_text(json.dumps({"schema": 1, "task": "x", "metrics": {}, **about}))
 """)
     one, two = tmp_path/"one"/"run", tmp_path/"two"/"run"

@@ -54,7 +54,7 @@ def notebook_imports(
                 note(called[node.value.id], node.attr)
     return [[module, *dict.fromkeys(taken)] for module, taken in found.items()]
 
-# %% ../../nbs/experiments/19_kernels.ipynb #428b7d03
+# %% ../../nbs/experiments/19_kernels.ipynb #3ac0cf69
 BACKEND = "module://matplotlib_inline.backend_inline" # As a kernel sets it where there is no other
 _KILL_WITH_PARENT = 1 # PR_SET_PDEATHSIG
 
@@ -89,6 +89,8 @@ def _settle(asked: Mapping[str, Any], streams: Sequence[int], server: int) -> No
     os.environ.update(asked["environment"], JPY_PARENT_PID=str(server))
     random.seed()
     if "numpy.random" in sys.modules: sys.modules["numpy.random"].seed()
+    # What pandas chooses when it is imported in a kernel
+    if "pandas" in sys.modules: sys.modules["pandas"].set_option("display.max_columns", 20)
 
 def _endings(conn: socket.socket) -> None:
     "Tell which forks have ended, and how"
