@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['RENAMED', 'DEVICES', 'PRECISIONS', 'MAX_DEPTH', 'MAX_YAML', 'MAX_VALUES', 'HALF', 'MARK', 'TEMPORARY', 'LITTER',
-           'InputError', 'close_matches', 'looks_like_path', 'absent', 'unknown_name', 'seed_everything',
-           'repository_root', 'setup_experiment', 'reuse_memory', 'pick_device', 'pick_precision', 'content_hash',
-           'file_hash', 'atomic_path', 'parse_json', 'parse_yaml', 'read_yaml', 'to_jsonable', 'write_json',
-           'spreadsheet_cell', 'plain_file', 'read_json', 'FolderKind', 'folder_mark', 'replaceable', 'remove_folder',
-           'alive', 'machine', 'clear_leftovers', 'atomic_folder', 'is_batch', 'progress']
+           'InputError', 'close_matches', 'looks_like_path', 'absent', 'unknown_name', 'seed_everything', 'spend',
+           'note_cost', 'metered', 'peak_memory', 'spent', 'repository_root', 'setup_experiment', 'reuse_memory',
+           'pick_device', 'pick_precision', 'content_hash', 'file_hash', 'atomic_path', 'parse_json', 'parse_yaml',
+           'read_yaml', 'to_jsonable', 'write_json', 'spreadsheet_cell', 'plain_file', 'read_json', 'FolderKind',
+           'folder_mark', 'replaceable', 'remove_folder', 'alive', 'machine', 'clear_leftovers', 'atomic_folder',
+           'is_batch', 'progress']
 
 # %% ../nbs/00_core.ipynb #2a317ea4
 import ctypes
@@ -23,8 +24,9 @@ import re
 import shutil
 import stat
 import sys
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -106,6 +108,59 @@ def seed_everything(
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
 
+# %% ../nbs/00_core.ipynb #4e06b110
+_spent: dict[str, Any] = {}
+
+def spend(
+    **amounts: float, # By name, such as images_encoded, or seconds_encoded
+) -> None:
+    "Add to what the experiment of this process has taken"
+    for name, amount in amounts.items(): _spent[name] = _spent.get(name, 0) + amount
+
+def note_cost(
+    **facts: Any, # By name, such as parameters
+) -> None:
+    "State something about what the experiment takes; the last word counts"
+    _spent.update(facts)
+
+def metered(
+    batches: Iterable[Any], # Drawn one after the other
+    kind: str, # What happens to the images while a batch is drawn: encoded or trained
+    size: Callable[[Any], int], # Images of a batch
+) -> Iterator[Any]: # The same
+    "Count the images of batches, and the time until each was there"
+    source, cuda = iter(batches), _cuda()
+    while True:
+        start = time.perf_counter()
+        try: batch = next(source)
+        except StopIteration: return
+        if cuda: cuda.synchronize()
+        spend(**{f"images_{kind}": size(batch), f"seconds_{kind}": time.perf_counter() - start})
+        yield batch
+
+def _cuda() -> Any: # torch.cuda where it is in use, else None
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch and torch.cuda.is_available() and torch.cuda.is_initialized() else None
+
+def peak_memory() -> int: # Bytes, 0 where the system does not tell
+    "The most memory that this process has had at once, its libraries included"
+    status = Path("/proc/self/status")
+    if status.is_file(): # Unlike ru_maxrss, without the memory of the process that started this one
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.M)
+        return 1024 * int(found[1]) if found else 0
+    try:
+        import resource
+    except ImportError: return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+def spent() -> dict[str, Any]: # Names as they were reported; memory and, with CUDA, gpu_memory in bytes
+    "What the experiment of this process has taken so far"
+    cuda = _cuda()
+    gpu = {"gpu_memory": cuda.max_memory_allocated()} if cuda else {}
+    found = {k: round(v, 3) if isinstance(v, float) else v for k, v in sorted(_spent.items())}
+    return found | {"memory": peak_memory()} | gpu
+
 # %% ../nbs/00_core.ipynb #6c7e48f8
 def repository_root(
     start: str | Path = ".", # A folder
@@ -121,6 +176,7 @@ def setup_experiment(
     root = repository_root()
     if root and root/"nbs" in (Path.cwd(), *Path.cwd().parents) and "MEDCLIP_NB_BATCH" not in os.environ: os.chdir(root)
     seed_everything(seed)
+    _spent.clear()
 
 # %% ../nbs/00_core.ipynb #13ee95b1
 _MMAP_MAX, _TRIM_THRESHOLD = -4, -1 # glibc's malloc.h

@@ -114,7 +114,7 @@ def test_template_as_it_is(template, tmp_path, monkeypatch):
     ours = json.loads((tmp_path/"ours"/"run.json").read_text())
     assert ours.keys() == record.keys() and set(ours["artefacts"]) - set(record["artefacts"]) == {"report.ipynb",
                                                                                                 "report.html"}
-    own = {"artefacts", "seconds", "started"}
+    own = {"artefacts", "seconds", "started", "costs"}
     assert {k: v for k, v in ours.items() if k not in own} == {k: v for k, v in record.items() if k not in own}
     assert ours["artefacts"]["metrics.json"] == record["artefacts"]["metrics.json"]
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core import InputError, content_hash, progress
+from ..core import InputError, content_hash, metered, progress, spend
 from ..datasets.manifest import Manifest
 from .store import FeatureCache, file_hashes, stamp
 from .streams import ManifestImages, ManifestStudies, fitted_to_files, open_rows
@@ -100,13 +100,13 @@ def _image_features(
                     f"{files[i][name]}: was changed while features were computed. "
                     "Run again when the files no longer change; what is done is kept."
                 )
-    def compute(positions: list[int]) -> Iterator[tuple[list[int], np.ndarray]]:
+    def encode(positions: list[int]) -> Iterator[tuple[list[int], np.ndarray]]:
         parts = _batches(sorted(positions, key=lambda i: len(files[i])), size)
         bar = progress(rows.batches(parts, num_workers), total=len(parts), desc="encoding images", unit="batch")
         for part, batch in zip(parts, bar):
             for i in part: check(i)
             yield part, clip.encode_images(batch).numpy()
-    return compute
+    return lambda positions: metered(encode(positions), "encoded", lambda found: len(found[0]))
 
 def _text_features(clip: ClipModel, texts: list[str], batch_size: int, long_text: str) -> Callable:
     "A function that encodes the texts at given positions, texts of like length together"
@@ -163,6 +163,7 @@ def embed(
         folder = Path(cache)/feature_identity(clip, kind, **how) if cache else None
         store = FeatureCache(folder, clip.dim, facts=_facts(clip, kind, **how), save_every=save_every)
         found[kind], counts[kind] = store.fill(keys, compute, together=together), store.counts
+        spend(**{f"{kind}_cached": store.counts["found"]})
     if images and {"image", "series"} & {*manifest}:
         clip = fitted_to_files(clip, manifest) # Its steps are a part of what the cache goes by
         rows = open_rows(clip, manifest)

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..core import InputError, progress
+from ..core import InputError, metered, progress
 from ..datasets.manifest import Manifest
 from ..datasets.studies import series_paths
 from ..images.formats import file_format
@@ -200,6 +200,13 @@ def encoded_images(
     num_workers: int = 0, # Processes that read files; 0 reads here, in two threads
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]: # Positions (b,), features (b, d) and tokens (b, l, d)
     "Encode images batch by batch, on the model's device and not normalized; each batch is forgotten with the next"
+    found = _encoded(clip, manifest, tokens, batch_size, num_workers)
+    return metered(found, "encoded", lambda batch: len(batch[0]))
+
+def _encoded(
+    clip: ClipModel, manifest: Manifest, tokens: bool, batch_size: int, num_workers: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    "The batches of `encoded_images`"
     rows = open_rows(clip, manifest)
     parts = _like_sizes([len(files) for files in rows.files], batch_size)
     batches = progress(rows.batches(parts, num_workers), total=len(parts), desc="encoding images", unit="batch")

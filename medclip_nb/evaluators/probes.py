@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..core import InputError, close_matches
+from ..core import InputError, close_matches, spend
 from ..datasets.classes import class_facts
 from ..datasets.leaks import check_disjoint
 from ..datasets.manifest import Manifest
@@ -210,6 +210,7 @@ def linear_probe(
     classes = label_classes(train, label, None)
     parts = labeled_parts(train, valid, test, label, classes, how.leaks)
     x, y = labeled_features(clip, parts, label, classes, **how.embedding)
+    spend(trained_parameters=len(classes) * (x["train"].shape[1] + 1))
     if standardize := standardize and method == "logistic": x = _standardized(x)
     groups = bootstrap_groups(parts["train"])
     scores, probabilities, chosen = _fit_probe(x, y, len(classes), groups, method, Cs, class_weight, how)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from IPython.display import Markdown, display
 
-from ..core import InputError, setup_experiment
+from ..core import InputError, note_cost, setup_experiment
 from ..datasets.checks import drop_unusable, skipped_table
 from medclip_nb.datasets.classes import (
     alike_sentence,
@@ -239,6 +239,7 @@ def show_model(
     **more: Any, # Further lines
 ) -> pd.DataFrame: # One line per fact
     "Architecture, weights and precision, as a table"
+    note_cost(parameters=sum(p.numel() for p in clip.model.parameters()), device=clip.device.type)
     return pd.Series(clip.describe() | more, name="").to_frame()
 
 # %% ../../nbs/experiments/07_steps.ipynb #a285493e

@@ -28,6 +28,7 @@ from medclip_nb.core import (
     atomic_folder,
     atomic_path,
     close_matches,
+    note_cost,
     read_json,
     replaceable,
     to_jsonable,
@@ -194,6 +195,7 @@ def fit_head(
         if hidden: best = _descend(head, x, y, held, weight, DescentConfig(**descent))
         else: best = _solve(head, x, y, held, weight, penalties)
     if held: best.temperature.fill_(fit_head_temperature(best(held[0]), held[1]))
+    note_cost(trained_parameters=sum(p.numel() for p in best.parameters()))
     return best.eval().requires_grad_(True)
 
 def _new_head(x: Tensor, classes: list[str], hidden: int, dropout: float, standardize: bool) -> ClassificationHead:
@@ -345,6 +347,7 @@ def fit_head_epochs(
         head = _new_head(x, classes, hidden, dropout, standardize)
         best, history = _by_epochs(head, head.standardize(x), y, held, _weights(y, len(classes), class_weight), config)
     if held: best.temperature.fill_(fit_head_temperature(best(held[0]), held[1]))
+    note_cost(trained_parameters=sum(p.numel() for p in best.parameters()))
     return best.eval().requires_grad_(True), history
 
 def _by_epochs(

@@ -26,6 +26,8 @@ from medclip_nb.core import (
     InputError,
     atomic_path,
     is_batch,
+    metered,
+    note_cost,
     progress,
     replaceable,
     reuse_memory,
@@ -360,6 +362,7 @@ def begin_run(
     module = nn.ModuleList([clip.model, objective])
     if not any(p.requires_grad for p in module.parameters()):
         raise InputError("Every parameter is frozen; there is nothing to train.")
+    note_cost(trained_parameters=sum(p.numel() for p in module.parameters() if p.requires_grad))
     if config.compile: clip.model.visual.compile()
     if config.checkpointing: set_checkpointing(clip.model)
     optimizer = accelerator.prepare(optimizer_of(module, config, clip.device))
@@ -451,10 +454,15 @@ def train(
 def _epoch(run: Run) -> None:
     "Train for the rest of an epoch, and close it"
     training_mode(run)
+    for _ in metered(_steps(run), "trained", len): pass
+    close_epoch(run)
+
+def _steps(run: Run) -> Iterator[list[int]]: # The rows of each
+    "Take the steps that are left of the epoch"
     for rows, images in batches(run):
         take_step(run, draw_batch(run, rows, images))
         if run.config.save_every and run.progress.step % run.config.save_every == 0: save_state(run)
-    close_epoch(run)
+        yield rows
 
 # %% ../../nbs/trainers/01_loop.ipynb #7fa8e5bb
 def training_mode(run: Run) -> None:
