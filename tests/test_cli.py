@@ -52,7 +52,7 @@ def test_run(stub, tmp_path):
     assert found["metrics"]["n"]["value"] == 3 and found["details"]["name"] == "007"
     assert call("compare", tmp_path, "--csv",
                 tmp_path / "t.csv").split()[:9] == "run task dataset model metric value low high n".split()
-    assert (tmp_path / "t.csv").read_text().splitlines()[1] == "run,stub,,,n,3,,,1"
+    assert (tmp_path / "t.csv").read_text().splitlines()[1] == "run,stub,,,n,3,,,1,,,,,n 1"
 
 
 def test_run_that_fails(stub, tmp_path):

@@ -231,10 +231,23 @@ def suite(
 def compare(
     folder: Annotated[Path, typer.Argument(help="Folder of run folders, at any depth.")],
     csv: Annotated[Optional[Path], typer.Option(help="Write the table to this file too.")] = None,
+    tables: Annotated[
+        list[str], typer.Option(metavar="FORMAT", help="Save the tables: csv, latex, markdown; repeat for more.")
+    ] = [],
+    figures: Annotated[
+        list[str], typer.Option(metavar="FORMAT", help="Save the figures: svg, pdf, png, eps; repeat for more.")
+    ] = [],
+    out: Annotated[
+        Optional[Path],
+        typer.Option("--out", "-o", help="Where the folders tables and figures go; by default the folder of runs."),
+    ] = None,
+    metric: Annotated[
+        list[str], typer.Option(help="A metric of these tables and figures; by default those that are usual.")
+    ] = [],
     overwrite: OverwriteOption = False,
 ) -> None:
-    "Show the metrics of all runs below a folder."
-    from medclip_nb.experiments import overview
+    "Show the metrics of all runs below a folder; what cannot be compared stands apart."
+    from medclip_nb.experiments import comparable, overview
     table = overview.compare(folder)
     beside, scaled = overview.published_beside(folder, table)
     if csv is not None:
@@ -243,9 +256,45 @@ def compare(
         rows = spreadsheet_safe(overview.join_published(table, beside))
         with _writing(csv), atomic_path(csv) as p: rows.to_csv(p, index=False)
     shown = lambda rows: rows.to_string(index=False, float_format=lambda v: f"{v:.4g}", na_rep="")
-    typer.echo(shown(table))
+    parts = list(comparable.blocks(table))
+    for title, part in parts:
+        if len(parts) > 1: typer.echo(f"{title}")
+        columns = [*overview.COMPARED[:9], *comparable.differing_columns(part)]
+        own = part.assign(metric=comparable.column_names(part))[columns]
+        typer.echo(shown(own) + "\n" * (len(parts) > 1))
     if len(beside): typer.echo(f"\npublished\n{shown(beside)}")
     for name in scaled: typer.echo(f"\n{name} is a scale for trying out: its numbers are no results.")
+    if tables or figures: _save(folder, table, tables, figures, out or folder, metric, overwrite)
+
+def _save(
+    folder: Path, table: Any, tables: list[str], figures: list[str], out: Path, metric: list[str], overwrite: bool
+) -> None:
+    "Write tables and figures of a comparison; raises `InputError` for what is in the way"
+    from medclip_nb import experiments, plots
+    from medclip_nb.evaluators.results import Result
+    experiments.check_formats(tables, experiments.TABLE_FORMATS)
+    experiments.check_formats(figures, plots.FIGURE_FORMATS, "figures")
+    runs = list(experiments.find_runs(folder))
+    if any(out.resolve() == run.resolve() or run.resolve() in out.resolve().parents for run in runs):
+        raise InputError(f"{out}: is the folder of a run, whose files stay as they are. Give another one with --out.")
+    plots.use_style()
+    chosen = experiments.chosen_metrics(table, metric)
+    found = experiments.comparison_tables(chosen, lambda run: Result.load(folder/run if folder/run in runs else folder))
+    spent = experiments.expenses(folder)
+    texts = {name: block.table for name, block in found.items()}
+    texts["costs"] = experiments.Table(experiments.expense_cells(spent), spent, caption="What the runs have taken")
+    several = {name: block for name, block in found.items() if len(block.table.cells) > 1}
+    drawn = {name: plots.forest(block.rows, block.best) for name, block in several.items()} if figures else {}
+    if figures:
+        curves = experiments.curve_figures(folder, experiments.seed_groups(folder))
+        drawn |= {f"curves-{n}": figure for n, (_, figure) in enumerate(curves, 1)}
+    files = [out/"tables"/f"{name}{experiments.TABLE_FORMATS[f]}" for f in tables for name in texts]
+    files += [out/"figures"/f"{name}.{f}" for f in figures for name in drawn]
+    check_out(files, [], overwrite)
+    with _writing(out):
+        done = experiments.save_tables(texts, out/"tables", tables)
+        done += plots.save_figures(drawn, out/"figures", figures)
+    typer.echo("\n" + "\n".join(f"written: {path}" for path in done))
 
 @app.command()
 def params(

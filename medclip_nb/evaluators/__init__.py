@@ -13,8 +13,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "RobustnessOptions", "corrupted", "robustness", "robustness_curves", "robustness_table",
     ],
     "differences": [
-        "OUTCOMES", "balanced_accuracy", "classes_of", "difference_table", "paired_differences", "paired_rows",
-        "paired_tests",
+        "OUTCOMES", "PAIRED_BY", "balanced_accuracy", "classes_of", "difference_table", "paired_differences",
+        "paired_rows", "paired_tests", "pairwise_differences",
     ],
     "few_shot_curves": [
         "FEW_SHOT_METHODS", "FEW_SHOT_METRICS", "MOST_PROBABILITIES", "Support", "blend", "blended_probe",

@@ -9,6 +9,10 @@ __all__ = []
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
+    "comparable": [
+        "MAPS", "POSITIVE", "SAME", "SEARCH", "best_cells", "blocks", "column_names", "conditions", "definition",
+        "differing_columns",
+    ],
     "costs": [
         "Cost", "Pace", "Work", "cost_note", "cost_text", "measure_costs", "measure_pace", "run_work", "time_text",
     ],
@@ -25,8 +29,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "jobs": ["NOTES", "close_suite", "run_job", "runs_to_do", "suite_levels"],
     "overview": [
-        "compare", "find_runs", "first_figure", "headline", "join_published", "natural", "over_runs",
-        "published_beside", "read_metrics", "seed_groups", "write_index",
+        "COMPARED", "Histories", "compare", "find_runs", "first_figure", "headline", "join_published", "natural",
+        "over_runs", "published_beside", "read_histories", "read_metrics", "seed_groups", "write_index",
     ],
     "parameters": [
         "AT_LEAST_ONE", "BOOLEANS", "COUNT", "Cell", "MAX_TEXT", "PARAMETER_RANGES", "Parameter", "Range", "SHARE",
@@ -63,6 +67,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "training_processes",
     ],
     "scales": ["CHANGE_KEYS", "MADE", "SCALE_KEYS", "make_data", "scaled_suite"],
+    "side_by_side": ["ARMS", "Block", "MOST", "chosen_metrics", "comparison_tables", "curve_figures"],
+    "spending": ["SPENT_COLUMNS", "expense_cells", "expenses"],
     "steps": [
         "Fitting", "check_fitting", "count_rows", "data_notice", "dataset_facts", "limit_sentence", "open_data",
         "prompt_sentence", "rests_on", "save_result", "show_classes", "show_fitting", "show_model", "show_notes",
@@ -72,6 +78,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "MAX_RUNS", "NAME", "REFERENCE", "RUN_KEYS", "STATE_EVERY", "SUITE_KEYS", "Suite", "SuiteRun", "YAML_TYPES",
         "find_suite", "list_suites", "load_suite", "plan_suite", "run_suite", "suite_works", "summarize_runs",
         "up_to_date",
+    ],
+    "tables": [
+        "LATEX", "MARKDOWN", "TABLE_FORMATS", "Table", "check_formats", "file_links", "latex_text", "markdown_text",
+        "save_tables",
     ],
     "workers": [
         "Apart", "Board", "Died", "END_WITHIN", "Here", "IDLE", "LOGS", "Line", "RunPlace", "Waiting", "Workers",

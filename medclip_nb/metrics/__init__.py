@@ -39,6 +39,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "significance": [
         "delong", "delong_covariance", "delong_test", "holm", "mcnemar", "over_seeds", "paired_bootstrap",
-        "paired_table", "subgroup_table", "unit_count",
+        "paired_table", "pairwise_bootstrap", "subgroup_table", "unit_count",
     ],
 })
