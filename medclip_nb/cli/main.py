@@ -227,7 +227,15 @@ def suite(
     if failed: raise typer.Exit(1)
 
 # %% ../../nbs/cli/01_main.ipynb #0fbbf8a5
-@app.command()
+class _MayBeBare(ManyValues):
+    "`--mlflow` may stand without an address"
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        out: list[str] = []
+        for word, following in zip(args, [*args[1:], "-"]):
+            out += [word, ""] if word == "--mlflow" and following.startswith("-") else [word]
+        return super().parse_args(ctx, out)
+
+@app.command(cls=_MayBeBare)
 def compare(
     folder: Annotated[Path, typer.Argument(help="Folder of run folders, at any depth.")],
     csv: Annotated[Optional[Path], typer.Option(help="Write the table to this file too.")] = None,
@@ -244,6 +252,13 @@ def compare(
     metric: Annotated[
         list[str], typer.Option(help="A metric of these tables and figures; by default those that are usual.")
     ] = [],
+    mlflow: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="[URI]",
+            help="Log the runs to MLflow: an address, a file, or nothing for mlflow.db in the folder of runs.",
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     "Show the metrics of all runs below a folder; what cannot be compared stands apart."
@@ -265,6 +280,10 @@ def compare(
     if len(beside): typer.echo(f"\npublished\n{shown(beside)}")
     for name in scaled: typer.echo(f"\n{name} is a scale for trying out: its numbers are no results.")
     if tables or figures: _save(folder, table, tables, figures, out or folder, metric, overwrite)
+    if mlflow is not None:
+        from medclip_nb.experiments.mlflow_runs import log_to_mlflow
+        logged, there, address = log_to_mlflow(folder, mlflow)
+        typer.echo(f"\nmlflow: {logged} run(s) logged, {there} already there: {address}")
 
 def _save(
     folder: Path, table: Any, tables: list[str], figures: list[str], out: Path, metric: list[str], overwrite: bool

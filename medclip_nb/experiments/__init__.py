@@ -28,6 +28,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "ABOUT", "append_run", "check_ledger", "run_line",
     ],
     "jobs": ["NOTES", "close_suite", "run_job", "runs_to_do", "suite_levels"],
+    "mlflow_runs": ["FILES", "IDENTITY", "STORE", "json_text", "log_to_mlflow", "mlflow_name", "run_identity_of",
+        "store_address",
+    ],
     "overview": [
         "COMPARED", "Histories", "compare", "find_runs", "first_figure", "headline", "join_published", "natural",
         "over_runs", "published_beside", "read_histories", "read_metrics", "seed_groups", "write_index",
