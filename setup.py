@@ -35,8 +35,12 @@ setup(
                   "medclip_nb.cards": ["*.yaml"], "medclip_nb.prompt_packs": ["*.yaml"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=words("requirements"),
-    extras_require={"dev": words("dev_requirements"), "all": words("optional_requirements"),
-                    "mlflow": words("mlflow_requirements")},
+    extras_require={
+        "dev": words("dev_requirements"),
+        "all": words("optional_requirements"),
+        "mlflow": words("mlflow_requirements"),
+        "search": words("search_requirements"),
+    },
     entry_points={
         "console_scripts": words("console_scripts"),
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],

@@ -216,6 +216,7 @@ def suite(
         with experiments.together(processes), experiments.environment(own):
             planned = experiments.plan_suite(file, out, only, scale)
         for r in planned: typer.echo(f"{r.name:<24}  {'to run' if force else r.status}")
+        for line in experiments.search_plan(file, out, only, scale): typer.echo(line)
         return
     with experiments.together(processes), experiments.environment(own), place:
         records = experiments.run_suite(file, out, only, force, timeout, scale=scale, place=place)

@@ -32,8 +32,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "store_address",
     ],
     "overview": [
-        "COMPARED", "Histories", "compare", "find_runs", "first_figure", "headline", "join_published", "natural",
-        "over_runs", "published_beside", "read_histories", "read_metrics", "seed_groups", "write_index",
+        "COMPARED", "Histories", "TRIAL", "compare", "find_runs", "first_figure", "headline", "join_published",
+        "natural", "over_runs", "published_beside", "read_histories", "read_metrics", "seed_groups", "write_index",
     ],
     "parameters": [
         "AT_LEAST_ONE", "BOOLEANS", "COUNT", "Cell", "MAX_TEXT", "PARAMETER_RANGES", "Parameter", "Range", "SHARE",
@@ -72,6 +72,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "scales": ["CHANGE_KEYS", "MADE", "SCALE_KEYS", "make_data", "scaled_suite"],
     "side_by_side": ["ARMS", "Block", "MOST", "chosen_metrics", "comparison_tables", "curve_figures"],
     "spending": ["SPENT_COLUMNS", "expense_cells", "expenses"],
+    "search": [
+        "GOALS", "INTERVAL_KEYS", "Interval", "MAX_TRIALS", "METHODS", "SEARCH_KEYS", "Search", "Trial", "best_trial",
+        "next_point", "read_search", "read_search_record", "read_trial", "search_facts", "search_record",
+        "search_sentence", "searched_runs", "show_search", "trial_names", "trial_points", "trial_table",
+    ],
     "steps": [
         "Fitting", "check_fitting", "count_rows", "data_notice", "dataset_facts", "limit_sentence", "open_data",
         "prompt_sentence", "rests_on", "save_result", "show_classes", "show_fitting", "show_model", "show_notes",
@@ -79,8 +84,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "suites": [
         "MAX_RUNS", "NAME", "REFERENCE", "RUN_KEYS", "STATE_EVERY", "SUITE_KEYS", "Suite", "SuiteRun", "YAML_TYPES",
-        "find_suite", "list_suites", "load_suite", "plan_suite", "run_suite", "suite_works", "summarize_runs",
-        "up_to_date",
+        "find_suite", "list_suites", "load_suite", "plan_suite", "run_suite", "search_plan", "suite_works",
+        "summarize_runs", "up_to_date",
     ],
     "tables": [
         "LATEX", "MARKDOWN", "TABLE_FORMATS", "Table", "check_formats", "file_links", "latex_text", "markdown_text",

@@ -15,7 +15,7 @@ from ..datasets.miniatures import make_miniature, miniature_names
 
 # %% ../../nbs/experiments/12_scales.ipynb #848a6b85
 SCALE_KEYS = {"note": str, "miniatures": list, "defaults": dict, "runs": dict}
-CHANGE_KEYS = {"params": dict, "matrix": dict}
+CHANGE_KEYS = {"params": dict, "matrix": dict, "search": dict}
 MADE = "data" # Name in braces, and folder of the suite, for miniatures
 
 def _changed(entry: dict[str, Any], defaults: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,7 +23,8 @@ def _changed(entry: dict[str, Any], defaults: Mapping[str, Any], change: Mapping
     matrix = entry.get("matrix", {}) | change.get("matrix", {})
     own = {k: v for k, v in entry.get("params", {}).items() if k not in defaults}
     params = {k: v for k, v in (own | change.get("params", {})).items() if v is not None}
-    return entry | {"params": params, "matrix": {k: v for k, v in matrix.items() if v is not None}}
+    search = {"search": entry.get("search", {}) | change["search"]} if "search" in change else {}
+    return entry | {"params": params, "matrix": {k: v for k, v in matrix.items() if v is not None}} | search
 
 # %% ../../nbs/experiments/12_scales.ipynb #017a5920
 def _with_miniatures(entry: dict[str, Any], defaults: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

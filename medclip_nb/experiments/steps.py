@@ -35,8 +35,9 @@ from ..datasets.splits import split_unit
 from ..datasets.studies import name_studies
 from ..evaluators.questions import PromptSpec
 from ..evaluators.results import Result
-from .rules import check_split, split_uses
+from .rules import SENTENCES, check_split, split_uses
 from .runs import note_parameters, record_notebook
+from .search import read_search_record, search_facts
 from ..plots.style import use_style
 
 if TYPE_CHECKING:
@@ -259,12 +260,14 @@ def save_result(
     result: Result, # What the experiment found
     manifest: Manifest, # Its data
     out_dir: str | Path, # Folder of the run
+    search: str = "", # The parameter of that name
     **details: Any, # Further facts for metrics.json
 ) -> None:
     "Write metrics.json and predictions.parquet, with licence and origin of the splits, and run.json where none will be"
     facts = {"license": dataset_facts(manifest.dataset).license, "split_source": manifest.split_source}
     if manifest.drawn_from: facts["drawn_from"] = manifest.drawn_from
     if manifest.notes: facts["notes"] = manifest.notes
+    if search: facts["search"] = search_facts(read_search_record(search))
     result.details |= facts | details
     result.save(out_dir)
     record_notebook(out_dir)
@@ -273,9 +276,12 @@ def save_result(
 def prompt_sentence(
     note: str = "", # How the prompts were written, and on which data they were looked at
     pack: Mapping[str, Any] | None = None, # Facts of a prompt pack: name, version, source
+    search: str = "", # The parameter of that name
 ) -> str:
     "What a report says about the origin of its prompts"
     said = "This run selected no prompt. "
+    if search and {"pack", *SENTENCES, "slots"} & set((record := read_search_record(search))["space"]):
+        said = f"The prompts are the best of {len(record['trials'])} trials on *{record['split']}*. "
     if pack: said += f"The prompts are those of the pack {pack['name']}, version {pack['version']}. "
     if note: return f"{said}{note.strip()}"
     if pack: return said.strip()

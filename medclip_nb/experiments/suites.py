@@ -4,25 +4,26 @@
 
 # %% auto #0
 __all__ = ['YAML_TYPES', 'SUITE_KEYS', 'RUN_KEYS', 'NAME', 'MAX_RUNS', 'REFERENCE', 'STATE_EVERY', 'SuiteRun', 'Suite',
-           'find_suite', 'list_suites', 'load_suite', 'up_to_date', 'plan_suite', 'suite_works', 'run_suite',
-           'summarize_runs']
+           'find_suite', 'list_suites', 'load_suite', 'up_to_date', 'plan_suite', 'search_plan', 'suite_works',
+           'run_suite', 'summarize_runs']
 
 # %% ../../nbs/experiments/05_suites.ipynb #ac413fdc
 import itertools
 import math
 import os
 import re
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..core import InputError, close_matches, read_json, read_yaml, write_json
-from .costs import Work, run_work
+from .costs import Work, run_work, time_text
 from .kernels import warm_kernels
 from .overview import write_index
 from medclip_nb.experiments.parameters import (
@@ -50,6 +51,18 @@ from medclip_nb.experiments.runs import (
     run_key,
 )
 from .scales import CHANGE_KEYS, MADE, SCALE_KEYS, make_data, scaled_suite
+from medclip_nb.experiments.search import (
+    TRIAL,
+    Search,
+    Trial,
+    best_trial,
+    next_point,
+    read_search,
+    read_trial,
+    search_record,
+    trial_names,
+    trial_points,
+)
 from .workers import LOGS, Board, Here, Line, RunPlace, follow, work_off
 
 # %% ../../nbs/experiments/05_suites.ipynb #cefc5e2f
@@ -63,6 +76,14 @@ class SuiteRun:
     timeout: float | None = None # Seconds
     needs: set[str] = field(default_factory=set) # Runs that must have succeeded
     after: set[str] = field(default_factory=set) # Runs that must be over
+    asked: dict[str, Any] | None = None # The key `search` of its entry
+    search: Search | None = None # The same, checked; its trials have it too
+    # Its trials; of a trial that depends on those before, these
+    trials: list["SuiteRun"] = field(default_factory=list)
+    point: dict[str, Any] = field(default_factory=dict) # What a trial tries, where it is known beforehand
+
+    @property
+    def is_trial(self) -> bool: return TRIAL in self.name
 
 @dataclass
 class Suite:
@@ -106,6 +127,36 @@ def _keys(found: Any, allowed: Mapping[str, type | tuple], where: str) -> dict[s
             raise InputError(f"{where}: {k!r} cannot be {type(v).__name__}; it is a {YAML_TYPES[allowed[k]]}.")
     return found
 
+# %% ../../nbs/experiments/05_suites.ipynb #3bec0c4c
+def _with_trials(run: SuiteRun, where: str) -> list[SuiteRun]:
+    "The trials of a search and the run that follows them; the run alone, where nothing is searched"
+    if run.asked is None: return [run]
+    search = read_search(run.asked, run.template, where)
+    if twice := [k for k in search.space if k in run.params]:
+        raise InputError(f"{where}: {twice[0]!r} is given as a parameter too; leave one of them out.")
+    measured = {"split": search.split} | ({"leaks": "show"} if "leaks" in template_parameters(run.template) else {})
+    points = trial_points(search)
+    trials: list[SuiteRun] = []
+    for k, name in enumerate(trial_names(run.name, search.trials)):
+        point = points[k] if points else {p: v[0] if isinstance(v, list) else v.low for p, v in search.space.items()}
+        one = replace(run, name=name, params=run.params | point | measured, headline=[], search=search)
+        if points: one.point = point
+        else: one.trials, one.after = list(trials), {t.name for t in trials}
+        trials.append(one)
+    first = {k: trials[0].params[k] for k in search.space} # Until one is chosen
+    last = replace(run, params=run.params | first, search=search, trials=trials, after={t.name for t in trials})
+    return [*trials, last]
+
+def _check_measured(runs: Iterable[SuiteRun], where: str) -> None:
+    "Raise `InputError` where a run would be measured on the rows that its parameters were chosen on"
+    for r in runs:
+        if not r.search or r.is_trial: continue
+        split = r.params.get("split", template_parameters(r.template)["split"].default)
+        if split in ("", r.search.split, "all"):
+            raise InputError(f"{where}, run {r.name}: its trials are measured on {r.search.split!r}, so it has to be "
+                             f"measured on other rows than split={split or repr(split)}. Name them, as in split: test.")
+
+
 # %% ../../nbs/experiments/05_suites.ipynb #9b9afa9f
 SUITE_KEYS = {
     "name": str, "title": str, "description": str, "license": str, "defaults": dict, "runs": list, "published": list,
@@ -113,7 +164,7 @@ SUITE_KEYS = {
 }
 RUN_KEYS = {
     "name": str, "template": str, "file": str, "params": dict, "matrix": dict, "headline": list,
-    "timeout": (int, float),
+    "timeout": (int, float), "search": dict,
 }
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,149}")
 MAX_RUNS = 20_000 # Runs of a suite
@@ -123,6 +174,7 @@ def _expand(entry: dict[str, Any], where: str) -> list[SuiteRun]:
     _keys(entry, RUN_KEYS, where)
     for k in ("name", "template"):
         if k not in entry: raise InputError(f"{where} has no {k!r}.")
+    if TRIAL in entry["name"]: raise InputError(f"{where}: only trials of a search have {TRIAL!r} in their names.")
     matrix = entry.get("matrix", {})
     if bad := [k for k, v in matrix.items() if not isinstance(v, list)]:
         raise InputError(f"{where}: 'matrix' needs a list for {bad[0]!r}.")
@@ -136,6 +188,7 @@ def _expand(entry: dict[str, Any], where: str) -> list[SuiteRun]:
         name = "-".join([entry["name"], *(re.sub(r"[^\w.]+", "-", str(v)).strip("-") for v in values)])
         params = {**entry.get("params", {}), **dict(zip(matrix, values))}
         runs.append(SuiteRun(name, entry["template"], params, entry.get("headline", []), entry.get("timeout")))
+        runs[-1].asked = entry.get("search")
     return runs
 
 # %% ../../nbs/experiments/05_suites.ipynb #040523d4
@@ -144,7 +197,9 @@ REFERENCE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 def _references(run: SuiteRun) -> set[str]:
     "Names in braces, in the text parameters"
     kinds = template_parameters(run.template)
-    texts = [v for k, v in run.params.items() if isinstance(v, str) and k in kinds and kinds[k].type.startswith("str")]
+    asked = run.search.space if run.search and not run.point else {} # Of which one value will be taken
+    values = [*run.params.items(), *((k, v) for k, vs in asked.items() if isinstance(vs, list) for v in vs)]
+    texts = [v for k, v in values if isinstance(v, str) and k in kinds and kinds[k].type.startswith("str")]
     return {m[1] for text in texts for m in REFERENCE.finditer(text) if m[1]}
 
 def _link(runs: list[SuiteRun]) -> list[str]:
@@ -153,7 +208,7 @@ def _link(runs: list[SuiteRun]) -> list[str]:
     known = set(names)
     for n, r in enumerate(runs):
         found = _references(r)
-        if "suite" in found: r.after = set(names[:n])
+        if "suite" in found: r.after = r.after | set(names[:n])
         r.needs = found - {"suite", *({MADE} - known)}
         problems += [
             f"{r.name}: there is no run {x!r} to refer to. {close_matches(x, names)} A literal brace is doubled."
@@ -231,6 +286,10 @@ def load_suite(
     note = found.get("scales", {}).get(scale, {}).get("note", "")
     if scale: found = scaled_suite(found, scale, str(path))
     runs = [r for n, e in enumerate(found.get("runs", []), 1) for r in _expand(e, f"{path}, run {n}")]
+    for r in runs:
+        if (own := path.parent/r.template).suffix == ".ipynb" and own.is_file(): r.template = str(own)
+        find_template(r.template)
+    runs = [one for r in runs for one in _with_trials(r, f"{path}, run {r.name}, search")]
     if len(runs) > MAX_RUNS: raise InputError(f"{path} has {len(runs)} runs; {MAX_RUNS} are the most of a suite.")
     name, names = found.get("name", path.stem) + (f"-{scale}" if scale else ""), [r.name for r in runs]
     if not runs: raise InputError(f"{path} has no runs.")
@@ -238,12 +297,10 @@ def load_suite(
         raise InputError(f"{path}: two runs are called {twice[0]!r}.")
     if bad := [n for n in (name, *names) if not NAME.fullmatch(n) or n in ("suite", *([MADE] if scale else []))]:
         raise InputError(f"{path}: {bad[0]!r} cannot be the name of a folder; use up to 150 letters, digits, - and _.")
-    for r in runs:
-        if (own := path.parent/r.template).suffix == ".ipynb" and own.is_file(): r.template = str(own)
-        find_template(r.template)
     published = check_published(found.get("published", []), names) if not scale else found.get("published", [])
     _tell_comparisons(runs, published, scale)
     _apply_defaults(runs, found.get("defaults", {}))
+    _check_measured(runs, str(path))
     rows = {} if scale else _checked_rows(found.get("rows", {}), runs, str(path))
     problems = _link(runs)
     for r in runs:
@@ -279,6 +336,31 @@ def _builds_on(run: SuiteRun, folder: Path) -> dict[str, str]:
     }
 
 # %% ../../nbs/experiments/05_suites.ipynb #9e5272e7
+def _is_made(run: SuiteRun, folder: Path, identify: Callable[[str], str] = data_identity) -> bool:
+    "Whether a run is there as it would be made now, with the parameters that it has"
+    inputs = input_identities(_resolved(run, folder), run.params, run.template, identify)
+    return is_complete(folder/run.name, run_key(run.template, run.params, inputs, _builds_on(run, folder)))
+
+def _with_point(run: SuiteRun, point: Mapping[str, Any]) -> SuiteRun:
+    "A run with the values of one trial"
+    return replace(run, params=check_parameters(run.template, run.params | dict(point)), point=dict(point))
+
+def _tried(run: SuiteRun, folder: Path, identify: Callable[[str], str] | None = None) -> list[Trial]:
+    "The trials of a run and what they measured; one that is not as it would be made now has failed"
+    tried: list[Trial] = []
+    identify = identify or cache(data_identity)
+    for t in run.trials:
+        one = t if t.point else _with_point(t, next_point(t.search, tried))
+        tried.append(read_trial(folder/t.name, one.point, t.search, _is_made(one, folder, identify)))
+    return tried
+
+def _settled(run: SuiteRun, folder: Path, identify: Callable[[str], str] | None = None) -> tuple[SuiteRun, list[Trial]]:
+    "A run with its parameters, and the trials that decided about them; raises `InputError` where all have failed"
+    if run.search is None or run.point: return run, []
+    tried = _tried(run, folder, identify)
+    chosen = next_point(run.search, tried) if run.is_trial else best_trial(run.search, tried).point
+    return _with_point(run, chosen), tried
+
 def up_to_date(
     run: SuiteRun, # From `load_suite`
     folder: str | Path, # The folder of the suite
@@ -286,8 +368,15 @@ def up_to_date(
 ) -> bool: # Whether there is nothing to do
     "Whether a run of a suite is there as it would be made now"
     folder = Path(folder).resolve()
-    inputs = input_identities(_resolved(run, folder), run.params, run.template, identify)
-    return is_complete(folder/run.name, run_key(run.template, run.params, inputs, _builds_on(run, folder)))
+    try: return _is_made(_settled(run, folder, identify)[0], folder, identify)
+    except InputError: return False
+
+def _told(run: SuiteRun, folder: Path, tried: list[Trial]) -> dict[str, str]: # Parameters
+    "Write down what was tried before a run, for its report"
+    if run.is_trial or not tried or "search" not in template_parameters(run.template): return {}
+    path = folder/f"{run.name}.search.json"
+    write_json(path, search_record(run.search, tried))
+    return {"search": str(path)}
 
 def _execute(r: SuiteRun, folder: Path, bad: set[str], force: bool, timeout: float | None, quiet: bool) -> RunRecord:
     "Run one of a suite; whatever goes wrong ends up in the record"
@@ -295,9 +384,10 @@ def _execute(r: SuiteRun, folder: Path, bad: set[str], force: bool, timeout: flo
     if missing := sorted(r.needs & bad):
         return RunRecord(r.name, path, "skipped", 0.0, f"it needs {', '.join(missing)}")
     try:
+        r, tried = _settled(r, folder)
         return run(
             r.template,
-            _resolved(r, folder),
+            _resolved(r, folder) | _told(r, folder, tried),
             path,
             force=force,
             timeout=r.timeout or timeout,
@@ -314,7 +404,7 @@ def _select(suite: Suite, only: Iterable[str]) -> set[str]:
     runs, todo, chosen = {r.name: r for r in suite.runs}, list(only), set()
     for n in todo:
         if n not in runs: raise InputError(f"There is no run {n!r} in this suite. {close_matches(n, runs)}")
-        if n not in chosen: todo.extend(runs[n].needs)
+        if n not in chosen: todo.extend([*runs[n].needs, *(t.name for t in runs[n].trials)])
         chosen.add(n)
     return chosen
 
@@ -374,6 +464,29 @@ def plan_suite(
         if not kept: stale.add(r.name)
         records.append(RunRecord(r.name, folder/r.name, "kept" if kept else "to run"))
     return records
+
+# %% ../../nbs/experiments/05_suites.ipynb #636ee8d8
+def search_plan(
+    path: str | Path, # As for `run_suite`
+    out_dir: str | Path = "reports", # As for `run_suite`
+    only: Iterable[str] | None = None, # As for `run_suite`
+    scale: str = "", # As for `run_suite`
+) -> list[str]: # One line a search
+    "What the searches of a suite will try, and how much of it is there"
+    suite, lines = load_suite(path, scale), []
+    folder = (Path(out_dir)/suite.name).resolve()
+    for r in _chosen(suite, only):
+        if r.search is None or r.is_trial: continue
+        made = [t.name for t, one in zip(r.trials, _tried(r, folder)) if one.value is not None]
+        taken = [read_json(folder/name/"run.json")["seconds"] for name in made]
+        left = len(r.trials) - len(made)
+        time = f", the others about {time_text(statistics.mean(taken) * left)}" if taken and left else ""
+        over, goal = ", ".join(r.search.space), "highest" if r.search.goal == "max" else "lowest"
+        lines.append(
+            f"{r.name}: {len(r.trials)} trials ({r.search.method} over {over}) on {r.search.split!r}, {len(made)} of "
+            f"them there{time}; the one whose {r.search.metric} is {goal} is then measured once."
+        )
+    return lines
 
 # %% ../../nbs/experiments/05_suites.ipynb #56bac84d
 def suite_works(

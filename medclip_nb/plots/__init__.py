@@ -26,6 +26,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "results": ["comparison", "confusion_matrices", "confusion_matrix", "metric_intervals"],
     "runs": ["FIGURE_FORMATS", "NARROW", "forest", "learning_curves", "save_figures"],
+    "search": ["trial_dots"],
     "style": ["CHANCE", "PALETTE", "RIGHT", "SPELLED", "WRONG", "metric_words", "use_style", "wrapped"],
     "training": ["TERMS", "training_curves"],
 })
