@@ -30,8 +30,8 @@ def mlflow_name(
     "A name that MLflow takes: R@10 becomes R_at_10"
     return re.sub(r"[^\w\-. /:]", "_", name.replace("@", "_at_"))
 
-def _client(uri: str) -> "MlflowClient":
-    "A client of a store; raises `InputError` where MLflow is not installed or the store cannot be used"
+def _mlflow() -> Any:
+    "The package, silent; raises `InputError` where it is not installed"
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
         import mlflow
@@ -40,7 +40,7 @@ def _client(uri: str) -> "MlflowClient":
     import logging
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    return mlflow.MlflowClient(uri)
+    return mlflow
 
 def store_address(
     uri: str, # As given: an address of MLflow, a file, or nothing
@@ -159,11 +159,12 @@ def log_to_mlflow(
     folder, address = Path(reports_dir), store_address(uri, reports_dir)
     runs = {run.relative_to(folder).as_posix(): run for run in find_runs(folder)}
     if not runs: raise InputError(f"There is no run with metrics below {folder}.")
-    client, logged, there = _client(address), 0, {}
+    mlflow, logged, there = _mlflow(), 0, {}
     file = Path(address.removeprefix("sqlite:///")) if address.startswith("sqlite:") else None
     artefacts = file.with_name(f".{file.stem}.artifacts") if file else None # Hidden, as it holds copies of runs
     records = {name: read_json(run/"run.json") if (run/"run.json").is_file() else {} for name, run in runs.items()}
     try:
+        client = mlflow.MlflowClient(address)
         experiment = _experiment(client, folder.resolve().name, artefacts)
         known = _known(client, experiment)
         for name in _parents_first(records):
@@ -180,7 +181,10 @@ def log_to_mlflow(
 def _failures() -> tuple[type[Exception], ...]:
     "What MLflow raises for a store that cannot be used"
     from mlflow.exceptions import MlflowException
-    return (MlflowException, OSError)
+    try:
+        from sqlalchemy.exc import SQLAlchemyError
+    except ImportError: return (MlflowException, OSError)
+    return (MlflowException, OSError, SQLAlchemyError)
 
 def _parents_first(records: Mapping[str, Any]) -> list[str]:
     "Names of runs, those that others build on before them"
