@@ -34,6 +34,7 @@ _PLAIN = {
     "adam_weight_decay": "weight_decay", "adam_epsilon": "eps", "max_grad_norm": "clip_grad",
     "pretrained_lora_path": "checkpoint", "checkpointing_step_interv": "save_every",
 } # Key -> the parameter that means the same
+_PEFT = {"bias": ("none",), "task_type": ("FEATURE_EXTRACTION",)} # Key of PEFT -> what is done here too
 _WITHOUT = {
     "val_batch_size": "validation ranks all pairs of the split, whatever the batch",
     "validation_step_interv": "validation follows every epoch, and the best one is kept",
@@ -48,7 +49,8 @@ _OWN = (
 # %% ../../nbs/experiments/11_foreign.ipynb #fe8e1dae
 def _one_of(names: Mapping[str, str], value: Any, key: str) -> str:
     "Our name of a choice; raises `InputError` for one that has none"
-    if value in names: return names[value]
+    if value is False and "no" in names: value = "no" # YAML takes a bare no for false
+    if isinstance(value, str) and value in names: return names[value]
     raise InputError(f"{key}: {value!r} has no counterpart. {close_matches(str(value), names)}")
 
 def _clip_model(path: str) -> tuple[str, str]:
@@ -58,18 +60,37 @@ def _clip_model(path: str) -> tuple[str, str]:
     model = _one_of(_OPENAI, name, "pretrained_clip_path")
     return model, f"pretrained_clip_path: no folder {path} is there; {model} has the same weights."
 
+def _yes(value: Any, key: str) -> bool:
+    "A yes or no, in quotes or not; empty is no"
+    if value is None or isinstance(value, bool): return bool(value)
+    words = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": False, "off": False, "0": False}
+    if (word := str(value).strip().lower()) in words: return words[word]
+    raise InputError(f"{key}: expected true or false, not {value!r}.")
+
+def _size(config: Mapping[str, Any], key: str) -> int:
+    "A whole number of at least 1; empty is 1"
+    value = 1 if config.get(key) is None else config[key]
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1: return value
+    raise InputError(f"{key}: expected a whole number above 0, not {value!r}.")
+
 def _lora(use: bool, config: Mapping[str, Any] | None) -> dict[str, Any]:
     "Parameters of the adapters; raises `InputError` for settings without a counterpart"
     if not use: return {"mode": "full"}
     config = config or {}
     if not isinstance(config, Mapping): raise InputError(f"lora_config: expected names and values, not {config!r}.")
     known = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "lora_dropout"}
+    every = (*known, "target_modules", *_PEFT)
     for name in config:
-        if name not in (*known, "target_modules"): raise InputError(f"lora_config: {unknown_name('key', name, known)}")
-    targets = [_one_of(_LAYERS, name, "lora_config, target_modules") for name in config.get("target_modules", [])]
+        if name not in every: raise InputError(f"lora_config: {unknown_name('key', name, every)}")
+    for name, ours in _PEFT.items():
+        if config.get(name) not in (None, *ours):
+            raise InputError(f"lora_config, {name}: {config[name]!r} has no counterpart. Leave it out.")
+    modules = config.get("target_modules") or []
+    modules = [modules] if isinstance(modules, str) else modules
+    targets = [_one_of(_LAYERS, name, "lora_config, target_modules") for name in modules]
     return (
         {"mode": "lora"}
-        | {ours: config[key] for key, ours in known.items() if key in config}
+        | {ours: config[key] for key, ours in known.items() if config.get(key) is not None}
         | ({"lora_targets": list(dict.fromkeys(targets))} if targets else {})
     )
 
@@ -84,7 +105,7 @@ def _data(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def _batches(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     "Size of a batch over all processes"
-    size, parts = config.get("train_batch_size", 1), config.get("gradient_accumulation_steps") or 1
+    size, parts = _size(config, "train_batch_size"), _size(config, "gradient_accumulation_steps")
     note = "train_batch_size: counted for each process there, over all processes here, and all of it are negatives."
     if parts == 1: return {"batch_size": size}, [note]
     return {"batch_size": size * parts, "chunk": size}, [
@@ -95,6 +116,7 @@ def clip_finetune(
 ) -> Foreign: # Parameters of the template finetune
     "The settings of CLIP-Finetune; raises `InputError` for an unknown key, or a value without a counterpart"
     known = {*_PLAIN, *_WITHOUT, *_OWN}
+    config = {key: None if value in ("None", "null", "") else value for key, value in config.items()} # Python's None
     for key in config:
         if key not in known: raise InputError(unknown_name("key", str(key), known))
     model, note = _clip_model(str(config.get("pretrained_clip_path") or "openai/clip-vit-base-patch16"))
@@ -104,14 +126,15 @@ def clip_finetune(
         params |= found
         notes += said
     params |= {ours: config[key] for key, ours in _PLAIN.items() if config.get(key) is not None}
-    params |= _lora(bool(config.get("use_lora")), config.get("lora_config"))
-    params["betas"] = [config.get("adam_beta1", 0.9), config.get("adam_beta2", 0.999)]
-    params["schedule"] = _one_of(_SCHEDULES, config.get("scheduler_type", "constant_with_warmup"), "scheduler_type")
+    given = {key: value for key, value in config.items() if value is not None} # An empty value is the default
+    params |= _lora(_yes(config.get("use_lora"), "use_lora"), config.get("lora_config"))
+    params["betas"] = [given.get("adam_beta1", 0.9), given.get("adam_beta2", 0.999)]
+    params["schedule"] = _one_of(_SCHEDULES, given.get("scheduler_type", "constant_with_warmup"), "scheduler_type")
     params["warmup"] = config.get("num_warmup_steps") or 0
     params["precision"] = _one_of({"no": "fp32", "fp16": "fp16", "bf16": "bf16"},
-                                  config.get("mixed_precision", "fp16"), "mixed_precision")
+                                  given.get("mixed_precision", "fp16"), "mixed_precision")
     notes += [f"{key}: {why}." for key, why in _WITHOUT.items() if key in config]
-    if config.get("resume_from_checkpoint"):
+    if config.get("resume_from_checkpoint") not in (None, False, "no", "false"):
         notes.append("resume_from_checkpoint: a run that was killed goes on with --resume on the command line.")
     out = Path(str(config.get("output_dir") or "./output"), str(config.get("exp_name") or "finetune")).as_posix()
     return Foreign(params, notes, out)
