@@ -16,7 +16,14 @@ import yaml
 
 from medclip_nb.core import InputError
 from medclip_nb.datasets import load_manifest, make_miniature
-from medclip_nb.experiments import append_run, check_names, check_parameters, read_parameters, with_defaults
+from medclip_nb.experiments import (
+    append_run,
+    check_names,
+    check_parameters,
+    read_foreign,
+    read_parameters,
+    with_defaults,
+)
 from medclip_nb.metrics import classification_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,6 +158,77 @@ def test_clip_finetune(command, tmp_path):
     line = "medclip-nb run finetune --from clip-finetune=configs/wrong.yaml"
     done = subprocess.run([command, *shlex.split(line)[1:]], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "unknown key 'learning_rat'. Did you mean 'learning_rate'" in done.stderr
+
+
+@pytest.mark.parametrize(("line", "wanted"), [
+    ("mixed_precision: no", {"precision": "fp32"}),  # YAML: false
+    ("mixed_precision: 'no'", {"precision": "fp32"}), ("mixed_precision:", {"precision": "fp16"}),
+    ("scheduler_type:", {"schedule": "constant"}), ("scheduler_type: None", {"schedule": "constant"}),
+    ("adam_beta1: null", {"betas": [0.9, 0.999]}), ("pretrained_lora_path: None", {"checkpoint": None}),
+    ("use_lora: 'False'", {"mode": "full", "rank": None}), ("use_lora: no", {"mode": "full"}),
+    ("use_lora: 'yes'", {"mode": "lora"}), ("use_lora:", {"mode": "full"}),
+    ("lora_config: {r: 4, bias: none, task_type: null, target_modules: q_proj}", {"lora_targets": ["q"], "rank": 4}),
+    ("lora_config: {r: null, target_modules: null}", {"rank": None, "lora_targets": None}),
+    ("gradient_accumulation_steps:", {"batch_size": 128}), ("train_batch_size:", {"batch_size": 1}),
+])
+def test_settings_as_people_write_them(tmp_path, line, wanted):
+    "A later line goes before an earlier one of the same key; the parameters are those that a run accepts"
+    key = line.partition(":")[0]
+    lines = [one for one in CONFIG.splitlines() if not one.startswith(f"{key}:")]
+    (tmp_path / "a.yaml").write_text("\n".join([*lines, line]))
+    found = read_foreign(f"clip-finetune={tmp_path / 'a.yaml'}").params
+    assert {name: found.get(name) for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("train_batch_size: 0", "train_batch_size: expected a whole number above 0, not 0"),
+    ("gradient_accumulation_steps: 0.5", "gradient_accumulation_steps: expected a whole number above 0"),
+    ("use_lora: perhaps", "use_lora: expected true or false, not 'perhaps'"),
+    ("lora_config: {bias: all}", "lora_config, bias: 'all' has no counterpart"),
+    ("lora_config: {target_module: [q_proj]}", "Did you mean 'target_modules'"),
+    ("mixed_precision: yes", "mixed_precision: True has no counterpart"),
+])
+def test_settings_without_a_counterpart(tmp_path, line, said):
+    key = line.partition(":")[0]
+    lines = [one for one in CONFIG.splitlines() if not one.startswith(f"{key}:")]
+    (tmp_path / "a.yaml").write_text("\n".join([*lines, line]))
+    with pytest.raises(InputError, match=re.escape(said)): read_foreign(f"clip-finetune={tmp_path / 'a.yaml'}")
+
+
+def write_run(folder, task="zero_shot", details=None, **params):
+    "The two files of a run that a line of a table is made of"
+    folder.mkdir()
+    metrics = {"balanced_accuracy": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}}
+    found = {"schema": 1, "task": task, "metrics": metrics, "details": {"headline": ["balanced_accuracy"], **details}}
+    (folder / "metrics.json").write_text(json.dumps(found))
+    (folder / "run.json").write_text(json.dumps({"parameters": params}))
+    return folder
+
+
+def test_lines_say_what_was_measured(tmp_path):
+    "Metrics of one name are of different labels, protocols, modes and splits"
+    table, test = tmp_path / "all.csv", {"split": ["test"]}
+    runs = [
+        write_run(tmp_path / "tone", details=test | {"label": "tone"}, labels=["tone"], split="test"),
+        write_run(tmp_path / "own", details=test | {"label": "finding"}, labels=[], split="test"),
+        write_run(tmp_path / "both", details=test | {"labels": {"a": {}, "b": {}}}, labels=[], split="test"),
+        write_run(tmp_path / "all", details={"split": ["test", "a"], "label": "tone"}, labels=["tone"], split="all"),
+        write_run(tmp_path / "gt", details={"split": ["valid"], "labels": {"disease": {}}, "mode": "global",
+                  "protocol": {}, "evaluated": ["pub-brain-5-gt"]}, protocols=[], mode="", split=""),
+        write_run(tmp_path / "head", "head", test | {"label": "label"}, label="label", mode="head", split="test"),
+    ]
+    for one in runs: append_run(one, table)
+    found = pd.read_csv(table, keep_default_na=False).set_index("run")
+    found.index = [Path(run).name for run in found.index]
+    assert list(found["labels"]) == ["tone", "finding", "a, b", "tone", "", "label"]
+    assert list(found["split"]) == ["test", "test", "test", "all", "valid", "test"]
+    assert found.loc["gt", ["protocols", "mode"]].tolist() == ["pub-brain-5-gt", "global"]
+    assert found.loc["head", "mode"] == "head" and found.loc["tone", ["protocols", "mode"]].tolist() == ["", ""]
+    lines = table.read_text().splitlines()
+    old = [line.replace("labels,protocols,mode,", "").replace(",tone,,,", ",") for line in lines]
+    (tmp_path / "old.csv").write_text("\n".join(old[:2]) + "\n")
+    append_run(runs[4], tmp_path / "old.csv")
+    assert pd.read_csv(tmp_path / "old.csv", keep_default_na=False)["protocols"].tolist() == ["", "pub-brain-5-gt"]
 
 
 def test_clip_for_medical_caption(command, tmp_path):

@@ -25,7 +25,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "without",
     ],
     "ledger": [
-        "ABOUT", "append_run", "check_ledger", "run_line",
+        "ABOUT", "HOW", "append_run", "check_ledger", "run_line",
     ],
     "jobs": ["NOTES", "close_suite", "run_job", "runs_to_do", "suite_levels"],
     "mlflow_runs": ["FILES", "IDENTITY", "STORE", "json_text", "log_to_mlflow", "mlflow_name", "run_identity_of",
