@@ -19,6 +19,7 @@ from medclip_nb.evaluators import (
     run_zero_shot,
     zero_shot,
 )
+from medclip_nb.experiments import steps
 from medclip_nb.models import load_model
 from medclip_nb.trainers import classify, train_head
 
@@ -161,3 +162,58 @@ def test_the_whole_survives_selection_copies_and_other_processes(data):
     changed = data.part("test").assign(label="x")
     changed.loc[changed.index[0], "label"] = "y"
     assert class_list(changed, "label").names == ["x", "y"]
+
+
+def table_of(folder, rows, columns="image,label"):
+    "A table beside its pictures"
+    for i, row in enumerate(rows): Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / row.split(",")[0])
+    (folder / "t.csv").write_text("\n".join([columns, *rows]) + "\n")
+    return folder / "t.csv"
+
+
+@pytest.mark.parametrize(("cells", "warned"), [
+    (["red", "red|green", "green", "blue"], "red|green"), (["red;green", "red; blue", "green"], "red; blue"),
+    (["a|b", "c", "d"], ""), (["red", "green", "blue"], ""), (["T1; axial", "T2; sagittal"], ""),
+])
+def test_cells_that_list_several_labels(tmp_path, monkeypatch, cells, warned):
+    shown = []
+    monkeypatch.setattr(steps, "display", lambda *what: shown.extend(str(w.data) for w in what))
+    data = load_manifest("csv", table_of(tmp_path, [f"{i}.png,{cell}" for i, cell in enumerate(cells)]), split="all")
+    steps.show_classes(data, ["label"])
+    kinds = set(validate(data, "none")["kind"])
+    assert ("labels listed" in kinds) == bool(warned) == any("multilabel=true" in text for text in shown)
+    if warned: assert any(f"such as {warned!r}" in text and "Warning" in text for text in shown)
+
+
+def test_an_image_with_two_labels(tmp_path, monkeypatch):
+    "The same image twice is fine; with another label it is said, by `validate` and by the run"
+    shown = []
+    monkeypatch.setattr(steps, "display", lambda *what: shown.extend(str(w.data) for w in what))
+    fine = table_of(tmp_path, ["a.png,red", "a.png,red", "b.png,blue", "c.png,"])
+    data = load_manifest("csv", fine, split="all")
+    steps.show_classes(data, ["label"])
+    assert "labels that contradict" not in set(validate(data, "none")["kind"]) and "several rows" not in str(shown)
+    data = load_manifest("csv", table_of(tmp_path, ["a.png,red", "a.png,blue", "b.png,blue", "c.png,red"]), split="all")
+    steps.show_classes(data, ["label"])
+    found = validate(data, "header").set_index("kind").loc["labels that contradict"]
+    said = "column 'label': 1 images have several rows with different labels, such as 'a.png' with 'red' and 'blue'"
+    assert said in found["message"] and any(said in text and "Warning" in text for text in shown)
+
+
+def test_what_splits_are_made_by_is_the_unit_of_intervals(tmp_path):
+    "Also where no split is made, and for leaks; a group of the table goes before it"
+    rows = [f"{i}.png,{'ab'[i % 2]},p{i // 2}" for i in range(24)]
+    table = table_of(tmp_path, rows, "image,label,patient")
+    made = load_manifest("csv", table, split_by="patient")
+    assert (made["group"] == made["patient"]).all() and made.groupby("group")["split"].nunique().max() == 1
+    every = load_manifest("csv", table, split="all", split_by="patient")
+    assert every["split"].unique().tolist() == ["all"] and every["group"].nunique() == 12
+    assert every.split_source == "none: all rows are taken"
+    assert "group" not in load_manifest("csv", table, split="all")
+    own = load_manifest("csv", table, columns={"group": "label"}, split_by="patient", split="all")
+    assert set(own["group"]) == {"a", "b"}
+    with pytest.raises(InputError, match="split_by='patent': no such column. Did you mean 'patient'"):
+        load_manifest("csv", table, split="all", split_by="patent")
+    clip = load_model("starter", device="cpu", precision="fp32")
+    by = zero_shot(clip, made.part("test"), "label", n_boot=5)
+    assert by.details["bootstrap"]["unit"] == "group"

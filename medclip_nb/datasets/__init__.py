@@ -15,8 +15,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "classes": [
         "ClassList", "alike_sentence", "class_column", "class_facts", "class_list", "class_lists", "class_sentence",
-        "declared_labels", "folded", "label_columns", "label_name", "label_names", "look_alikes", "whole_column",
-        "with_classes",
+        "contradiction_sentence", "declared_labels", "folded", "label_columns", "label_name", "label_names",
+        "listed_sentence", "look_alikes", "whole_column", "with_classes",
     ],
     "files": [
         "FILE_ISSUES", "IMAGE_FORMATS", "ImageFacts", "MAX_FILE_VOXELS", "MAX_PIXELS", "PIL_FORMATS", "phash",
@@ -63,8 +63,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "write_shards",
     ],
     "splits": [
-        "FRACTIONS", "SPLIT_NAMES", "load_splits", "make_splits", "save_splits", "split_hash", "split_unit",
-        "with_test", "with_validation",
+        "FRACTIONS", "SPLIT_NAMES", "grouped_by", "load_splits", "make_splits", "save_splits", "split_hash",
+        "split_unit", "with_test", "with_validation",
     ],
     "starter": [
         "ANATOMICAL_LEVELS", "CONTRASTS", "CONTRAST_TERMS", "NORMAL", "NORMAL_ITEM", "PATTERNS", "RANGES",

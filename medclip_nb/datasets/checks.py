@@ -14,7 +14,15 @@ import numpy as np
 import pandas as pd
 
 from ..core import InputError, close_matches
-from .classes import alike_sentence, class_list, folded, label_name, look_alikes
+from medclip_nb.datasets.classes import (
+    alike_sentence,
+    class_list,
+    contradiction_sentence,
+    folded,
+    label_name,
+    listed_sentence,
+    look_alikes,
+)
 from .files import FILE_ISSUES, MAX_PIXELS
 from .leaks import DEPTHS, ORDER, _name, file_facts, leak_table
 from .manifest import Manifest
@@ -37,6 +45,8 @@ REMEDIES = {
     "one class in a split": "Metrics that rank or compare classes are not defined there; use a larger split.",
     "labels alike": "If they are one class, write them in one way in the table; otherwise ignore this.",
     "groups alike": "If they are one patient, write the name in one way in the table, so that it stays in one split.",
+    "labels listed": "Where findings do not exclude each other, give multilabel=true to zero_shot; else ignore this.",
+    "labels that contradict": "Keep the right row of each image.",
     "lists of labels": "Write a column with one text for each finding, and name these columns as labels.",
     "unseen label": "Move examples into the training split, or leave the class out.",
     "single example": "Merge the class with another or collect more.",
@@ -174,6 +184,10 @@ def _label_issues(manifest: pd.DataFrame, column: str) -> list[tuple]:
         first = values.index[values.map(label_name, na_action="ignore") == names[0]][0]
         message = alike_sentence(column, groups)
         found.append(_issue("warning", "labels alike", first, message, sum(sum(g.values()) for g in groups)))
+    if message := listed_sentence(column, values):
+        found.append(_issue("warning", "labels listed", -1, message))
+    if message := contradiction_sentence(manifest, column):
+        found.append(_issue("warning", "labels that contradict", -1, message))
     unseen = values[(split != "train") & values.notna() & ~values.isin(train)] if train else values[:0]
     for value, rows in unseen.groupby(unseen):
         message = f"{column} {value!r} does not occur in the training split ({len(rows)} rows elsewhere)"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['label_name', 'label_names', 'ClassList', 'whole_column', 'class_column', 'class_list', 'declared_labels',
-           'label_columns', 'class_lists', 'with_classes', 'class_facts', 'class_sentence', 'folded', 'look_alikes',
-           'alike_sentence']
+           'label_columns', 'class_lists', 'with_classes', 'class_facts', 'class_sentence', 'folded', 'listed_sentence',
+           'contradiction_sentence', 'look_alikes', 'alike_sentence']
 
 # %% ../../nbs/datasets/17_classes.ipynb #5021c542
 import difflib
@@ -226,6 +226,36 @@ def folded(
     text = re.sub(r"\s*-\s*", "-", " ".join(text.split()))
     if re.fullmatch(r"[+-]?\d{1,15}([.,]\d{1,15})?", text): return format(float(text.replace(",", ".")), "g")
     return unicodedata.normalize("NFKC", text)
+
+def listed_sentence(
+    column: str, # Name of the label column
+    labels: Iterable, # Its labels
+) -> str: # Empty for none
+    "Which cells seem to list several labels: with a bar or semicolon, and a part that other cells have too"
+    counts = pd.Series(list(labels), dtype=object).dropna().map(label_name).value_counts().sort_index()
+    parts = {name: {p.strip() for p in re.split(r"[|;]", name) if p.strip()} for name in counts.index}
+    of = pd.Series([p for found in parts.values() for p in found], dtype=object).value_counts()
+    several = [name for name, found in parts.items() if len(found) > 1 and any(of[p] > 1 for p in found)]
+    if not several: return ""
+    return (
+        f"column {column!r}: {int(counts[several].sum())} rows, such as {several[0]!r}, look like lists of several "
+        "labels, and each such list counts as a class of its own"
+    )
+
+def contradiction_sentence(
+    rows: pd.DataFrame, # With a column image
+    column: str, # Name of the label column
+) -> str: # Empty for none
+    "Which images have several rows with different labels"
+    if not {"image", column} <= set(rows): return ""
+    told = rows[["image", column]].dropna().astype(str).drop_duplicates()
+    several = told[told["image"].duplicated(keep=False)]
+    if not len(several): return ""
+    first = several[several["image"] == several["image"].iloc[0]]
+    return (
+        f"column {column!r}: {several['image'].nunique()} images have several rows with different labels, such as "
+        f"{first['image'].iloc[0]!r} with {' and '.join(map(repr, first[column][:3]))}, and no answer is right for all"
+    )
 
 def look_alikes(
     labels: Iterable, # A column of labels

@@ -16,7 +16,7 @@ from typing import Any, Union, get_args, get_origin
 from ..core import InputError, read_json
 from .manifest import Manifest, _checked_cells
 from .registry import _find_reader
-from .splits import _made_splits, _usual_names, load_splits, with_test
+from .splits import _made_splits, _usual_names, grouped_by, load_splits, with_test
 from ..images.reading import read_image
 from ..images.volumes import read_volume
 
@@ -76,7 +76,8 @@ def load_manifest(
     split: str | None = None, # Only these rows; None takes all, and so does "all", which makes no splits
     split_seed: int = 0, # Seed of the split made where the data has none
     splits: str | Path | None = None, # A file of splits to use instead (see `save_splits`)
-    # A column whose values stay in one split, where the data has none; None takes group, or else image
+    # A column whose values stay in one split, where the data has none; None takes group, or else image. Where there
+    # is no group, intervals resample by it too
     split_by: str | None = None,
     test_split: str | None = None, # Split that counts as test where the data have no test, such as valid
     # How to read files, beside what the reader states: {"window": "lung"} (see `images.read_image`),
@@ -107,10 +108,11 @@ def load_manifest(
         manifest["split"] = _usual_names(manifest["split"])
         without = int((manifest["split"] == "unassigned").sum())
         manifest.split_source = "given with the data" + (f"; rows in no split: {without}" if without else "")
-    elif split == "all" and not split_by: manifest["split"], manifest.split_source = "all", "none: all rows are taken"
+    elif split == "all": manifest["split"], manifest.split_source = "all", "none: all rows are taken"
     else:
         manifest["split"], manifest.split_source = _made_splits(manifest, split_seed, split_by)
         manifest.unsplit = split_by is None
+    if split_by: manifest = grouped_by(manifest, split_by)
     if test_split: manifest = with_test(manifest, test_split)
     manifest._whole = manifest
     return manifest.part(split) if split else manifest

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FRACTIONS', 'SPLIT_NAMES', 'make_splits', 'with_validation', 'with_test', 'split_hash', 'save_splits', 'load_splits',
-           'split_unit']
+           'split_unit', 'grouped_by']
 
 # %% ../../nbs/datasets/07_splits.ipynb #047c1b59
 import json
@@ -212,6 +212,16 @@ def split_unit(
 ) -> str: # group, or else image, series or row
     "The column whose values stay in one split"
     return _units(manifest)[0]
+
+def grouped_by(
+    manifest: Manifest, # With the column
+    by: str, # The column that splits are made by, such as patient
+) -> Manifest: # With a column group, unless it has one or each image is a unit of its own
+    "Take what splits keep together for groups everywhere; raises `InputError` for a column that is not there"
+    if by not in manifest:
+        raise InputError(f"split_by={by!r}: no such column. {close_matches(by, manifest.columns)}")
+    if "group" in manifest or by in ("image", "series"): return manifest
+    return manifest.assign(group=_units(manifest.assign(group=manifest[by]))[1])
 
 def _made_splits(manifest: Manifest, seed: int, by: str | None = None) -> tuple[pd.Series, str]:
     "Splits for data that have none, and how they were made; raises `InputError` for a column that is not there"

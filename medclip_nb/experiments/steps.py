@@ -22,7 +22,9 @@ from ..datasets.checks import drop_unusable, skipped_table
 from medclip_nb.datasets.classes import (
     alike_sentence,
     class_sentence,
+    contradiction_sentence,
     label_columns,
+    listed_sentence,
     look_alikes,
     whole_column,
     with_classes,
@@ -129,9 +131,14 @@ def show_classes(
     display(Markdown("\n\n".join(class_sentence(rows, c, given.get(c), source.get(c, "")) for c in labels)))
     for column in labels:
         every = whole_column(rows, column)
-        if alike := alike_sentence(column, look_alikes(rows[column] if every is None else every)):
-            remedy = "If they are one class, write them in one way in the table."
-            display(Markdown(f"**Warning**: {html.escape(alike, quote=False)}. {remedy}"))
+        named = rows[column] if every is None else every
+        listed = "In zero_shot, multilabel=true takes them for findings that do not exclude each other."
+        for said, remedy in (
+            (alike_sentence(column, look_alikes(named)), "If they are one class, write them in one way in the table."),
+            (listed_sentence(column, named), listed),
+            (contradiction_sentence(rows, column), "Keep the right row of each image in the table."),
+        ):
+            if said: display(Markdown(f"**Warning**: {html.escape(said, quote=False)}. {remedy}"))
 
 # %% ../../nbs/experiments/07_steps.ipynb #b4b5e3bc
 def count_rows(
