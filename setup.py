@@ -40,6 +40,7 @@ setup(
         "all": words("optional_requirements"),
         "mlflow": words("mlflow_requirements"),
         "search": words("search_requirements"),
+        "dask": words("dask_requirements"),
     },
     entry_points={
         "console_scripts": words("console_scripts"),

@@ -68,6 +68,11 @@ def until(there, process=None):
     raise AssertionError("it did not come")
 
 
+def kernels_of(folder, *runs):
+    "The processes in which runs are held"
+    return [int(until(lambda: (folder / name).exists() and (folder / name).read_text().split())[-1]) for name in runs]
+
+
 def states(folder):
     return {r["name"]: r["status"] for r in json.loads((folder / "suite.json").read_text())["runs"]}
 
@@ -109,8 +114,7 @@ def test_kill_of_the_command_leaves_no_process_and_it_goes_on(suite, command, tm
     holds = {name: {"mode": f"hold {tmp_path / name} {go}"} for name in ("one", "two")}
     path = suite(first={}, **holds, last={"before": "{one}"})
     process = start(command, path)
-    until(lambda: all((tmp_path / name).exists() for name in holds), process)
-    kernels = [int((tmp_path / name).read_text()) for name in holds]
+    kernels = kernels_of(tmp_path, *holds)
     workers = [worker_of(folder, name) for name in holds]
     assert all(map(alive, kernels + workers)) and "holding on" in (folder / ".logs" / "one.log").read_text()
     process.kill()
@@ -127,8 +131,7 @@ def test_interruption_ends_everything_and_it_goes_on(suite, command, tmp_path):
     go, folder = tmp_path / "go", tmp_path / "reports" / "many"
     path = suite(**{name: {"mode": f"hold {tmp_path / name} {go}"} for name in ("one", "two")}, three={})
     process = start(command, path)
-    until(lambda: all((tmp_path / name).exists() for name in ("one", "two")), process)
-    kernels = [int((tmp_path / name).read_text()) for name in ("one", "two")]
+    kernels = kernels_of(tmp_path, "one", "two")
     process.send_signal(signal.SIGINT)
     _, errors = ended(process, code=130)
     assert "goes on from here" in errors and "Traceback" not in errors

@@ -173,6 +173,17 @@ def _costs(file: str, only: list[str], scale: str) -> None:
     if found: typer.echo(f"{'together':<24}  about {costs.time_text(sum(c.seconds for c in found.values()))}")
     typer.echo(f"{costs.cost_note()}\n")
 
+def _place(workers: int, threads: int, executor: str, scheduler: str, cluster: Path | None) -> tuple[Any, int]:
+    "Where runs are executed, and the threads of each"
+    from medclip_nb import experiments
+    if executor not in ("local", "dask"): raise InputError(f"--executor is local or dask, not {executor!r}.")
+    if executor == "local":
+        if scheduler or cluster: raise InputError("--scheduler and --cluster are for --executor dask. Give that too.")
+        return experiments.local_place(workers, threads)
+    if workers > 1: raise InputError("A Dask cluster has workers of its own: leave out --workers.")
+    place = experiments.dask_place(scheduler, cluster or "", threads)
+    return place, place.threads
+
 @app.command()
 def suite(
     file: Annotated[
@@ -199,6 +210,14 @@ def suite(
             show_default=False,
         ),
     ] = 0,
+    executor: Annotated[
+        str, typer.Option(help="Where runs are executed: local, or dask with --scheduler or --cluster.")
+    ] = "local",
+    scheduler: Annotated[str, typer.Option(metavar="ADDRESS", help="A Dask scheduler, as in tcp://host:8786.")] = "",
+    cluster: Annotated[
+        Optional[Path],
+        typer.Option(metavar="PROFILE.yaml", help="A Slurm, PBS or LSF cluster whose jobs are Dask workers."),
+    ] = None,
 ) -> None:
     "Execute a suite of runs; skip what has not changed. After Ctrl-C or a crash the same command goes on."
     from medclip_nb import experiments
@@ -209,11 +228,11 @@ def suite(
         return typer.echo("\n".join(f"{name:<{max(map(len, known))}}  {title}" for name, title in known.items()))
     if workers > 1 and (processes > 1 or experiments.launched().total > 1):
         raise InputError("--workers executes runs side by side, --processes trains one with several: give one of them.")
-    place, share = experiments.local_place(workers, threads)
-    own = {"OMP_NUM_THREADS": str(share)} if threads or workers > 1 else {}
+    place, share = _place(workers, threads, executor, scheduler, cluster)
+    own = {"OMP_NUM_THREADS": str(share)} if threads or place.apart else {}
     if dry_run:
         _costs(file, only, scale)
-        with experiments.together(processes), experiments.environment(own):
+        with experiments.together(processes), experiments.environment(own), place:
             planned = experiments.plan_suite(file, out, only, scale)
         for r in planned: typer.echo(f"{r.name:<24}  {'to run' if force else r.status}")
         for line in experiments.search_plan(file, out, only, scale): typer.echo(line)

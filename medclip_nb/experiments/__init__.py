@@ -91,6 +91,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "LATEX", "MARKDOWN", "TABLE_FORMATS", "Table", "check_formats", "file_links", "latex_text", "markdown_text",
         "save_tables",
     ],
+    "clusters": [
+        "DaskPlace", "INSTALL", "THREADS", "call_there", "cluster_classes", "cores_of_a_thread", "dask_place",
+        "glimpse", "look", "profile_threads", "read_profile",
+    ],
     "workers": [
         "Apart", "Board", "Died", "END_WITHIN", "Here", "IDLE", "LOGS", "Line", "RunPlace", "Waiting", "Workers",
         "apart", "follow", "last_line", "local_place", "serve_calls", "visible_gpus", "work_off",
