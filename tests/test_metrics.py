@@ -8,12 +8,16 @@ import torch
 from sklearn import metrics as sk
 
 from medclip_nb.core import InputError
+from medclip_nb.evaluators.results import metric_table
 from medclip_nb.metrics import (
+    Units,
     auroc,
     bootstrap,
     bootstrap_weights,
     chance_recall,
+    class_units,
     classification_metrics,
+    classification_units,
     interval,
     label_codes,
     per_class_metrics,
@@ -267,3 +271,41 @@ def test_a_bool_column_is_a_share(): assert 0 <= bootstrap(pd.Series([True, Fals
 def test_bad_levels_and_shapes():
     with pytest.raises(InputError, match="between 0 and 1"): bootstrap([1., 2.], level=0)
     with pytest.raises(InputError, match="one value per row"): bootstrap(np.ones((3, 2)))
+
+
+def test_one_answer_for_everybody_has_the_mean_of_the_exact_intervals_of_its_recalls():
+    true, constant = np.repeat([0, 1], [24, 6]), np.tile([1., 0.], (30, 1))
+    weights = bootstrap_weights(30, 200)
+    many, units = classification_metrics(true, constant, [0, 1], weights), classification_units(true, [0, 1], 30)
+    rare = [interval([v, v], groups=6, bounds=(0, 1)) for v in (1, 0)]
+    ends = interval(many['balanced_accuracy'], groups=units['balanced_accuracy'].groups, bounds=(0, 1))
+    assert ends == pytest.approx(np.mean(rare, 0), abs=1e-9)
+    assert ends == pytest.approx((0.2704, 0.7296), abs=1e-4)
+    low, high = interval(many['mcc'], groups=units['mcc'].groups, bounds=(-1, 1))
+    assert low == -high == pytest.approx(0.025 ** (1 / 6) - 1)
+
+
+def test_each_metric_of_a_class_names_its_own_groups():
+    true, called = np.repeat([0, 1], [20, 3]), np.repeat([0, 1], [16, 7])
+    table = per_class_metrics(true, np.eye(2)[called], [0, 1], bootstrap_weights(23, 100), groups=np.arange(23))
+    units = class_units(table.iloc[1])
+    assert {name: units[name].groups for name in ('recall', 'specificity', 'precision', 'auroc')} == {
+        'recall': 3, 'specificity': 20, 'precision': 7, 'auroc': 3,
+    }
+    for name in ('recall', 'specificity', 'precision', 'auroc'):
+        assert pd.isna(table.iloc[1][f'{name}_low']) == bool(units[name].note)
+    assert class_units(per_class_metrics(true, np.eye(2)[called], [0, 1]).iloc[1]) == {}
+
+
+def test_the_weighted_f1_has_no_interval_where_kappa_has_none():
+    for rare, groups in ((3, 3), (8, 38)):
+        units = classification_units(np.repeat([0, 1], [30, rare]), [0, 1], 30 + rare)
+        assert units['f1_weighted'].groups == groups
+        assert bool(units['f1_weighted'].note) == bool(units['kappa'].note)
+
+
+def test_ranks_that_all_agree_have_no_interval_and_say_why():
+    ranks = {'mean_rank': np.ones(50), 'median_rank': np.ones(50)}
+    table = metric_table({'mean_rank': 1., 'median_rank': 1.}, ranks, 12, Units(12)).set_index('name')
+    assert pd.isna(table.loc['mean_rank', 'low']) and table.loc['mean_rank', 'note'] == 'all 12 groups agree'
+    assert list(table.loc['median_rank', ['low', 'high', 'note']]) == [1, 1, '']

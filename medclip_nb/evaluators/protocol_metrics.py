@@ -37,6 +37,7 @@ from medclip_nb.evaluators.results import (
     metric_table,
     unit_of,
 )
+from ..metrics.classification import class_units
 from ..metrics.curves import choose_thresholds, class_areas
 from ..metrics.multilabel import multilabel_units
 from medclip_nb.metrics.resampling import (
@@ -131,8 +132,9 @@ def _brain_task(scored: Scored, classes: Sequence[str]) -> Result:
     )
     if not two: return only(result, MANY_WAY)
     disease = result.details["per_class"][1]
-    about = result.metrics["n"].max(), disease["positive_groups"], disease["note"]
-    line = lambda m: (m, disease[m], disease[f"{m}_low"], disease[f"{m}_high"], *about)
+    rows, units = result.metrics["n"].max(), class_units(disease)
+    ends = lambda m: (disease[m], disease[f"{m}_low"], disease[f"{m}_high"])
+    line = lambda m: (m, *ends(m), rows, units[m].groups, units[m].note)
     more = pd.DataFrame([line(m) for m in ("recall", "precision")], columns=COLUMNS)
     return only(replace(result, metrics=pd.concat([result.metrics, more])), TWO_WAY)
 

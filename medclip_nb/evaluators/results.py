@@ -128,8 +128,11 @@ def metric_table(
         if name == "n": continue
         unit = units
         if isinstance(units, Mapping): unit = units.get(name.split("/")[-1]) or units.get("")
-        ends = interval(samples[name], groups=unit and unit.groups, bounds=metric_bounds(name))
-        rows.append((name, value, *ends, n, unit.groups if unit else np.nan, unit.note if unit else ""))
+        bounds, note = metric_bounds(name), unit.note if unit else ""
+        ends = interval(samples[name], groups=unit and unit.groups, bounds=bounds)
+        if unit and bounds is None and ends[0] == ends[1] and "median" not in name:
+            ends, note = (np.nan, np.nan), f"all {unit.groups} groups agree"
+        rows.append((name, value, *ends, n, unit.groups if unit else np.nan, note))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 def metric_bounds(

@@ -14,7 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "reliability_table",
     ],
     "classification": [
-        "class_counts", "class_note", "class_probabilities", "class_ranks", "classification_metrics",
+        "class_counts", "class_note", "class_probabilities", "class_ranks", "class_units", "classification_metrics",
         "classification_units", "distributions", "label_codes", "labeled", "per_class_metrics",
     ],
     "curves": [
@@ -35,7 +35,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "retrieval": [
         "MANY", "TIES", "chance_recall", "positive_pairs", "query_metrics", "query_table", "rank_metrics",
-        "retrieval_metrics", "retrieval_queries", "retrieval_ranks",
+        "retrieval_metrics", "retrieval_queries", "retrieval_ranks", "telling_cutoff",
     ],
     "significance": [
         "delong", "delong_covariance", "delong_test", "holm", "mcnemar", "over_seeds", "paired_bootstrap",

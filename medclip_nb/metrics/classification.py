@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['label_codes', 'class_counts', 'class_ranks', 'labeled', 'distributions', 'class_probabilities',
-           'classification_metrics', 'class_note', 'per_class_metrics', 'classification_units']
+           'classification_metrics', 'class_note', 'class_units', 'per_class_metrics', 'classification_units']
 
 # %% ../../nbs/metrics/02_classification.ipynb #dff34189
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -185,6 +185,18 @@ def class_note(
     if called is not None: units = (*units, Units(int(called), "predicted to have the class"))
     return "; ".join(one.note for one in units if one.note)
 
+def class_units(
+    row: Mapping[str, Any], # A class of `per_class_metrics` or of `multilabel_table`, made with groups
+) -> dict[str, Units]: # Metric -> its groups; empty for a table made without groups
+    "The groups that each metric of one class rests on"
+    if pd.isna(row.get("positive_groups")): return {}
+    have, rest = Units(int(row["positive_groups"]), "with the class"), Units(int(row["negative_groups"]), "without it")
+    fewer = min(have, rest, key=lambda units: units.groups)
+    found = {"recall": have, "sensitivity": have, "f1": have, "specificity": rest}
+    found |= dict.fromkeys(("auroc", "average_precision", "balanced_accuracy"), fewer)
+    if pd.isna(row.get("predicted_groups")): return found
+    return found | {"precision": Units(int(row["predicted_groups"]), "predicted to have the class")}
+
 def _class_groups(
     true: np.ndarray, predicted: np.ndarray, classes: int, groups: ArrayLike
 ) -> dict[str, np.ndarray]:
@@ -247,6 +259,7 @@ def per_class_metrics(
     return table.assign(
         positive_groups=counts["recall"],
         negative_groups=counts["specificity"],
+        predicted_groups=counts["precision"],
         note=[class_note(*one) for one in zip(counts["recall"], counts["specificity"], counts["precision"])],
     )
 
@@ -274,9 +287,10 @@ def classification_units(
     rarest, unlike = _fewest(have, "with", names), _fewest(np.where(have > 0, rest, 0), "without", names)
     area = min(rarest, unlike, key=lambda units: units.groups or np.inf)
     common = int(np.bincount(true, minlength=len(names)).argmax())
+    other = Units(int(rest[common]), f"without class {names[common]!r}")
     out = {"": every, **dict.fromkeys(("balanced_accuracy", "f1_macro"), rarest)}
     out |= dict.fromkeys(("auroc_macro", "average_precision_macro", "auroc", "average_precision"), area)
-    out |= dict.fromkeys(("kappa", "mcc"), Units(int(rest[common]), f"without class {names[common]!r}"))
+    out |= {"kappa": other, "mcc": other, "f1_weighted": other if other.note else every}
     if len(names) != 2: return out
     pick = lambda c: Units(int(have[c]), f"with class {names[c]!r}")
     return out | {"sensitivity": pick(which), "specificity": pick(1 - which)}

@@ -82,8 +82,8 @@ def interval(
     if groups is None or bounds is None: return low, high
     worst, best = bounds
     if low < high: return (groups * low + worst / 4) / (groups + 0.25), (groups * high + best / 4) / (groups + 0.25)
-    reach = (best - worst) * (1 - ((1 - level) / 2) ** (1 / groups))
-    return (low - reach if low == best else low), (high + reach if high == worst else high)
+    unseen = 1 - ((1 - level) / 2) ** (1 / groups)
+    return low - unseen * (low - worst), high + unseen * (best - high)
 
 # %% ../../nbs/metrics/01_resampling.ipynb #b2fb8246
 def ratio(
