@@ -112,6 +112,18 @@ def test_parameters_are_listed(stub):
                                                     ["data_root", "str", "(required)"]]
 
 
+def test_parameters_are_listed_as_they_are_set(stub, tmp_path):
+    (tmp_path / "own.yaml").write_text("n: 3\nname: b\n")
+    for verb in (("params", stub), ("run", stub, "--list")):
+        lines = call(*verb, "-f", tmp_path / "own.yaml", "-p", "name=c").splitlines()
+        assert [line.split()[2] for line in lines] == ["3", "'c'", "(required)"]
+        assert lines[1].endswith("Kept as text (default: 'a')")
+        assert "unknown parameter 'm'" in call(*verb, "-p", "m=1", code=2)
+    assert "params TEMPLATE -f FILE" in call("params", "-f", tmp_path / "own.yaml", code=2)
+    mri = {line.split()[0]: line.split()[2] for line in call("params", "itemized", "-f", "itemized-mri").splitlines()}
+    assert mri["batch_size"] == "256" and float(mri["lr"]) == 1.75e-4
+
+
 def test_suite(stub, tmp_path):
     file = tmp_path / "s.yaml"
     file.write_text(f"runs: [{{name: good, template: {stub}, params: {{data_root: x}}}}, "

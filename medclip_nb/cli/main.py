@@ -132,7 +132,9 @@ def run(
         bool, typer.Option("--resume", help="Go on where the same run was killed in its training.")
     ] = False,
     processes: ProcessesOption = 0,
-    list_: Annotated[bool, typer.Option("--list", help="List the template's parameters and stop.")] = False,
+    list_: Annotated[
+        bool, typer.Option("--list", help="List the template's parameters, as -f and -p set them, and stop.")
+    ] = False,
 ) -> None:
     "Execute one template into a folder."
     from medclip_nb.experiments import runs
@@ -140,7 +142,7 @@ def run(
     from medclip_nb.experiments.ledger import append_run, check_ledger
     from medclip_nb.experiments.parameters import find_template, with_defaults
     from medclip_nb.experiments.processes import has_leader, launched, together
-    if list_: return params(template)
+    if list_: return params(template, from_, param, file)
     if has_leader(): return None
     stem = find_template(template).stem
     theirs = read_foreign(from_, stem) if from_ else None
@@ -341,15 +343,34 @@ def params(
         Optional[str], typer.Argument(help="Name or path; without one the templates are listed.")
     ] = None,
     from_: ForeignOption = "",
+    param: Annotated[
+        list[str], typer.Option("-p", "--param", metavar="NAME=VALUE", help="Show this value; repeat for more.")
+    ] = [],
+    file: Annotated[
+        Optional[str],
+        typer.Option("-f", "--file", help="Show the values of a YAML file, or of published settings by their name."),
+    ] = None,
 ) -> None:
     "List the parameters of a template, or the templates; with --from, print the settings of another program in ours."
-    from medclip_nb.experiments.parameters import find_template, template_parameters, templates
+    from medclip_nb.experiments.parameters import (
+        check_parameters,
+        find_template,
+        template_parameters,
+        templates,
+        with_defaults,
+    )
     if from_:
         from medclip_nb.experiments.foreign import read_foreign, settings_yaml
         found = read_foreign(from_, find_template(template).stem if template else "")
         return typer.echo(settings_yaml(found), nl=False)
+    if template is None and (param or file is not None):
+        raise InputError("-p and -f are of a template. Give its name: params TEMPLATE -f FILE.")
     if template is None: return typer.echo("\n".join(templates()) or "There are no templates.")
-    rows = [(k, s.type, "(required)" if s.default is ... else repr(s.default), s.help)
+    given = with_defaults(template, parse_parameters(param), parse_parameters([], file))
+    given = check_parameters(template, given, complete=False)
+    said = lambda value: "(required)" if value is ... else repr(value)
+    before = lambda k, s: f" (default: {said(s.default)})" if k in given and given[k] != s.default else ""
+    rows = [(k, s.type, said(given.get(k, s.default)), s.help + before(k, s))
             for k, s in template_parameters(template).items() if k != "out_dir"]
     widths = [min(40, max((len(r[i]) for r in rows), default=0)) for i in range(3)]
     for r in rows: typer.echo("  ".join([*(f"{r[i]:<{widths[i]}}" for i in range(3)), r[3]]).rstrip())

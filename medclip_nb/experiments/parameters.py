@@ -269,6 +269,7 @@ def _checked(name: str, value: Any, spec: Parameter) -> Any:
 def check_parameters(
     template: Template | str | Path, # As for `read_template`
     params: dict[str, Any], # Values by name; text is read as the declared type
+    complete: bool = True, # Whether they are all that a run is given: nothing is missing, and all have an effect
 ) -> dict[str, Any]: # The converted values, only of what was given
     "Compare parameters with a template; raises `InputError` naming each unknown, missing or mistyped one"
     template = read_template(template)
@@ -280,11 +281,11 @@ def check_parameters(
         else:
             try: values[name] = _checked(name, value, specs[name])
             except InputError as e: problems.append(str(e))
-    missing = [n for n, s in specs.items() if s.default is ... and n not in params and n != "out_dir"]
+    missing = [n for n, s in specs.items() if complete and s.default is ... and n not in params and n != "out_dir"]
     problems += [
         f"parameter {n!r} ({specs[n].type}) has to be given: {specs[n].help or 'it has no default'}." for n in missing
     ]
-    if not problems: problems = _broken_rules(template, values)
+    if complete and not problems: problems = _broken_rules(template, values)
     if problems: raise InputError("\n".join(f"{template.path.stem}: {p}" for p in problems))
     return values
 
