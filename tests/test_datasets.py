@@ -435,3 +435,18 @@ def test_validate_names_a_label_once_and_cuts_no_remedy(folder):
         {"image": "0.png", "label": "b "}]).root)]).output
     assert "labels alike" in said and "single example" not in said and "\u2026" not in said
     assert "otherwise ignore this." in " ".join(said.split())
+
+
+def test_made_splits_keep_equal_files_together_and_a_column_of_patients_is_pointed_out(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(12): Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(tmp_path / f"{i}.png")
+    for i in (3, 7, 11): (tmp_path / f"{i}.png").write_bytes((tmp_path / "0.png").read_bytes())
+    lines = [f"{i}.png,text {i},p{i // 2}" for i in range(12)]
+    (tmp_path / "own.csv").write_text("\n".join(["image,caption,patient", *lines]))
+    rows = load_manifest("csv", tmp_path / "own.csv")
+    assert rows["split"][[0, 3, 7, 11]].nunique() == 1 and rows["split"].nunique() == 3
+    assert rows.split_source == "made by image, 4 rows with equal files kept together, seed 0"
+    assert "column 'patient' (6 values in 12 rows) is not taken as group" in rows.notes[-1]
+    own = load_manifest("csv", tmp_path / "own.csv", columns={"group": "patient"})
+    assert not any("patient" in note for note in own.notes)
+    assert own["split"][[0, 1, 2, 3, 6, 7, 10, 11]].nunique() == 1

@@ -274,7 +274,7 @@ def split(
     overwrite: OverwriteOption = False,
 ) -> None:
     "Assign whole groups to splits and save the assignment, with a hash."
-    from medclip_nb.datasets.splits import FRACTIONS, make_splits, save_splits
+    from medclip_nb.datasets.splits import FRACTIONS, keep_together, make_splits, save_splits
     shares = parse_fractions(fractions) if fractions else FRACTIONS
     manifest = _load(dataset, root, option)
     check_out([out], data_inputs(manifest, root, option), overwrite)
@@ -282,7 +282,7 @@ def split(
     for c in columns:
         if c not in manifest:
             raise InputError(f"--stratify: {dataset} has no column {c!r}. {close_matches(c, manifest.columns)}")
-    manifest["split"] = make_splits(manifest, columns or None, shares, seed)
+    manifest["split"] = make_splits(keep_together(manifest)[0], columns or None, shares, seed)
     with _writing(out): digest = save_splits(manifest, out)
     _echo(_splits(manifest))
     typer.echo(f"{out}  hash {digest}")

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FACTS', 'DEPTHS', 'ORDER', 'LEAK', 'SIMILAR', 'PIECE', 'LEAK_CHOICES', 'file_facts', 'nearest_hashes', 'leak_table',
-           'split_leaks', 'shared_texts', 'check_disjoint']
+           'join_equal', 'split_leaks', 'shared_texts', 'check_disjoint']
 
 # %% ../../nbs/datasets/09_leaks.ipynb #44f36bc3
 import os
+import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 
 from ..core import InputError, content_hash, file_hash, progress
 from .files import MAX_PIXELS, ImageFacts, probe
@@ -217,6 +220,39 @@ def _pieces_hash(path: str) -> str:
             file.seek(start)
             pieces.append(file.read(PIECE))
     return content_hash(pieces)
+
+def _file_size(root: str, path: Any) -> int:
+    "Bytes of a file; 0 for a path that may not be followed, and for a file that is not there"
+    if not isinstance(path, str) or not PLAIN.fullmatch(path) and path_fault(path): return 0
+    try: found = os.stat(f"{root}/{path}")
+    except (OSError, ValueError): return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0
+
+def _several(files: pd.DataFrame) -> pd.DataFrame:
+    "The files that are alike across units"
+    return files[files.groupby("same")["unit"].transform("nunique") > 1] if len(files) else files
+
+def join_equal(
+    manifest: pd.DataFrame, # With a column `image`, or `series` of dicts
+    units: pd.Series, # The unit of each row that must not be divided, such as its group
+) -> pd.Series: # The same, with one name for all units that share a file
+    "Join units that have equal files; no file is decoded, few are read"
+    named = _named_files(manifest.drop(columns="image") if {"image", "series"} <= set(manifest) else manifest)
+    root = str(getattr(manifest, "root", "."))
+    files = pd.DataFrame({"unit": units.reindex(named["row"]).array, "path": named["path"].array})
+    files = files.assign(same=[_file_size(root, path) for path in files["path"]])
+    files = _several(files[files["same"] > 0])
+    for measure in (_pieces_hash, file_hash):
+        paths = list(files["path"].unique())
+        found = dict(zip(paths, _in_threads(measure, [f"{root}/{path}" for path in paths], "comparing files")))
+        files = _several(files.assign(same=files["path"].map(found)))
+    if files.empty: return units
+    codes, names = pd.factorize(files["unit"], sort=True)
+    same = pd.factorize(files["same"])[0]
+    pairs = csr_array((np.ones(len(codes)), (codes, same)), shape=(len(names), same.max() + 1))
+    part = connected_components(pairs @ pairs.T, directed=False)[1]
+    first = pd.Series(names).groupby(part).transform("first")
+    return units.map(dict(zip(names, first))).fillna(units)
 
 def _across(found: pd.DataFrame, key: str) -> pd.Series:
     "Whether a value of a column occurs in several splits"

@@ -103,6 +103,13 @@ def _check_unpacked(path: Path) -> None:
 # %% ../../nbs/datasets/03_tables.ipynb #7ffdd4b5
 _SPELLED = {"\\t": "\t", "tab": "\t"} # A tab as a shell or a YAML file hands it on
 
+def _elsewhere(path: Path) -> str:
+    "Where a file lies that is looked for one folder too deep, or not deep enough; empty where it is at neither"
+    above, folder = path.parent.parent/path.name, path.parent
+    inside = next(iter(sorted(folder.glob(f"*/{path.name}"))), None) if folder.is_dir() else None
+    found = above if above.is_file() else inside
+    return f" It is in {found.parent}: is that the folder of the data?" if found else ""
+
 def read_table(
     path: str | Path, # A text file with a header; .gz is unpacked on the way
     sep: str | None = None, # One character, a tab also as \\t or tab; None finds it in the header
@@ -119,7 +126,7 @@ def read_table(
     sep = _SPELLED.get(sep, sep)
     if sep is not None and len(sep) != 1:
         raise InputError(f"sep={sep!r}: the separator is one character; a tab is written \\t or tab.")
-    if not path.is_file(): raise InputError(f"{path}: no such file.")
+    if not path.is_file(): raise InputError(f"{path}: no such file.{_elsewhere(path)}")
     form, opener = TableForm(sep or usual, skip, "utf-8-sig", '"', []), gzip.open if packed else open
     try:
         if packed: _check_unpacked(path)
