@@ -70,6 +70,10 @@ def table(tmp_path_factory):
 def test_modes(command, table, tmp_path, params, metric, files):
     found, page = run(command, table.with_name(params.pop("table", table.name)), tmp_path / "out", **params)
     assert np.isfinite(found["metrics"][metric]["value"]) and found["details"]["before"]
+    if metric.startswith(("image", "text")): # A cut-off as large as the gallery finds everything
+        chance = {name: found["details"]["chance"][name] for name in found["details"]["headline"]}
+        assert len(chance) == 2 and max(chance.values()) <= 0.5
+        assert all(f"R@{k}" not in name for name in chance for k in (10, 50)) and "by chance it would be" in page
     assert files <= {p.name for p in (tmp_path / "out").iterdir()} and not (tmp_path / "out" / "state").exists()
     assert 0 <= found["details"]["trained_share"] <= 1
     if params.get("mode") == "lora":

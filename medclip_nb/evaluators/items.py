@@ -39,6 +39,7 @@ from medclip_nb.evaluators.results import (
     unit_of,
 )
 from .scores import check_mode, item_scores
+from ..metrics.classification import class_units
 from ..metrics.curves import choose_thresholds
 from ..metrics.multilabel import multilabel_metrics, multilabel_units
 from ..metrics.resampling import Units, bootstrap_weights, weighted_means
@@ -201,7 +202,7 @@ def item_retrieval_result(
         "headline": [
             f"image_to_text_R@{min(ks)}",
             f"text_to_image_R@{min(ks)}",
-            *(f"image_to_text_COMPLETE@{k}" for k in complete_ks[:1]),
+            *(f"image_to_text_COMPLETE@{k}" for k in complete_ks[:1] if k < len(texts)),
         ],
     }
     return Result(
@@ -277,12 +278,12 @@ def class_rows(
 ) -> pd.DataFrame: # name (class/metric), value, low, high, n, groups, note
     "Metrics of single classes, as rows for the table of metrics"
     known = lambda c: c["positives"] + c["negatives"] if "positives" in c else len(result.predictions)
-    groups_of = lambda c: (c.get("positive_groups"), c.get("note", ""))
-    rows = [
-        (f"{c['class']}/{m}", *(c[f"{m}{end}"] for end in ("", "_low", "_high")), known(c), *groups_of(c))
-        for c in result.details["per_class"]
-        for m in metrics
-    ]
+    rows = []
+    for c in result.details["per_class"]:
+        units = class_units(c)
+        for m in metrics:
+            about = (units[m].groups, units[m].note) if m in units else (None, "")
+            rows.append((f"{c['class']}/{m}", *(c[f"{m}{end}"] for end in ("", "_low", "_high")), known(c), *about))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 # %% ../../nbs/evaluators/11_items.ipynb #0f36e1a6

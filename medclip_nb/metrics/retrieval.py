@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIES', 'MANY', 'positive_pairs', 'query_table', 'retrieval_queries', 'retrieval_ranks', 'rank_metrics',
-           'query_metrics', 'retrieval_metrics', 'chance_recall']
+           'query_metrics', 'retrieval_metrics', 'chance_recall', 'telling_cutoff']
 
 # %% ../../nbs/metrics/06_retrieval.ipynb #f56c7ea3
 from collections.abc import Callable, Sequence
@@ -296,3 +296,11 @@ def chance_recall(
     from scipy.stats import hypergeom
     positives = np.asarray(positives)
     return float(np.mean(1 - hypergeom.pmf(0, gallery, positives[positives > 0], min(k, gallery))))
+
+def telling_cutoff(
+    ks: Sequence[int], # Cut-offs that were measured
+    gallery: int, # Answers to choose from
+    most: int = 10, # Largest cut-off that is wanted
+) -> int: # One of `ks`
+    "The largest cut-off up to half of the gallery, else the smallest there is: a larger one tells little or nothing"
+    return max((k for k in ks if k <= min(most, gallery // 2)), default=min(ks))

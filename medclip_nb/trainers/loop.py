@@ -223,7 +223,7 @@ def close_epoch(run: Run) -> None:
 SHORT = {
     "valid_item_mrr": "item MRR",
     "valid_mrr": "MRR",
-    "valid_R@10": "R@10",
+    "valid_R@1": "R@1",
     "valid_balanced_accuracy": "balanced accuracy",
     "valid_zero_shot": "zero-shot",
 }
