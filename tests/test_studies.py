@@ -4,14 +4,19 @@ import os
 import shutil
 import subprocess
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from medclip_nb.cli.ask import encode_files
+from medclip_nb.cli.attend import named_series
 from medclip_nb.core import InputError
 from medclip_nb.datasets import Manifest, drop_unusable, load_manifest, name_studies, series_paths
+from medclip_nb.datasets.tables import read_table
 from medclip_nb.embeddings import embed, encoded_images, open_rows
 from medclip_nb.evaluators import linear_probe, retrieval, zero_shot, zero_shot_classifier
 from medclip_nb.images import StudyPreprocess, load_volume, read_volume, study_preprocess, value_scale
@@ -273,3 +278,38 @@ def test_a_file_of_several_volumes_says_which_is_read(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert np.allclose(load_volume(tmp_path / "4d.nii.gz", frame=1).array, NOISE + 1, atol=1e-6)
+
+
+def test_a_model_that_measures_in_mm_asks_whether_it_is_meant_for_tensors_without_spacing(reader, tensors):
+    chest = replace(reader, preprocess=study_preprocess("chest-ct", size=(16, 48, 48)))
+    with pytest.raises(InputError, match=r"3 x 1 x 1 mm and shows Hounsfield units .* so it is one of CT.*do not"):
+        embed(chest, tensors)
+    told = tensors.copy()
+    told.read = {"file_spacing": (3, 1, 1)}
+    assert np.isfinite(embed(chest, told, texts=False).images).all()
+
+
+def test_commands_for_images_say_what_takes_studies(reader, tmp_path):
+    for name in ("AX_T2", "AX_DWI"): (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match="reads studies of one or more series.*medclip-nb attend"):
+        encode_files(reader, [tmp_path])
+    with pytest.raises(InputError, match="Give the folder of one series. It holds the folders AX_DWI, AX_T2: is it a"):
+        load_volume(tmp_path)
+
+
+def test_a_series_in_the_published_layout_has_the_name_of_its_folder(tmp_path):
+    for name in ("AX_T2", "AX_DWI"):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "img.npy", np.zeros((2, 2, 2)))
+    files = [tmp_path / name / "img.npy" for name in ("AX_T2", "AX_DWI")]
+    assert named_series(files) == dict(zip(("AX_T2", "AX_DWI"), files))
+    assert list(named_series([Path(f"T1={files[0]}")])) == ["T1"]
+
+
+def test_a_root_one_folder_off_is_told_where_the_table_is(tmp_path):
+    (tmp_path / "data" / "study").mkdir(parents=True)
+    (tmp_path / "data" / "table.csv").write_text("a,b\n1,2\n")
+    for root in (tmp_path, tmp_path / "data" / "study"):
+        with pytest.raises(InputError, match=f"no such file. It is in {tmp_path / 'data'}: is that the folder of the"):
+            read_table(root / "table.csv")
+    with pytest.raises(InputError, match="no such file.$"): read_table(tmp_path / "other.csv")

@@ -89,10 +89,17 @@ def encode_files(
     window: str | None = None, # As in `read_image`
     batch_size: int = 64, # Images a batch
 ) -> tuple[list[str], Any, list[dict]]: # Files read, their features (n, d), and image and message of those skipped
-    "Encode the files that can be read; raises `InputError` if none can"
+    "Encode the files that can be read; raises `InputError` if none can, and for a model of studies"
     import numpy as np
 
     from medclip_nb.images.reading import read_image
+    from medclip_nb.models.study_clip import StudyModel
+    if isinstance(clip, StudyModel):
+        raise InputError(
+            f"Model {clip.spec!r} reads studies of one or more series, and this command reads single images. For one "
+            "study: medclip-nb attend SERIES=PATH ... --texts TEXT; for a table of studies: medclip-nb run zero_shot, "
+            "or run evaluate for a published test set."
+        )
     read, parts, skipped = [], [], []
     for start in range(0, len(paths), batch_size):
         batch = []

@@ -57,12 +57,15 @@ def _reads_studies(
 
 def named_series(
     images: Sequence[Path], # NAME=PATH each, or PATH
-) -> dict[str, Path]: # Name -> file; the name of the file without its endings where none is given
-    "The series of a study; raises `InputError` for a name that comes twice"
+) -> dict[str, Path]: # Name -> file
+    "The series of a study by the names of their files, or of the folders of an img.pt; raises for a name given twice"
+    def own_name(image: Path) -> str:
+        stem = image.name.split(".")[0]
+        return image.resolve().parent.name if stem == "img" and image.is_file() else stem
     found: dict[str, Path] = {}
     for image in images:
         name, equals, path = (
-            (image.name.split(".")[0], "=", str(image)) if image.exists() else str(image).partition("=")
+            (own_name(image), "=", str(image)) if image.exists() else str(image).partition("=")
         )
         if not equals: raise InputError(f"{image}: no such file. Series are given as NAME=PATH or PATH.")
         if name in found: raise InputError(f"Two series are called {name!r}. Name them: NAME=PATH.")
@@ -204,6 +207,8 @@ def attend(
         found = _on_study(*look, read, out) if isinstance(clip, StudyModel) else _on_images(*look, window, out)
     found = {"model": clip.spec, "weights": clip.weights_hash(), "method": method} | found
     _report(found, *_table(found["images"]), as_json)
+    if any(a["on_nothing"] is not None for a in found["images"]):
+        _note("on nothing: the share of the attention that is on no place of the image")
     for path in found["figures"]: _note(f"{method}: {path}")
 
 def _table(answers: list[dict]) -> tuple[list[list[str]], list[str]]:

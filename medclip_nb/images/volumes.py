@@ -390,12 +390,18 @@ def _is_slice(file: Path) -> bool:
     if file.stat().st_size: return file_format(file) == "DICOM"
     return file.suffix.lower() in (".dcm", ".dicom")
 
+def _no_slices(folder: Path) -> str:
+    "The message about a folder without a DICOM slice"
+    inner = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    hint = f" It holds the folders {', '.join(inner[:3])}{' ...' if len(inner) > 3 else ''}: is it a study?"
+    return f"{folder}: no DICOM images in it. Give the folder of one series.{hint if inner else ''}"
+
 def first_slice(
     folder: str | Path, # Of a DICOM series
 ) -> Path:
     "The first DICOM file of a folder, by name; raises `InputError` where there is none"
     if found := next(filter(_is_slice, _files(Path(folder))), None): return found
-    raise InputError(f"{folder}: no DICOM images in it. Give the folder of one series.")
+    raise InputError(_no_slices(Path(folder)))
 
 def _fill_padding(slices: list[np.ndarray], empty: list[np.ndarray]) -> None:
     "Give pixels in which nothing was measured the lowest value of the others"
@@ -411,7 +417,7 @@ def _series(folder: Path, series: str | None) -> tuple[list[Any], list[str]]:
         if "Rows" in ds: found.setdefault(str(ds.get("SeriesInstanceUID", "none")), []).append(ds)
         else: others += 1
     listed = "; ".join(f"{uid} ({len(files)} slices)" for uid, files in found.items())
-    if not found: raise InputError(f"{folder}: no DICOM images in it. Give the folder of one series.")
+    if not found: raise InputError(_no_slices(folder))
     if series is None and len(found) > 1:
         raise InputError(f"{folder}: has {len(found)} series: {listed}. Move each into a folder of its own.")
     if series is not None and series not in found:
