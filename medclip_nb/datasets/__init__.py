@@ -28,10 +28,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "leaks": [
         "DEPTHS", "FACTS", "LEAK", "LEAK_CHOICES", "ORDER", "PIECE", "SIMILAR", "check_disjoint", "file_facts",
-        "leak_table", "nearest_hashes", "shared_texts", "split_leaks",
+        "join_equal", "leak_table", "nearest_hashes", "shared_texts", "split_leaks",
     ],
     "loading": [
-        "MINIATURE_RECIPE", "check_options", "load_manifest", "miniature_note",
+        "MINIATURE_RECIPE", "check_option_names", "check_options", "load_manifest", "miniature_note",
     ],
     "manifest": [
         "Manifest",
@@ -63,8 +63,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "write_shards",
     ],
     "splits": [
-        "FRACTIONS", "SPLIT_NAMES", "grouped_by", "load_splits", "make_splits", "save_splits", "split_hash",
-        "split_unit", "with_test", "with_validation",
+        "FRACTIONS", "SPLIT_NAMES", "grouped_by", "keep_together", "load_splits", "make_splits", "save_splits",
+        "split_hash", "split_unit", "with_test", "with_validation",
     ],
     "starter": [
         "ANATOMICAL_LEVELS", "CONTRASTS", "CONTRAST_TERMS", "NORMAL", "NORMAL_ITEM", "PATTERNS", "RANGES",

@@ -34,7 +34,7 @@ from medclip_nb.images.studies import (
     study_preprocess,
     value_scale,
 )
-from ..images.volumes import read_volume
+from ..images.volumes import load_volume, read_volume
 from ..models.clip import ClipModel, forward_image_tokens
 from ..models.study_clip import StudyModel
 
@@ -146,12 +146,27 @@ def _steps_of(rows: ManifestStudies, unprepared: str, dataset: str) -> str:
         )
     return "mri-unit" if "unit" in found else ""
 
+def _check_spacing(clip: StudyModel, manifest: Manifest) -> None:
+    "Raise `InputError` where a model measures in mm, and files state no spacing: they may be made for another model"
+    wanted, studies = clip.preprocess.spacing, "series" in manifest
+    files = [] if wanted is None or not studies else _first_files(ManifestStudies(manifest.head(8), clip.preprocess))
+    files = [path for path, read in files if "file_spacing" not in read]
+    if not any(file_format(path) in ("PT", "NPY", "NPZ") and load_volume(path).affine is None for path in files): return
+    window = clip.preprocess.window
+    units = f" and shows Hounsfield units in the window {window}, so it is one of CT" if window else ""
+    raise InputError(
+        f"Model {clip.spec!r} brings scans to {' x '.join(f'{mm:g}' for mm in wanted)} mm{units}, but the tensors of "
+        f"{manifest.dataset} do not state their spacing. Is it a model for these data? If so, give their spacing in "
+        "mm: data_options={read: {file_spacing: [D, H, W]}}."
+    )
+
 def prepared_for(
     clip: ClipModel, # Any model
     manifest: Manifest, # The rows that it will read
     unprepared: str = "", # Steps for files that are no tensors, from `PREPROCESSING`; empty for those of the model
 ) -> tuple[ClipModel, str]: # The model, reading by other steps where these files need them; their name, or empty
     "Adapt a model that was trained on tensors from 0 to 255 to files in another form"
+    if isinstance(clip, StudyModel): _check_spacing(clip, manifest)
     own = clip.preprocess
     stretched = manifest.read.get("percentiles") is not None # By an option of the user, whatever the values are
     if not isinstance(clip, StudyModel) or own.scale != "bytes" or stretched: return clip, ""

@@ -41,7 +41,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "read_template", "template_cells", "template_folder", "template_parameters", "templates", "with_defaults",
     ],
     "preflight": [
-        "check_names",
+        "SMALL_TABLE", "check_names", "which_rows",
     ],
     "published": [
         "PUBLISHED_COLUMNS", "PUBLISHED_KEYS", "check_published", "published_table", "published_text",

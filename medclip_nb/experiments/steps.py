@@ -33,10 +33,10 @@ from ..datasets.leaks import shared_texts, split_leaks
 from ..datasets.loading import load_manifest
 from ..datasets.manifest import Manifest
 from ..datasets.registry import list_datasets
-from ..datasets.splits import split_unit
 from ..datasets.studies import name_studies
 from ..evaluators.questions import PromptSpec
 from ..evaluators.results import Result
+from .preflight import which_rows
 from .rules import SENTENCES, check_split, split_uses
 from .runs import note_parameters, record_notebook
 from .search import read_search_record, search_facts
@@ -65,21 +65,12 @@ def open_data(
     use_style()
     every = {"split": "all"} if measured == "all" else {}
     manifest = load_manifest(dataset, data_root, **{**every, **(data_options or {})})
-    if measured and manifest.unsplit: raise InputError(_which_rows(manifest, measured))
+    if measured and manifest.unsplit: raise InputError(which_rows(manifest, measured))
     if labels is not None:
         manifest.labels = label_columns(manifest, labels)
         manifest = with_classes(manifest, classes, manifest.labels)
     if prepare: manifest = prepare(manifest)
     return manifest.limited(limit, seed)
-
-def _which_rows(manifest: Manifest, split: str) -> str:
-    "The question to the owner of data without splits"
-    by = split_unit(manifest)
-    return (
-        f"{manifest.dataset} in {manifest.root}: the data have no splits, and nothing is trained here that needs them. "
-        f"Give split=all to measure on all rows, or make splits by {by} (-p 'data_options={{split_by: {by}}}') to "
-        f"measure on the {split!r} rows, which a probe or a training run on the same data leaves aside."
-    )
 
 # %% ../../nbs/experiments/07_steps.ipynb #e1c4a67c
 def usable_rows(
