@@ -210,3 +210,18 @@ def test_an_unforeseen_error_ends_one_run_only(suite, tmp_path, monkeypatch):
     monkeypatch.setattr(suites, "run", run)
     with environment({"OMP_NUM_THREADS": "1"}): found = run_suite(path, tmp_path / "reports", quiet=True)
     assert [(r.status, r.message) for r in found] == [("failed", "OSError: No space left on device"), ("done", "")]
+
+
+def test_planning_looks_once_at_what_runs_share(tmp_path, monkeypatch):
+    "Sixty runs on the same table: its content is identified once, and whether names exist is asked once"
+    from medclip_nb.experiments import plan_suite, suites
+    (tmp_path / "table.csv").write_text("image,caption,split\na.png,A.,test\n")
+    runs = [{"name": "r", "template": "retrieval", "matrix": {"seed": list(range(60))}}]
+    defaults = {"dataset": "csv", "data_root": str(tmp_path / "table.csv"), "model": "ViT-B-32"}
+    (tmp_path / "many.yaml").write_text(yaml.safe_dump({"defaults": defaults, "runs": runs}))
+    asked = []
+    def counted(name, whole): return lambda *args: (asked.append(name), whole(*args))[1]
+    for name in ("data_identity", "check_names"):
+        monkeypatch.setattr(suites, name, counted(name, getattr(suites, name)))
+    assert len(plan_suite(tmp_path / "many.yaml", tmp_path)) == 60
+    assert sorted(asked) == ["check_names", "data_identity"]

@@ -14,7 +14,7 @@ import math
 import os
 import tokenize
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from ..core import InputError, close_matches, parse_json, parse_yaml, read_yaml,
 from .rules import check_prompts, check_split, idle_message, idle_parameters
 
 # %% ../../nbs/experiments/01_parameters.ipynb #3b3e5aab
+@cache
 def template_folder() -> Path:
     "Where the templates are: `nbs/experiments` in a checkout, `templates` in an installed package"
     package = Path(medclip_nb.__file__).resolve().parent
@@ -45,7 +46,8 @@ def find_template(
             f"There is no template at {path}. The path of a notebook ends in .ipynb; a template of the package "
             f"is called by name alone. {close_matches(path.stem, templates())}"
         )
-    if str(name) in templates(): return template_folder()/f"{name}.ipynb"
+    found = template_folder()/f"{name}.ipynb"
+    if path.name[:1].islower() and found.is_file(): return found
     raise InputError(f"There is no template {str(name)!r}. {close_matches(str(name), templates())}")
 
 # %% ../../nbs/experiments/01_parameters.ipynb #64497a08

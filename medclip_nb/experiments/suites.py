@@ -454,12 +454,16 @@ def plan_suite(
 ) -> list[RunRecord]: # With status 'kept' or 'to run'
     "What `run_suite` would do; raises `InputError` if the file is wrong"
     suite, stale, records = load_suite(path, scale), set(), []
-    folder, identify = (Path(out_dir)/suite.name).resolve(), cache(data_identity)
+    folder, identify, seen = (Path(out_dir)/suite.name).resolve(), cache(data_identity), set()
     for r in _chosen(suite, only):
         resolved = _resolved(r, folder)
         own = {k: v for k, v in resolved.items() if r.params[k] == v} # Not what another run will make
-        try: check_names(r.template, own, set(resolved) - set(own))
-        except InputError as e: raise InputError(f"{r.name}: {e}") from None
+        later = set(resolved) - set(own)
+        named = repr((r.template, later, {k: v for k, v in own.items() if type(v) not in (int, float)}))
+        if named not in seen:
+            try: check_names(r.template, own, later)
+            except InputError as e: raise InputError(f"{r.name}: {e}") from None
+        seen.add(named)
         kept = not (r.needs | r.after) & stale and up_to_date(r, folder, identify)
         if not kept: stale.add(r.name)
         records.append(RunRecord(r.name, folder/r.name, "kept" if kept else "to run"))
