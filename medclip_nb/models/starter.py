@@ -36,14 +36,14 @@ class StarterTrunk(nn.Module):
     def __init__(self,
         img_size: int = 80, # Pixels; a multiple of 16
         in_chans: int = 3, # Color channels
-        width: int = 24, # Channels of the first layers
+        width: int = 16, # Channels of the first layer
         num_features: int = 128, # Channels of a cell
     ) -> None:
         super().__init__()
         self.num_features, cells = num_features, img_size // 8
-        self.stem = nn.Sequential(conv(in_chans, width, 3, 2), nn.ReLU(inplace=True), nn.MaxPool2d(2),
-                                  ConvBlock(width, width), ConvBlock(width, 2 * width, 2), ConvBlock(2 * width, 64))
-        self.position = nn.Parameter(0.02 * torch.randn(1, 64, cells, cells))
+        self.stem = nn.Sequential(conv(in_chans, width, 3, 2), nn.ReLU(inplace=True), conv(width, 2 * width, 3, 2),
+                                  nn.ReLU(inplace=True), ConvBlock(2 * width, 64, 2), ConvBlock(64, 64))
+        self.position = nn.Parameter(0.5 * torch.randn(1, 64, cells, cells))
         self.deep = ConvBlock(64, num_features, 2)
         self.fine = nn.Conv2d(64, num_features, 1)
         self.norm = nn.BatchNorm2d(num_features)
@@ -60,7 +60,7 @@ class StarterTrunk(nn.Module):
     def forward_head(self, x: Tensor) -> Tensor: return self.pool(x)
 
     def group_matcher(self, coarse: bool = False) -> dict: # Parameters by depth, as timm expects
-        return {"stem": r"^stem\.[012]\.", "blocks": [(r"^stem\.(\d)", None), (r"^(?:position|deep|fine|norm)", (9,))]}
+        return {"stem": r"^stem\.[0-3]\.", "blocks": [(r"^stem\.(\d)", None), (r"^(?:position|deep|fine|norm)", (9,))]}
 
     def forward(self, x: Tensor) -> Tensor: return self.forward_head(self.forward_features(x))
 
