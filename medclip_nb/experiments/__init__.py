@@ -9,6 +9,10 @@ __all__ = []
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
+    "clusters": [
+        "DaskPlace", "INSTALL", "THREADS", "call_there", "cluster_classes", "cores_of_a_thread", "dask_place",
+        "glimpse", "look", "profile_threads", "read_profile",
+    ],
     "comparable": [
         "MAPS", "POSITIVE", "SAME", "SEARCH", "best_cells", "blocks", "column_names", "conditions", "definition",
         "differing_columns",
@@ -19,17 +23,18 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "foreign": [
         "FOREIGN", "Foreign", "Program", "clip_finetune", "read_foreign", "settings_yaml",
     ],
+    "jobs": [
+        "NOTES", "close_suite", "run_job", "runs_to_do", "suite_levels",
+    ],
     "kernels": [
         "BACKEND", "EACH", "ForkedKernel", "IMPORT_LIMIT", "KernelServer", "KernelStart", "LAUNCHER", "LIBRARIES",
-        "Phases", "SWITCH", "cell_phase", "notebook_imports", "obstacle", "serve", "warm_kernels",
-        "without",
+        "Phases", "SWITCH", "cell_phase", "notebook_imports", "obstacle", "serve", "warm_kernels", "without",
     ],
     "ledger": [
         "ABOUT", "HOW", "append_run", "check_ledger", "run_line",
     ],
-    "jobs": ["NOTES", "close_suite", "run_job", "runs_to_do", "suite_levels"],
-    "mlflow_runs": ["FILES", "IDENTITY", "STORE", "json_text", "log_to_mlflow", "mlflow_name", "run_identity_of",
-        "store_address",
+    "mlflow_runs": [
+        "FILES", "IDENTITY", "STORE", "json_text", "log_to_mlflow", "mlflow_name", "run_identity_of", "store_address",
     ],
     "overview": [
         "COMPARED", "Histories", "TRIAL", "compare", "find_runs", "first_figure", "headline", "join_published",
@@ -43,13 +48,13 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "preflight": [
         "SMALL_TABLE", "check_names", "which_rows",
     ],
+    "processes": [
+        "Company", "GRACE", "ProcessError", "Processes", "assist", "company", "environment", "has_leader", "launched",
+        "meeting_place", "together",
+    ],
     "published": [
         "PUBLISHED_COLUMNS", "PUBLISHED_KEYS", "check_published", "published_table", "published_text",
         "read_published",
-    ],
-    "processes": [
-        "Company", "GRACE", "ProcessError", "Processes", "assist", "company", "environment", "has_leader",
-        "launched", "meeting_place", "together",
     ],
     "reports": [
         "ANSI", "ATTRIBUTES", "NOISE", "STYLE", "TAGS", "clean_report", "html_page", "markdown_html", "report_html",
@@ -66,16 +71,21 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "FAILED_FOLDER", "FOLLOWED", "INPUTS", "MAX_SECONDS", "RUN_FOLDER", "RUN_NAME", "RunError", "RunRecord",
         "STAMP", "Status", "TABLES", "artefacts", "asked_for", "check_timeout", "code_hash", "data_identity",
         "input_identities", "is_complete", "note_parameters", "record_notebook", "result_hash", "run", "run_folder",
-        "run_key", "run_record", "threads",
-        "training_processes",
+        "run_key", "run_record", "threads", "training_processes",
     ],
-    "scales": ["CHANGE_KEYS", "MADE", "SCALE_KEYS", "make_data", "scaled_suite"],
-    "side_by_side": ["ARMS", "Block", "MOST", "chosen_metrics", "comparison_tables", "curve_figures"],
-    "spending": ["SPENT_COLUMNS", "expense_cells", "expenses"],
+    "scales": [
+        "CHANGE_KEYS", "MADE", "SCALE_KEYS", "make_data", "scaled_suite",
+    ],
     "search": [
         "GOALS", "INTERVAL_KEYS", "Interval", "MAX_TRIALS", "METHODS", "SEARCH_KEYS", "Search", "Trial", "best_trial",
         "next_point", "read_search", "read_search_record", "read_trial", "search_facts", "search_record",
         "search_sentence", "searched_runs", "show_search", "trial_names", "trial_points", "trial_table",
+    ],
+    "side_by_side": [
+        "ARMS", "Block", "MOST", "chosen_metrics", "comparison_tables", "curve_figures",
+    ],
+    "spending": [
+        "SPENT_COLUMNS", "expense_cells", "expenses",
     ],
     "steps": [
         "Fitting", "check_fitting", "count_rows", "data_notice", "dataset_facts", "limit_sentence", "open_data",
@@ -83,17 +93,13 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "show_skipped", "usable_rows",
     ],
     "suites": [
-        "MAX_RUNS", "NAME", "REFERENCE", "RUN_KEYS", "STATE_EVERY", "SUITE_KEYS", "Suite", "SuiteRun", "YAML_TYPES",
-        "find_suite", "list_suites", "load_suite", "plan_suite", "run_suite", "search_plan", "suite_works",
-        "summarize_runs", "up_to_date",
+        "MAX_RUNS", "NAME", "OUTSIDE", "REFERENCE", "RUN_KEYS", "STATE_EVERY", "SUITE_KEYS", "Suite", "SuiteRun",
+        "YAML_TYPES", "find_suite", "list_suites", "load_suite", "plan_suite", "run_suite", "search_plan",
+        "suite_works", "summarize_runs", "up_to_date",
     ],
     "tables": [
         "LATEX", "MARKDOWN", "TABLE_FORMATS", "Table", "check_formats", "file_links", "latex_text", "markdown_text",
         "save_tables",
-    ],
-    "clusters": [
-        "DaskPlace", "INSTALL", "THREADS", "call_there", "cluster_classes", "cores_of_a_thread", "dask_place",
-        "glimpse", "look", "profile_threads", "read_profile",
     ],
     "workers": [
         "Apart", "Board", "Died", "END_WITHIN", "Here", "IDLE", "LOGS", "Line", "RunPlace", "Waiting", "Workers",
