@@ -7,10 +7,10 @@ READY := $(VENV)/.ready
 UV := uv==0.13.8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks reports data test test-slow nb lint lab bench lock clean
+.PHONY: help setup hooks reports reports-all data test test-slow nb lint lab bench lock clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY) hooks  ## Make .venv as requirements.lock says (a moment if it is there), and git's hooks for notebooks
 
@@ -39,6 +39,10 @@ hooks:
 
 reports: setup  ## Execute the starter suite into reports/starter (OUT=FOLDER for another place)
 	@$(BIN)/medclip-nb suite nbs/experiments/suites/starter.yaml --out $(OUT)
+
+reports-all: reports  ## What goes on from there as well: more seeds, few labels, corruptions, an ablation (half an hour)
+	@$(BIN)/medclip-nb suite nbs/experiments/suites/starter-more.yaml --out $(OUT)
+	@$(BIN)/medclip-nb suite nbs/experiments/suites/ablation.yaml --out $(OUT)
 
 test: lint  ## Style and types, modules in step, notebooks clean, README current, library notebooks, pytest
 	@$(BIN)/python tests/repository.py

@@ -125,7 +125,7 @@ LABEL, FINDING = {"labels": {"label": {"a": "x", "b": ["y", "z"]}}}, {
     "findings": {"a": "x", "b": {"present": ["y"], "absent": ["z"]}}}
 
 
-@pytest.mark.parametrize("name", ["starter", "ablation", "balance"])
+@pytest.mark.parametrize("name", ["starter", "starter-more", "ablation", "balance"])
 def test_slots_of_the_suites_stand_for_every_sentence(name):
     "Lesions in all sizes, on both sides and in all lobes, in this order"
     expected = {kind: [f"{size} {kind} in the {side} {lobe} lobe."
@@ -135,7 +135,7 @@ def test_slots_of_the_suites_stand_for_every_sentence(name):
                 for kind in ("white-matter lesion", "ring-enhancing mass", "haemorrhage", "infarct")}
     expected |= {"normal": "No significant abnormality.", "enlarged ventricles": "Enlarged lateral ventricles."}
     runs = [r for r in load_suite(name).runs if "slots" in r.params]
-    assert len(runs) == sum(r.template == "itemized" for r in load_suite(name).runs) > 5
+    assert len(runs) == sum(r.template == "itemized" for r in load_suite(name).runs) >= 3
     for r in runs:
         (column, filled), = fill_slots(r.params["prompts"], r.params["slots"]).items()
         assert filled == {kind: expected[kind] for kind in filled}, r.name

@@ -13,48 +13,54 @@ from medclip_nb.evaluators import Result
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ("audit", "zero-shot-untrained", "probe-untrained", "retrieval-untrained", "finetune", "zero-shot-trained",
-        "probe-trained", "retrieval-trained",
-        "few-shot", "robustness", *(f"{arm}-{seed}" for arm in ("plain", "itemized") for seed in range(3)), "maps",
-        "studies", "studies-maps", "compare")
-SUITE = ROOT / "nbs" / "experiments" / "suites" / "starter.yaml"
+        "probe-trained", "retrieval-trained", "plain-0", "itemized-0", "maps", "studies", "studies-maps", "compare")
+MORE = ("few-shot", "robustness", "plain-1", "plain-2", "itemized-1", "itemized-2", "studies-maps", "compare")
+SUITES = ROOT / "nbs" / "experiments" / "suites"
 FILES = {"report.ipynb", "report.html", "metrics.json", "predictions.parquet", "run.json"}
 
 
-def make_reports(out):
+def make_reports(out, target="reports"):
     env = {k: v for k, v in os.environ.items()
            if k not in ("OMP_NUM_THREADS", "MPLBACKEND", "MAKEFLAGS", "MAKELEVEL", "JUPYTER_PATH", "PYTHON_EXEC")}
-    return subprocess.run(["make", "reports", f"OUT={out}"], cwd=ROOT, env=env, capture_output=True, text=True)
+    return subprocess.run(["make", target, f"OUT={out}"], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    "A fresh `make reports`"
+    "A fresh `make reports`, and what goes on from it"
     out = tmp_path_factory.mktemp("reports")
-    done = make_reports(out)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for target in ("reports", "reports-all"):
+        done = make_reports(out, target)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out / "starter"
 
 
-def call_suite(installed, folder):
-    return subprocess.run([installed, "suite", "small.yaml", "--out", "reports"], cwd=folder, capture_output=True,
-                          text=True)
+def call_suite(installed, folder, *options, name="starter"):
+    return subprocess.run([installed, "suite", f"{name}.yaml", "--out", "reports", *options], cwd=folder,
+                          capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def small(installed, tmp_path_factory):
-    "The same suite with one seed, few studies, one epoch and few resamples"
-    folder, suite = tmp_path_factory.mktemp("small"), yaml.safe_load(SUITE.read_text(encoding="utf-8"))
+def small_suite(name):
+    "A suite with few studies, one epoch and few resamples"
+    suite = yaml.safe_load((SUITES / f"{name}.yaml").read_text(encoding="utf-8"))
     data = {"n_studies": [14, 6, 8], "n_slices": 4, "seed": 6, "workers": 1} # With every finding in each split
     suite["defaults"] |= {"data_options": data, "n_boot": 50}
     for run in suite["runs"]:
         params = run["params"] = dict(run.get("params", {}))
         if "data_options" in params: params["data_options"] = {**data, "view": "studies"}
         if "epochs" in params: params["epochs"] = 1
-        if "matrix" in run: run["matrix"] = {"seed": [0]}
         if run["template"] == "few_shot": params |= {"shots": [1, 2], "seeds": [0]}
-    (folder / "small.yaml").write_text(yaml.safe_dump(suite, sort_keys=False), encoding="utf-8")
-    done = call_suite(installed, folder)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return suite
+
+
+@pytest.fixture(scope="module")
+def small(installed, tmp_path_factory):
+    "Both suites at a small scale; of the second, what has templates of its own"
+    folder = tmp_path_factory.mktemp("small")
+    for name, options in (("starter", []), ("starter-more", ["--only", "few-shot", "--only", "robustness"])):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(small_suite(name), sort_keys=False), encoding="utf-8")
+        done = call_suite(installed, folder, *options, name=name)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder / "reports" / "starter"
 
 
@@ -71,27 +77,33 @@ def reports(request):
     return found(request, request.param)
 
 
+def seeds(reports, arm):
+    "The runs of one arm; the first seed belongs to the main suite"
+    return [reports / f"{arm}-0", *(reports.parent / "starter-more" / f"{arm}-{seed}" for seed in (1, 2))]
+
+
 def metric(reports, run, name):
     return json.loads((reports / run / "metrics.json").read_text())["metrics"][name]
 
 
 @pytest.mark.parametrize("which", [SLOW, "small", "committed"])
 def test_every_run_is_whole(request, which):
-    reports, runs = found(request,
-                          which), RUNS if which != "small" else [run for run in RUNS if run[-2:] not in ("-1", "-2")]
-    for run in runs:
+    reports = found(request, which)
+    more = MORE if which != "small" else ("few-shot", "robustness")
+    for run in (*RUNS, *(f"../starter-more/{run}" for run in more)):
         assert FILES <= {p.name for p in (reports / run).iterdir()}, run
         for file in ("report.ipynb", "report.html", "metrics.json"):
             text = (reports / run / file).read_text()
             assert not re.search(r"(?<![\w.:/])/(home|root|tmp|work|Users|builds)/",
                                  text), f"{run}/{file} names a place on one machine"
-    index = (reports / "index.html").read_text()
-    for run in runs: assert f'href="{run}/report.html"' in index
-    assert "<script" not in index and "not for clinical use" in index.lower()
+    for folder, runs in ((reports, RUNS), (reports.parent / "starter-more", more)):
+        index = (folder / "index.html").read_text()
+        for run in runs: assert f'href="{run}/report.html"' in index
+        assert "<script" not in index and "not for clinical use" in index.lower()
 
 
 def test_values_lie_in_their_intervals(reports):
-    for run in RUNS:
+    for run in (*RUNS, *(f"../starter-more/{run}" for run in MORE)):
         for name, m in json.loads((reports / run / "metrics.json").read_text())["metrics"].items():
             if m["low"] is not None: assert m["low"] <= m["value"] <= m["high"], (run, name)
 
@@ -113,12 +125,10 @@ def test_trained_model_reaches_its_goals(reports):
 def test_itemized_model_looks_at_what_a_text_names(reports):
     """Each seed near the finding more often than every plain model, and inside it more often than the plain model of
     the same seed, outside the intervals; and far above chance"""
-    plain = [metric(reports, f"plain-{seed}", f"places/{way}_pointing_within")["high"] for seed in range(3)
+    plain = [metric(reports, run, f"places/{way}_pointing_within")["high"] for run in seeds(reports, "plain")
              for way in ("relevance", "similarity")]
-    for seed in range(3):
-        run = f"itemized-{seed}"
-        strict = [metric(reports, f"plain-{seed}", f"places/{way}_pointing")["high"]
-                  for way in ("relevance", "similarity")]
+    for run, other in zip(seeds(reports, "itemized"), seeds(reports, "plain")):
+        strict = [metric(reports, other, f"places/{way}_pointing")["high"] for way in ("relevance", "similarity")]
         assert metric(reports, run, "places/attention_pointing_within")["low"] > max(plain), run
         assert metric(reports, run, "places/attention_pointing")["low"] > max(strict), run
         assert metric(reports, run, "places/attention_pixel_auroc")["low"] > 0.9, run
@@ -128,7 +138,7 @@ def test_itemized_model_looks_at_what_a_text_names(reports):
 def test_pointing_game(reports, request):
     """0.80 within 6 mm over three seeds in the committed reports; what another processor rounds differently may cost a
     little"""
-    found = [metric(reports, f"itemized-{seed}", "places/attention_pointing_within")["value"] for seed in range(3)]
+    found = [metric(reports, run, "places/attention_pointing_within")["value"] for run in seeds(reports, "itemized")]
     assert sum(found) / 3 >= (0.80 if request.node.callspec.params["reports"] == "committed" else 0.77), found
 
 
@@ -165,12 +175,12 @@ def test_a_second_call_of_the_small_suite_has_nothing_to_do(installed, small):
 
 def test_the_small_suite_measures_what_the_whole_one_does(small):
     "Every template, and in each run every metric of the committed reports, with a value in its interval"
-    templates = {run["template"] for run in yaml.safe_load(SUITE.read_text(encoding="utf-8"))["runs"]}
-    assert {json.loads((path / "run.json").read_text())["template"].removesuffix(".ipynb")
-            for path in small.iterdir() if path.is_dir()} == templates
-    for path in small.glob("*/metrics.json"):
-        metrics, whole = (json.loads((folder / path.parent.name / "metrics.json").read_text())["metrics"]
-                          for folder in (small, ROOT / "reports" / "starter"))
+    templates = {run["template"] for name in ("starter", "starter-more") for run in small_suite(name)["runs"]}
+    assert {json.loads(path.read_text())["template"].removesuffix(".ipynb")
+            for path in small.parent.glob("*/*/run.json")} == templates
+    for path in small.parent.glob("*/*/metrics.json"):
+        metrics, whole = (json.loads((folder / path.relative_to(small.parent)).read_text())["metrics"]
+                          for folder in (small.parent, ROOT / "reports"))
         if path.parent.name != "few-shot": assert metrics.keys() == whole.keys(), path.parent.name
         assert metrics.keys() <= whole.keys()
         assert all(m["low"] <= m["high"] for m in metrics.values() if m["low"] is not None), path.parent.name
