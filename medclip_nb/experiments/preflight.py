@@ -40,10 +40,25 @@ def _check_model(spec: str) -> None:
         if looks_like_path(spec, known): raise InputError(f"model={spec[:200]!r}: {absent(spec[:200])}.")
         raise InputError(f"model={spec[:200]!r}: no such folder or name. {close_matches(spec, known)}")
 
-_PROTOCOLS = (
-    "pub-brain-5", "pub-brain-5-gt", "pub-brain-5-hlip", "pub-brain-5-gt-hlip", "rsna", "cq500", "ct-rate",
-    "rad-chestct", "ct-rate-hlip", "rad-chestct-hlip", "rsicd-30", "coco", "flickr", "item-retrieval",
-) # Those of `evaluators.PROTOCOLS`, whose import takes seconds
+_PROTOCOLS = {
+    "pub-brain-5": ("pub-brain-5", "pub-brain-5-gt", "pub-brain-5-hlip", "pub-brain-5-gt-hlip"),
+    "rsna-ich": ("rsna",),
+    "cq500": ("cq500",),
+    "ct-rate": ("ct-rate", "ct-rate-hlip"),
+    "rad-chestct": ("rad-chestct", "rad-chestct-hlip"),
+    "rsicd": ("rsicd-30",),
+    "coco-captions": ("coco",),
+    "flickr30k": ("flickr",),
+    "any with items": ("item-retrieval",),
+} # Dataset -> its protocols, as in `evaluators.PROTOCOLS`, whose import takes seconds
+
+def _check_protocols(names: Iterable[str], dataset: str) -> None:
+    "Raise `InputError` for a protocol that does not exist"
+    every, own = [name for part in _PROTOCOLS.values() for name in part], _PROTOCOLS.get(dataset)
+    there = f" For {dataset} there are: {', '.join([*own, 'item-retrieval'])} (where it has items)." if own else ""
+    for name in names:
+        if name not in every: raise InputError(f"Unknown protocol {name!r}. {close_matches(name, every)}{there}")
+
 _SPLITTING = ("split", "splits", "split_by", "split_seed", "test_split") # Options of `load_manifest` about splits
 SMALL_TABLE = 1_000_000 # Bytes of a table that is read before a kernel starts
 
@@ -95,6 +110,5 @@ def check_names(
     if root and dataset not in _MADE and not web and not os.path.exists(root):
         raise InputError(f"data_root={root[:200]!r}: there is no such file or folder.")
     if value.get("model"): _check_model(value["model"])
-    for name in value.get("protocols") or []:
-        if name not in _PROTOCOLS: raise InputError(f"Unknown protocol {name!r}. {close_matches(name, _PROTOCOLS)}")
+    _check_protocols(value.get("protocols") or [], dataset or "")
     if dataset: _check_data(template, value)
