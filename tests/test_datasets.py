@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,8 @@ from medclip_nb.datasets import (
     card_folder,
     card_markdown,
     card_names,
+    join_equal,
+    leaks,
     list_datasets,
     load_manifest,
     load_splits,
@@ -375,16 +377,52 @@ def test_broken_card(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="No card for"): card(name)
 
 
-def test_a_hundred_thousand_rows_take_no_time(tmp_path):
+def _looks(monkeypatch, root):
+    "How often each file below a folder is looked at, and how many bytes of it are read, as a splitting counts them"
+    looked, read = Counter(), Counter()
+    def counted(function):
+        def call(path, *args, **more):
+            if str(path).startswith(f"{root}/p"): looked[str(path)] += 1
+            return function(path, *args, **more)
+        return call
+    class Counted:
+        def __init__(self, path, mode): self.path, self.file = str(path), open(path, mode)
+        def __enter__(self): return self
+        def __exit__(self, *error): self.file.close()
+        def __getattr__(self, name): return getattr(self.file, name)
+        def read(self, n=-1):
+            read[self.path] += len(found := self.file.read(n))
+            return found
+    for name in ("stat", "lstat"): monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    monkeypatch.setattr(leaks, "open", Counted, raising=False)
+    return looked, read
+
+
+def test_a_hundred_thousand_rows_are_looked_at_once(tmp_path, monkeypatch):
     n = 100_000
     pd.DataFrame({"image": [f"p{i // 2}/{i}.png" for i in range(n)], "caption": [f"text {i}" for i in range(n)],
                   "label": ["a", "b"] * (n // 2),
                   "group": [f"p{i // 2}" for i in range(n)]}).to_csv(tmp_path / "t.csv", index=False)
-    start = time.perf_counter()
+    looked, read = _looks(monkeypatch, tmp_path)
     manifest = load_manifest("csv", tmp_path)
     manifest.fingerprint(), split_hash(manifest)
-    assert time.perf_counter() - start < 6
+    assert len(looked) == n and max(looked.values()) == 1 and not read
     assert manifest.groupby("group")["split"].nunique().max() == 1
+
+
+def test_large_files_of_one_size_are_not_read_for_a_split(tmp_path, monkeypatch):
+    "Scans of the same size differ in the middle; a file of several rows is looked at once"
+    size = 2**20
+    for i in range(12): (tmp_path / f"p{i}.pt").write_bytes(np.random.default_rng(i).bytes(size))
+    (tmp_path / "p12.pt").write_bytes((tmp_path / "p3.pt").read_bytes())
+    files = [f"p{i % 13}.pt" for i in range(39)]
+    pd.DataFrame({"image": files, "caption": "text"}).to_csv(tmp_path / "t.csv", index=False)
+    rows = load_manifest("csv", tmp_path, split_by=None, split="all")
+    looked, read = _looks(monkeypatch, tmp_path)
+    joined = join_equal(rows, rows["image"])
+    assert set(joined[rows["image"].isin(["p3.pt", "p12.pt"])]) == {"p12.pt"} and joined.nunique() == 12
+    assert max(n for path, n in read.items() if Path(path).name not in ("p3.pt", "p12.pt")) < size / 100
+    assert len(looked) == 13
 
 
 def _write(kind, folder, rows):
