@@ -134,7 +134,7 @@ def test_suites_are_listed():
     code, said = call("suite")
     assert code == 0 and any(line.startswith("starter ") for line in said.splitlines())
     code, said = call("suite", "startr")
-    assert code == 2 and "Did you mean 'starter'?" in said and "  ablation " in said
+    assert code == 2 and "Did you mean 'starter'" in said and "  ablation " in said
 
 
 def test_a_scale_makes_no_data_to_be_planned(tmp_path):
