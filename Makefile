@@ -40,7 +40,7 @@ hooks:
 reports: setup  ## Execute the starter suite into reports/starter (OUT=FOLDER for another place)
 	@$(BIN)/medclip-nb suite nbs/experiments/suites/starter.yaml --out $(OUT)
 
-reports-all: reports  ## What goes on from there as well: more seeds, few labels, corruptions, an ablation (half an hour)
+reports-all: reports  ## What goes on from there as well: more seeds, few labels, corruptions, an ablation (an hour)
 	@$(BIN)/medclip-nb suite nbs/experiments/suites/starter-more.yaml --out $(OUT)
 	@$(BIN)/medclip-nb suite nbs/experiments/suites/ablation.yaml --out $(OUT)
 
