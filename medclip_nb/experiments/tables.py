@@ -56,7 +56,7 @@ class Table:
         table = self.cells if self.data is None else self.data
         texts = [c for c in table if not pd.api.types.is_numeric_dtype(table[c])]
         safe = lambda v: v if v is None or v != v else spreadsheet_cell(v)
-        table = table.assign(**{c: [safe(v) for v in table[c]] for c in texts})
+        table = table.assign(**{str(c): [safe(v) for v in table[c]] for c in texts})
         return table.rename(columns=spreadsheet_cell).to_csv(index=False, lineterminator="\n")
 
     def latex(self, label: str = "") -> str:
