@@ -8,6 +8,7 @@ __all__ = ['PALETTE', 'RIGHT', 'WRONG', 'CHANCE', 'SPELLED', 'use_style', 'wrapp
 # %% ../../nbs/plots/01_style.ipynb #dfe476c5
 import math
 import textwrap
+from contextlib import suppress
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -47,7 +48,7 @@ def _draw_once() -> None:
     "Where a notebook shows figures at the end of a cell, do not draw each of them for an unseen window before"
     if "inline" not in plt.get_backend(): return
     plt.switch_backend(plt.get_backend()) # Loads it, as the first figure would
-    plt.uninstall_repl_displayhook()
+    with suppress(ValueError): plt.uninstall_repl_displayhook() # Of a shell that has none
 
 # %% ../../nbs/plots/01_style.ipynb #9f43404a
 def wrapped(
