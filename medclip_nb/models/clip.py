@@ -99,7 +99,8 @@ class ClipModel(Encoders):
     def dim(self) -> int: return self.config["model_cfg"]["embed_dim"]
 
     @property
-    def context_length(self) -> int: return self.model.context_length
+    def context_length(self) -> int: # Tokens that are read: the tokenizer may cut before the text tower has to
+        return min(self.model.context_length, getattr(self.tokenizer, "context_length", self.model.context_length))
 
     @property
     def dtype(self) -> torch.dtype:
