@@ -102,10 +102,11 @@ def test_a_suite_is_submitted(cluster):
     assert json.loads((folder / "second" / "metrics.json").read_text())["metrics"]["value"]["value"] == 3
     assert "KeyError" in (folder / "index.html").read_text()
     assert "second  " in (cluster / "notes" / "103_None.log").read_text()
-    script = (cluster / "slurm" / "mine" / "run.sh").read_text()
+    script = (cluster / "the reports" / "slurm" / "mine" / "run.sh").read_text()
     for line in ("--partition=gpu", "--time=1-00:00:00", "--mem=64G", "--gpus-per-node=1", "--requeue",
                  "--cpus-per-task=8", "--constraint=a100"): assert f"#SBATCH {line}\n" in script
-    assert f'#SBATCH --output="{cluster}/slurm/mine/logs/%x-%A_%a.log"\n' in script and "OMP_NUM_THREADS=8\n" in script
+    assert f'#SBATCH --output="{cluster}/the reports/slurm/mine/logs/%x-%A_%a.log"\n' in script
+    assert "OMP_NUM_THREADS=8\n" in script
     assert "3 runs in 3 array(s)" in call("my suite.yaml", "--out", "the reports"), "what is there is not submitted"
 
 
@@ -115,7 +116,8 @@ def test_a_task_goes_on(cluster):
         f'runs: [{{name: long, template: stub.ipynb, params: {{mode: "once {cluster}/begun"}}}}]')
     call("one.yaml", "--gpus", 0)
     task = {**os.environ, "SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "7"}
-    process = subprocess.Popen(["bash", "slurm/one/run.sh"], env=task, stdout=subprocess.PIPE, start_new_session=True)
+    script = ["bash", "reports/slurm/one/run.sh"]
+    process = subprocess.Popen(script, env=task, stdout=subprocess.PIPE, start_new_session=True)
     end = time.monotonic() + 60
     while not (cluster / "begun").exists():
         assert process.poll() is None and time.monotonic() < end
@@ -127,7 +129,7 @@ def test_a_task_goes_on(cluster):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     time.sleep(1)
-    done = subprocess.run(["bash", "slurm/one/run.sh"], env=task, capture_output=True, text=True)
+    done = subprocess.run(script, env=task, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "long  done" in done.stdout and not list((cluster / "reports" / "one").glob(".partial/*state*"))
 
@@ -137,7 +139,7 @@ def test_gpus_are_for_training(cluster, make_template):
     make_template(cluster / "look.ipynb", 'before: str = ""\nout_dir: str = "out"', "pass")
     (cluster / "two.yaml").write_text('runs: [{name: look, template: look.ipynb}, {name: train, template: stub.ipynb}]')
     call("two.yaml", "--gpus", 4, "--cpus", 32)
-    submit, run = ((cluster / "slurm" / "two" / name).read_text() for name in ("submit.sh", "run.sh"))
+    submit, run = ((cluster / "reports" / "slurm" / "two" / name).read_text() for name in ("submit.sh", "run.sh"))
     assert re.findall(r"--array.* run.sh", submit) == ["--array=0 run.sh", "--array=1 --gpus-per-node=1 run.sh"]
     assert "#SBATCH --gpus-per-node=4\n" in run and "OMP_NUM_THREADS=8\n" in run and "--gpus 4 --cpus 32 --run" in run
 
@@ -149,14 +151,23 @@ def test_gpus_are_for_training(cluster, make_template):
 def test_mistakes_end_with_2(cluster, words, message):
     (cluster / "mine.yaml").write_text(SUITE)
     assert message in call("mine.yaml", *words, code=2)
-    assert not (cluster / "slurm").exists()
+    assert not (cluster / "reports").exists()
 
 
 def test_nothing_of_others_is_replaced(cluster, monkeypatch):
     (cluster / "mine.yaml").write_text(SUITE)
-    (cluster / "slurm" / "mine").mkdir(parents=True)
-    (cluster / "slurm" / "mine" / "run.sh").write_text("#!/bin/bash\nrm -r data\n")
+    (cluster / "reports" / "slurm" / "mine").mkdir(parents=True)
+    (cluster / "reports" / "slurm" / "mine" / "run.sh").write_text("#!/bin/bash\nrm -r data\n")
     assert "was not written by this command and is not replaced" in call("mine.yaml", code=2)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     assert "There is no sbatch here" in call("mine.yaml", "--scripts", "other", "--submit", code=2)
     assert (cluster / "other" / "submit.sh").is_file()
+
+
+def test_data_on_the_cluster_only(cluster):
+    "Data that are not on this machine are a warning, and all is written below the folder that was given"
+    (cluster / "far.yaml").write_text("runs: [{name: a, template: zero_shot, params: "
+                                      "{dataset: kather, data_root: /no/where, labels: [label]}}]")
+    said = call("far.yaml", "--out", "there")
+    assert "warning: kather is not here: /no/where" in said and "1 runs in 1 array(s)" in said
+    assert (cluster / "there" / "slurm" / "far" / "submit.sh").is_file() and not (cluster / "slurm").exists()

@@ -175,6 +175,17 @@ def _costs(file: str, only: list[str], scale: str) -> None:
     if found: typer.echo(f"{'together':<24}  about {costs.time_text(sum(c.seconds for c in found.values()))}")
     typer.echo(f"{costs.cost_note()}\n")
 
+def _about_data(suite: str, scale: str, missing: dict[str, list[str]]) -> list[str]:
+    "What a suite needs that is not here, and how to get it; at a scale, what it would make"
+    from medclip_nb.core import read_yaml
+    from medclip_nb.experiments import find_suite
+    scales = read_yaml(find_suite(suite)).get("scales", {})
+    if scale: return [f"scale {scale}: {scales[scale].get('note', '')}"]
+    lines = [
+        f"not here: {', '.join(roots)}; how to get it: medclip-nb data info {name}" for name, roots in missing.items()
+    ]
+    return lines + [f"on made-up data: medclip-nb suite {suite} --scale {name}" for name in scales if missing]
+
 def _place(workers: int, threads: int, executor: str, scheduler: str, cluster: Path | None) -> tuple[Any, int]:
     "Where runs are executed, and the threads of each"
     from medclip_nb import experiments
@@ -235,9 +246,10 @@ def suite(
     if dry_run:
         _costs(file, only, scale)
         with experiments.together(processes), experiments.environment(own), place:
-            planned = experiments.plan_suite(file, out, only, scale)
+            planned = experiments.plan_suite(file, out, only, scale, missing := {})
         for r in planned: typer.echo(f"{r.name:<24}  {'to run' if force else r.status}")
         for line in experiments.search_plan(file, out, only, scale): typer.echo(line)
+        for line in _about_data(file, scale, missing): typer.echo(line)
         return
     with experiments.together(processes), experiments.environment(own), place:
         records = experiments.run_suite(file, out, only, force, timeout, scale=scale, place=place)

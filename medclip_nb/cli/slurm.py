@@ -163,12 +163,12 @@ def _write(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 def _plan(
-    path: Path, out: Path, only: list[str], scale: str, asked: Resources
+    path: Path, out: Path, only: list[str], scale: str, asked: Resources, missing: dict[str, list[str]]
 ) -> tuple[str, list[str], list[tuple[int, list[int], bool]]]: # Name, runs, and arrays as for `submit_script`
     "What is to be done of a suite, as the jobs will see it"
     from medclip_nb.experiments import environment, jobs, together, training_processes
     with environment({"OMP_NUM_THREADS": str(asked.threads)}), together(asked.processes):
-        suite, runs = jobs.runs_to_do(path, out, only, scale)
+        suite, runs = jobs.runs_to_do(path, out, only, scale, missing)
         names, arrays = [], []
         for level, some in enumerate(jobs.suite_levels(runs)):
             trains = {r.name: training_processes(r.template).total > 1 for r in some}
@@ -207,7 +207,7 @@ def slurm(
     out: Annotated[Path, typer.Option("--out", "-o", help="The suite's folder is made in it.")] = Path("reports"),
     only: Annotated[list[str], typer.Option(help="This run and what it builds on; repeat for more.")] = [],
     scale: Annotated[str, typer.Option(help="A scale of the suite, such as tiny.")] = "",
-    scripts: Annotated[Optional[Path], typer.Option(help="Folder of the scripts; by default slurm/SUITE.")] = None,
+    scripts: Annotated[Optional[Path], typer.Option(help="Folder of the scripts; by default OUT/slurm/SUITE.")] = None,
     gpus: Annotated[int, typer.Option(min=0, max=64, help="GPUs of a run that trains, one process each.")] = 1,
     cpus: Annotated[int, typer.Option(min=1, help="CPU cores of a job.")] = 8,
     memory: Annotated[str, typer.Option(help="Memory of a job, such as 64G.")] = "",
@@ -227,9 +227,9 @@ def slurm(
     file = find_suite(suite).resolve()
     if run: return _job(file, out, scale, run, asked.processes)
     if end: return _end(file, out, scale, asked.processes)
-    name, names, arrays = _plan(file, out, only, scale, asked)
+    name, names, arrays = _plan(file, out, only, scale, asked, missing := {})
     if not names: return typer.echo("Every run is up to date; there is nothing to submit.")
-    folder, program = (scripts or Path("slurm", name)).resolve(), [sys.executable, "-m", "medclip_nb.cli"]
+    folder, program = (scripts or out/"slurm"/name).resolve(), [sys.executable, "-m", "medclip_nb.cli"]
     command = [*program, "slurm", str(file), "--out", str(out.resolve()), "--gpus", str(gpus), "--cpus", str(cpus),
                *(["--scale", scale] if scale else [])]
     compare = [*program, "compare", str(out.resolve()/name)]
@@ -237,5 +237,7 @@ def slurm(
     _write(folder/"last.sh", last_script(asked, name, [*command, "--end"], compare, folder/"logs"))
     _write(folder/"submit.sh", submit_script(arrays, asked, folder))
     typer.echo(f"{len(names)} runs in {len(arrays)} array(s); to submit them: {folder/'submit.sh'}")
+    for dataset, roots in missing.items():
+        typer.echo(f"warning: {dataset} is not here: {', '.join(roots)}. The jobs must find it there.", err=True)
     if submit: _submit(folder/"submit.sh")
     return None

@@ -42,9 +42,10 @@ def runs_to_do(
     out_dir: str | Path = "reports", # As for `run_suite`
     only: Iterable[str] | None = None, # As for `run_suite`
     scale: str = "", # As for `run_suite`
+    missing: dict[str, list[str]] | None = None, # As for `plan_suite`
 ) -> tuple[Suite, list[SuiteRun]]:
     "A suite, and its runs that are not up to date; made-up data are made, as jobs at the same time would each do it"
-    planned = {r.name for r in plan_suite(path, out_dir, only, scale) if r.status != "kept"}
+    planned = {r.name for r in plan_suite(path, out_dir, only, scale, missing) if r.status != "kept"}
     suite = load_suite(path, scale)
     folder = (Path(out_dir)/suite.name).resolve()
     if scale: make_data([r.params.get("data_root") for r in suite.runs if r.name in planned], folder)

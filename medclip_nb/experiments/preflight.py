@@ -93,6 +93,7 @@ def check_names(
     template: Template | str | Path, # As for `read_template`
     params: Mapping[str, Any], # Checked parameters; defaults stand for what is not given
     later: Iterable[str] = (), # Parameters whose values another run will make
+    missing: list[str] | None = None, # Takes a folder of data that is not there, which is then no error
 ) -> None:
     "Raise `InputError` for a dataset, folder, model, file of weights or device that does not exist"
     template = read_template(template)
@@ -108,7 +109,8 @@ def check_names(
         _find_reader(dataset)
     web = root and (any(mark in root for mark in "*?{[") or "://" in root or root.startswith("pipe:"))
     if root and dataset not in _MADE and not web and not os.path.exists(root):
-        raise InputError(f"data_root={root[:200]!r}: there is no such file or folder.")
+        if missing is None: raise InputError(f"data_root={root[:200]!r}: there is no such file or folder.")
+        missing.append(root)
     if value.get("model"): _check_model(value["model"])
     _check_protocols(value.get("protocols") or [], dataset or "")
     if dataset: _check_data(template, value)

@@ -464,6 +464,7 @@ def plan_suite(
     out_dir: str | Path = "reports", # As for `run_suite`
     only: Iterable[str] | None = None, # As for `run_suite`
     scale: str = "", # As for `run_suite`
+    missing: dict[str, list[str]] | None = None, # Takes data sets that are not there -> their folders; else an error
 ) -> list[RunRecord]: # With status 'kept' or 'to run'
     "What `run_suite` would do; raises `InputError` if the file is wrong"
     suite, stale, records = load_suite(path, scale), set(), []
@@ -475,8 +476,10 @@ def plan_suite(
         later = set(resolved) - set(own)
         named = repr((r.template, later, {k: v for k, v in own.items() if type(v) not in (int, float)}))
         if named not in seen:
-            try: check_names(r.template, own, later)
+            absent: list[str] = []
+            try: check_names(r.template, own, later, None if missing is None else absent)
             except InputError as e: raise InputError(f"{r.name}: {e}") from None
+            if absent and absent[0] not in (known := missing.setdefault(own["dataset"], [])): known += absent
         seen.add(named)
         kept = not (r.needs | r.after) & stale and up_to_date(r, folder, identify)
         if not kept: stale.add(r.name)
