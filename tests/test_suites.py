@@ -149,7 +149,7 @@ def test_a_dry_run_says_what_the_full_size_takes(tmp_path):
     rows = {"kather": {"train": 1000, "valid": 100, "test": 200}}
     path = suite_file(tmp_path, runs=runs, rows=rows, published=[], defaults=SMALL["defaults"] | {"model": "starter"})
     code, said = call("suite", path, "--dry-run", "--out", tmp_path)
-    lines = {line.split()[0]: line for line in said.splitlines() if line}
+    lines = {line.split()[0]: line for line in reversed(said.splitlines()) if line} # The first of each
     assert "5,000 trained, 900 encoded" in lines["train"] and "PFLOP; about" in lines["train"]
     assert "200 encoded" in lines["words"] and "200 encoded" in lines["after"] and lines["together"]
     assert code == 0 and said.index("together") < said.index("train ", said.index("together"))
