@@ -155,8 +155,9 @@ def kill_in_training(process, folder, kernel=False):
     while not (epochs() >= 1 and list(folder.glob(".partial/finetune.state.*/*/state.pt"))):
         assert process.poll() is None and time.monotonic() < end, process.communicate()
         time.sleep(0.01)
-    os.kill(next(c.pid for c in psutil.Process(process.pid).children(recursive=True)
-                 if "ipykernel_launcher" in c.cmdline()) if kernel else process.pid, signal.SIGKILL)
+    kernels = [c.pid for c in psutil.Process(process.pid).children(recursive=True)
+               if "ipykernel_launcher" in " ".join(c.cmdline()) and not c.children()] # The server that forks has one
+    os.kill(kernels[0] if kernel else process.pid, signal.SIGKILL)
     return process.communicate(timeout=120), process.returncode
 
 
