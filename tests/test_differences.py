@@ -98,10 +98,11 @@ def test_rows_that_only_one_run_answered_are_left_out():
 
 
 def test_other_classes_are_compared_by_accuracy_only():
-    a, b = run(1, 1.0), run(2, 1.0, classes=("no", "maybe", "yes"))
+    a, b, three = run(1, 1.0), run(2, 1.0), run(2, 1.0, classes=("no", "maybe", "yes"))
+    b.predictions["p(maybe)"], b.details = 0.0, {"classes": ["no", "maybe", "yes"]} # Offered; the answer to no row
     assert set(paired_tests(a, b, 50).metric) == {"accuracy"}
-    three = paired_tests(b, b, 50)
-    assert set(three.metric) == {"accuracy", "balanced_accuracy"}
+    assert set(paired_tests(three, three, 50).metric) == {"accuracy", "balanced_accuracy"}
+    with pytest.raises(InputError, match="disagree about the label"): paired_tests(a, three, 50)
 
 
 def test_unknown_labels_abstain():

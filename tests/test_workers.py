@@ -181,6 +181,7 @@ def test_the_same_bytes_side_by_side(command, tmp_path):
     assert len(files) > 20
     for file in files:
         if file.name in ("run.json", ".complete"): continue # Times
+        if file.parent.match("compare*") and file.stem == "report" or file.stem == "costs": continue # Times of all runs
         assert (tmp_path / "serial" / file).read_bytes() == (tmp_path / "parallel" / file).read_bytes(), file
 
 
