@@ -19,6 +19,7 @@ from medclip_nb.experiments.suites import (
     _execute,
     _refuse_other,
     _write_state,
+    check_outside,
     load_suite,
     plan_suite,
     up_to_date,
@@ -69,6 +70,7 @@ def run_job(
     if name not in known: raise InputError(f"There is no run {name!r} in this suite. {close_matches(name, known)}")
     folder = (Path(out_dir)/suite.name).resolve()
     _refuse_other(folder)
+    check_outside([known[name]], folder)
     missing = {n for n in known[name].needs if not up_to_date(known[n], folder)}
     record = _execute(known[name], folder, missing, False, timeout, quiet)
     write_json(folder/NOTES/f"{name}.json", {"status": record.status, "message": record.message})

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['YAML_TYPES', 'SUITE_KEYS', 'RUN_KEYS', 'NAME', 'MAX_RUNS', 'REFERENCE', 'OUTSIDE', 'STATE_EVERY', 'SuiteRun', 'Suite',
-           'find_suite', 'list_suites', 'load_suite', 'up_to_date', 'plan_suite', 'search_plan', 'suite_works',
-           'run_suite', 'summarize_runs']
+           'find_suite', 'list_suites', 'load_suite', 'check_outside', 'up_to_date', 'plan_suite', 'search_plan',
+           'suite_works', 'run_suite', 'summarize_runs']
 
 # %% ../../nbs/experiments/05_suites.ipynb #ac413fdc
 import itertools
@@ -157,7 +157,6 @@ def _check_measured(runs: Iterable[SuiteRun], where: str) -> None:
             raise InputError(f"{where}, run {r.name}: its trials are measured on {r.search.split!r}, so it has to be "
                              f"measured on other rows than split={split or repr(split)}. Name them, as in split: test.")
 
-
 # %% ../../nbs/experiments/05_suites.ipynb #9b9afa9f
 SUITE_KEYS = {
     "name": str, "title": str, "description": str, "license": str, "defaults": dict, "runs": list, "published": list,
@@ -188,8 +187,8 @@ def _expand(entry: dict[str, Any], where: str) -> list[SuiteRun]:
     for values in itertools.product(*matrix.values()):
         name = "-".join([entry["name"], *(re.sub(r"[^\w.]+", "-", str(v)).strip("-") for v in values)])
         params = {**entry.get("params", {}), **dict(zip(matrix, values))}
-        runs.append(SuiteRun(name, entry["template"], params, entry.get("headline", []), entry.get("timeout")))
-        runs[-1].asked = entry.get("search")
+        run = SuiteRun(name, entry["template"], params, entry.get("headline", []), entry.get("timeout"))
+        runs.append(replace(run, asked=entry.get("search")))
     return runs
 
 # %% ../../nbs/experiments/05_suites.ipynb #040523d4
@@ -325,7 +324,10 @@ def _fill(text: str, folder: Path) -> str:
     "A text with the folders of runs in the place of names in braces"
     return REFERENCE.sub(lambda m: str(_folder(m[1], folder)) if m[1] else m[0][0], text)
 
-def _check_outside(runs: Iterable[SuiteRun], folder: Path) -> None:
+def check_outside(
+    runs: Iterable[SuiteRun], # Those that will be executed
+    folder: Path, # Of their suite
+) -> None:
     "Raise `InputError` where a run goes on from a run of another suite that is not there"
     for r in runs:
         for name in sorted(r.outside):
@@ -469,7 +471,7 @@ def plan_suite(
     "What `run_suite` would do; raises `InputError` if the file is wrong"
     suite, stale, records = load_suite(path, scale), set(), []
     folder, identify, seen = (Path(out_dir)/suite.name).resolve(), cache(data_identity), set()
-    _check_outside(_chosen(suite, only), folder)
+    check_outside(_chosen(suite, only), folder)
     for r in _chosen(suite, only):
         resolved = _resolved(r, folder)
         own = {k: v for k, v in resolved.items() if r.params[k] == v} # Not what another run will make
@@ -573,7 +575,7 @@ def run_suite(
     suite, only, place = load_suite(path, scale), set(only or ()), place or Here()
     folder, runs = (Path(out_dir)/suite.name).resolve(), _chosen(suite, only)
     _refuse_other(folder)
-    _check_outside(runs, folder)
+    check_outside(runs, folder)
     if scale: make_data([r.params.get("data_root") for r in runs], folder)
     state, records, bad = folder/"suite.json", {}, set()
     before, written, identify = state.read_bytes() if state.exists() else b"", 0.0, cache(data_identity)
