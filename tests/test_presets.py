@@ -92,7 +92,8 @@ def test_stand_ins_for_every_published_model(monkeypatch):
 
 
 # Forms of a study: NIfTI files and DICOM folders in one table, and tensors in JSON lists
-def mixed_table(root):
+def mixed_studies(root):
+    "Rows of six studies, each with a NIfTI file and a folder of DICOM slices"
     rng, rows = np.random.default_rng(0), []
     for row in range(6):
         marks = [row % 4] if row % 3 else []
@@ -104,7 +105,29 @@ def mixed_table(root):
         item = f"finding {row % 4} in the brain" if marks else "no significant abnormality"
         split = ["train", "train", "train", "train", "valid", "test"][row % 6]
         rows.append({"T1": f"{row}/t1.nii.gz", "CT": f"{row}/ct", "items": item, "group": row, "split": split})
-    pd.DataFrame(rows).to_csv(root / "studies.csv", index=False)
+    return rows
+
+
+def mixed_table(root):
+    pd.DataFrame(mixed_studies(root)).to_csv(root / "studies.csv", index=False)
+    return root
+
+
+def mixed_lists(root, name):
+    "The same in JSON lists, where every series is a folder that holds a file of a name, or DICOM slices"
+    rows, kind = mixed_studies(root / "made"), {"img.nii.gz": "T1", "": "CT"}[name]
+    for split in ("train", "valid", "test"):
+        listed = {}
+        for row in rows:
+            if row["split"] != split: continue
+            for series in ("before", "after"):
+                place = root / split / f"study {row['group']}" / series
+                if name:
+                    place.mkdir(parents=True)
+                    shutil.copy(root / "made" / row[kind], place / name)
+                else: shutil.copytree(root / "made" / row[kind], place)
+            listed[f"study {row['group']}"] = {"series": {"before": {}, "after": {}}, "report": [row["items"]]}
+        (root / f"{split}.json").write_text(json.dumps(listed))
     return root
 
 
@@ -126,6 +149,18 @@ def test_nifti_and_dicom_in_one_table(command, tmp_path):
     data = {"dataset": "study-csv", "data_root": str(root), "data_options": {"series": ["T1", "CT"]}}
     checkpoint, peak = train_and_look(command, tmp_path, data, [f"T1={root}/0/t1.nii.gz", f"CT={root}/0/ct"])
     assert peak in ("T1", "CT")
+    maps = {"model": checkpoint, "n_boot": 20, "n_examples": 1, "methods": ["attention"]} | data
+    status, said = run(command, "attention_maps", *words(**maps), "--out", tmp_path / "maps")
+    assert status == 0 and "attention" in (tmp_path / "maps" / "report.html").read_text(), said
+
+
+@pytest.mark.parametrize("name", ["img.nii.gz", ""], ids=["nifti", "dicom"])
+def test_json_lists_of_scans(command, tmp_path, name):
+    root = mixed_lists(tmp_path / "data", name)
+    data = {"dataset": "study-json", "data_root": str(root), "data_options": {"file": name}}
+    series = load_manifest("study-json", root, file=name).series[0]
+    checkpoint, peak = train_and_look(command, tmp_path, data, [f"{k}={root / path}" for k, path in series.items()])
+    assert peak in ("before", "after")
     maps = {"model": checkpoint, "n_boot": 20, "n_examples": 1, "methods": ["attention"]} | data
     status, said = run(command, "attention_maps", *words(**maps), "--out", tmp_path / "maps")
     assert status == 0 and "attention" in (tmp_path / "maps" / "report.html").read_text(), said

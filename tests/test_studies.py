@@ -11,14 +11,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from medclip_nb.cli.ask import encode_files
 from medclip_nb.cli.attend import named_series
+from medclip_nb.cli.main import app
 from medclip_nb.core import InputError
 from medclip_nb.datasets import Manifest, drop_unusable, load_manifest, name_studies, series_paths
 from medclip_nb.datasets.tables import read_table
 from medclip_nb.embeddings import embed, encoded_images, open_rows
-from medclip_nb.evaluators import linear_probe, retrieval, zero_shot, zero_shot_classifier
+from medclip_nb.evaluators import linear_probe, look_at_row, retrieval, zero_shot, zero_shot_classifier
 from medclip_nb.images import StudyPreprocess, load_volume, read_volume, study_preprocess, value_scale
 from medclip_nb.models import load_model, save_checkpoint, study_model
 from medclip_nb.trainers import Pairs
@@ -205,8 +207,23 @@ def test_training_features_and_scores_read_tensors_alike(tmp_path):
         trained = Pairs(clip, unit)[0][0].volumes
     seen = open_rows(clip, unit)[0].volumes
     assert torch.equal(seen, trained) and seen.std() > 0.5 and known.std() > 0.5
-    found = next(iter(encoded_images(clip, unit, tokens=False)))[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error") # Told already
+        found = next(iter(encoded_images(clip, unit, tokens=False)))[1]
     assert np.allclose(torch.nn.functional.normalize(found).numpy(), embed(clip, unit).images, atol=1e-5)
+
+
+def test_attend_reads_tensors_as_an_evaluation_does(tmp_path):
+    "From 0 to 1, by a model of tensors from 0 to 255: the similarity and the place that a report would show"
+    model, unit = save_checkpoint(heads(), tmp_path / "model"), rows_of(tmp_path, NOISE * 1.002)
+    asked = ["attend", f"T1={tmp_path / '0.pt'}", "--texts", "a lesion", "--model", model, "--method", "similarity",
+             "--out", tmp_path / "seen.png", "--device", "cpu", "--json"]
+    done = CliRunner().invoke(app, [*map(str, asked)])
+    assert done.exit_code == 0, done.output
+    answer, = json.loads(done.stdout)["images"]
+    known = look_at_row(load_model(str(model), device="cpu"), unit, 0, ["a lesion"], "similarity")[0]
+    assert answer["similarity"] == pytest.approx(known.similarity, abs=1e-6)
+    assert answer["peak"][1:] == [int(i) for i in np.unravel_index(known.map.argmax(), known.map.shape)[1:]]
 
 
 @pytest.mark.parametrize(("last", "said"), [

@@ -7,6 +7,7 @@ __all__ = ['IMAGE_KINDS', 'figure_paths', 'named_series', 'given_spacing', 'atte
 
 # %% ../../nbs/cli/05_attend.ipynb #74a2aeb4
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -132,13 +133,24 @@ def given_spacing(
     if len(spacing) != 3: raise InputError(f"--file-spacing {text!r}: should be three lengths in mm, as in 3,1,1.")
     return {"file_spacing": spacing}
 
+def _as_row(series: dict[str, Path], read: dict) -> Any: # A `Manifest`
+    "A study as the only row of a table, with paths below their common folder"
+    from medclip_nb.datasets import Manifest
+    full = {name: path.resolve() for name, path in series.items()}
+    root = Path(os.path.commonpath([path.parent for path in full.values()]))
+    rows = Manifest({"series": [{name: path.relative_to(root).as_posix() for name, path in full.items()}]})
+    rows.root, rows.dataset, rows.read = str(root), ", ".join(series), read
+    return rows
+
 def _on_study(
     clip: Any, images: list[Path], texts: list[str], method: str, mask: Path | None, read: dict, out: Path
 ) -> dict:
     "Answers and figures of a study"
+    from medclip_nb.embeddings import fitted_to_files
     from medclip_nb.evaluators.grounding import look_at_study
     from medclip_nb.plots.attention_examples import study_figure
     series = named_series(images)
+    if clip.preprocess.spacing is None: clip = fitted_to_files(clip, _as_row(series, read))
     study, found = clip.preprocess(series, **read), look_at_study(clip, series, texts, method, mask, every=True, **read)
     figures = [
         _written(study_figure(study, item, method), to) for item, to in zip(found, figure_paths(out, len(texts)))

@@ -157,7 +157,7 @@ def _check_spacing(clip: StudyModel, manifest: Manifest) -> None:
     raise InputError(
         f"Model {clip.spec!r} brings scans to {' x '.join(f'{mm:g}' for mm in wanted)} mm{units}, but the tensors of "
         f"{manifest.dataset} do not state their spacing. Is it a model for these data? If so, give their spacing in "
-        "mm: data_options={read: {file_spacing: [D, H, W]}}."
+        "mm along depth, height and width, such as data_options={read: {file_spacing: [5, 1, 1]}}."
     )
 
 def prepared_for(
@@ -178,15 +178,18 @@ def prepared_for(
     return replace(clip, preprocess=replace(steps, grid=grid, size=tuple(size))), name
 
 # %% ../../nbs/embeddings/02_streams.ipynb #5da5a4ac
+_TOLD: set[tuple] = set() # Data sets that were spoken of, because the same rows are opened many times
+
 def fitted_to_files(
     clip: ClipModel, # Any model
     manifest: Manifest, # The rows that it will encode
 ) -> ClipModel: # The same, or one that reads these files by other steps
     "Adapt a model to tensors from 0 to 1, as `prepared_for` does, and warn that it was needed"
     clip, steps = prepared_for(clip, manifest)
-    if steps:
+    if steps and (key := (manifest.dataset, str(manifest.root), steps)) not in _TOLD:
+        _TOLD.add(key)
         said = f"tensors from 0 to 1, read by the steps {steps}, as the model was trained on tensors from 0 to 255"
-        warnings.warn(f"{manifest.dataset}: {said}.", stacklevel=1) # Told once, whoever opens the data
+        warnings.warn(f"{manifest.dataset}: {said}.", stacklevel=1)
     return clip
 
 # %% ../../nbs/embeddings/02_streams.ipynb #0b7ce5a1
