@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 UV := uv==0.13.8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks reports reports-all data test test-slow nb lint lab bench lock clean
+.PHONY: help setup hooks reports reports-all data test test-slow nb lint lab docs browser bench lock clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -67,6 +67,14 @@ lint: setup  ## Style (ruff) and types (pyrefly)
 
 lab: setup  ## Open the repository in JupyterLab (LAB="--no-browser --port 9999" passes options on)
 	@$(BIN)/jupyter lab --ServerApp.root_dir=. $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
+
+docs: setup  ## Build the documentation site: _site/index.html, which needs no network and no server
+	@OMP_NUM_THREADS=1 $(BIN)/python docs/make_site.py
+
+browser:  ## Install Chromium, in which pages are tested, if there is no browser (Debian and Ubuntu, as root)
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+	  chromium fonts-dejavu-core >/dev/null
 
 bench: setup  ## Run every benchmark
 	@set -e; for f in benchmarks/*.py; do echo "== $$f"; $(BIN)/python $$f; done

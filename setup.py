@@ -36,7 +36,8 @@ setup(
     python_requires=">=" + cfg["min_python"],
     install_requires=words("requirements"),
     extras_require={
-        "dev": words("dev_requirements"),
+        "dev": words("dev_requirements") + words("docs_requirements"),
+        "docs": words("docs_requirements"),
         "all": words("optional_requirements"),
         "mlflow": words("mlflow_requirements"),
         "search": words("search_requirements"),
