@@ -113,7 +113,7 @@ def prediction_grid(
     kinds = [("correct", known[correct], RIGHT), ("incorrect", known[~correct], WRONG)]
     kinds = [kind for kind in kinds if len(kind[1])]
     if not kinds: raise InputError("No row has a label, so no prediction is correct or incorrect.")
-    figure, axes = plt.subplots(len(kinds), n, figsize=(1.8 * n, 2.65 * len(kinds)), squeeze=False)
+    figure, axes = plt.subplots(len(kinds), n, figsize=(1.85 * n, 2.65 * len(kinds)), squeeze=False)
     for line, (name, rows, color) in zip(axes, kinds):
         chosen = rows.sample(min(n, len(rows)), random_state=seed)
         for ax in line[len(chosen):]: ax.set_visible(False)

@@ -75,6 +75,12 @@ def metric_intervals(
     return figure
 
 # %% ../../nbs/plots/04_results.ipynb #21444280
+def _write_counts(ax: Axes, counts: np.ndarray, colors: np.ndarray) -> None:
+    "A number in each field, dark on light and light on dark"
+    for (row, column), count in np.ndenumerate(counts):
+        ink = "0.15" if sns.utils.relative_luminance(colors[row, column]) > 0.408 else "white"
+        ax.text(column + 0.5, row + 0.5, count, ha="center", va="center", color=ink, fontsize=9)
+
 def confusion_matrix(
     y_true: Sequence, # True labels; missing ones are left out
     y_pred: Sequence, # Predicted labels
@@ -90,13 +96,15 @@ def confusion_matrix(
     many = len(classes) > 12
     if ax is None: _, ax = plt.subplots(figsize=(2 + 0.5 * len(classes), 1.6 + 0.42 * len(classes)))
     names, below = [wrapped(c, 18, 2) for c in classes], [wrapped(c, 30, 1) for c in classes]
-    written = dict(annot=False if many else counts, fmt="d", annot_kws={"fontsize": 9})
-    look = dict(vmin=0, vmax=1, cmap="Blues", cbar=False, square=True, linewidths=0.5)
-    sns.heatmap(share, ax=ax, xticklabels=names, yticklabels=names, **written, **look)
-    ax.set_xticklabels(below, rotation=35, ha="right", rotation_mode="anchor")
-    ax.tick_params(axis="y", rotation=0)
-    ax.set_anchor("N")
+    mesh = ax.pcolormesh(share, vmin=0, vmax=1, cmap="Blues", linewidths=0.5, edgecolor="white")
+    if not many: _write_counts(ax, counts.to_numpy(), mesh.to_rgba(share.to_numpy()))
+    places = np.arange(len(classes)) + 0.5
+    ax.set_xticks(places, below, rotation=35, ha="right", rotation_mode="anchor")
+    ax.set_yticks(places, names, va="center")
     ax.set(title=wrapped(title, 40), xlabel="predicted", ylabel="true")
+    ax.set(ylim=(len(classes), 0), aspect="equal", anchor="N")
+    ax.grid(False)
+    for spine in ax.spines.values(): spine.set_visible(False)
     return ax
 
 def confusion_matrices(

@@ -6,14 +6,59 @@
 __all__ = ['PALETTE', 'RIGHT', 'WRONG', 'CHANCE', 'SPELLED', 'use_style', 'wrapped', 'metric_words']
 
 # %% ../../nbs/plots/01_style.ipynb #dfe476c5
+import base64
+import io
 import math
 import textwrap
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.figure import Figure
+
+# %% ../../nbs/plots/01_style.ipynb #7a30c9e2
+def _page(figure: Figure) -> np.ndarray | None: # (height, width, 3) uint8
+    "The page of a figure, cut to what is drawn on it; None where something may lie outside or nothing is drawn"
+    if not (figure.axes and figure.get_constrained_layout()): return None
+    figure.canvas.draw()
+    for part in (*figure.texts, *figure.legends, *figure.images, *figure.artists, *figure.patches, *figure.lines):
+        box = part.get_window_extent()
+        if part.get_visible() and not all(figure.bbox.contains(*corner) for corner in (box.min, box.max)): return None
+    page = np.asarray(figure.canvas.buffer_rgba())[..., :3]
+    inked = (page != page[0, 0]).any(2)
+    (top, bottom), (left, right) = (np.flatnonzero(inked.any(axis))[[0, -1]] if inked.any() else (0, 0)
+                                    for axis in (1, 0))
+    height, width = inked.shape
+    if not (0 < top <= bottom < height - 1 and 0 < left <= right < width - 1): return None
+    pad = round(figure.dpi * plt.rcParams["savefig.pad_inches"])
+    return page[max(0, top - pad):bottom + 1 + pad, max(0, left - pad):right + 1 + pad]
+
+def _picture(
+    figure: Figure, # Any
+    usual: Callable[[Figure], str | None], # IPython's way
+) -> str | None: # PNG in base 64
+    "The picture of a figure for a notebook"
+    from PIL import Image
+    if (page := _page(figure)) is None: return usual(figure)
+    file = io.BytesIO()
+    Image.fromarray(page).save(file, "PNG")
+    return base64.encodebytes(file.getvalue()).decode("ascii")
+
+def _picture_once() -> None:
+    "Let a notebook draw its figures by `_picture`, unless the user has set how they are drawn"
+    import IPython
+    from IPython.core.pylabtools import print_figure
+    if (shell := IPython.get_ipython()) is None: return
+    png = shell.display_formatter.formatters["image/png"]
+    usual = png.type_printers.get(Figure)
+    default = {"fmt": "png", "base64": True, "bbox_inches": "tight"}
+    if getattr(usual, "func", None) is print_figure and usual.keywords == default:
+        png.for_type(Figure, partial(_picture, usual=usual))
 
 # %% ../../nbs/plots/01_style.ipynb #e0ca9357
 PALETTE = sns.color_palette("colorblind")
@@ -29,6 +74,7 @@ def use_style() -> None:
             "figure.dpi": 100,
             "savefig.dpi": 100,
             "figure.constrained_layout.use": True,
+            "font.family": "DejaVu Sans", # Comes with matplotlib, so that reports look alike everywhere
             "font.size": 10,
             "axes.titlesize": 11,
             "axes.labelsize": 10,
@@ -37,6 +83,7 @@ def use_style() -> None:
             "legend.fontsize": 9,
             "legend.frameon": False,
             "axes.titlelocation": "left",
+            "axes.titley": 1.0, # No search for ticks above an axis, which takes long
             "grid.color": "0.9",
             "axes.edgecolor": "0.6",
             "svg.hashsalt": "medclip_nb",
@@ -49,6 +96,7 @@ def _draw_once() -> None:
     if "inline" not in plt.get_backend(): return
     plt.switch_backend(plt.get_backend()) # Loads it, as the first figure would
     with suppress(ValueError): plt.uninstall_repl_displayhook() # Of a shell that has none
+    _picture_once()
 
 # %% ../../nbs/plots/01_style.ipynb #9f43404a
 def wrapped(
