@@ -8,6 +8,7 @@ __all__ = ['ISSUE_COLUMNS', 'REMEDIES', 'MARKUP', 'ROW_KINDS', 'FEW', 'token_len
 
 # %% ../../nbs/datasets/10_checks.ipynb #e702c708
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -260,7 +261,13 @@ ROW_KINDS = {
     "empty items",
 }
 
-def _needed(manifest: pd.DataFrame, needs: Iterable[str], images: str, labels: Iterable[str] = ()) -> pd.DataFrame:
+def _needed(
+    manifest: pd.DataFrame,
+    needs: Iterable[str],
+    images: str,
+    labels: Iterable[str] = (),
+    kept: str | Path | None = None,
+) -> pd.DataFrame:
     "Issues with the columns that an experiment uses; raises for a missing one"
     needs = ["series" if c == "image" and c not in manifest and "series" in manifest else c for c in [*needs, *labels]]
     for column in needs:
@@ -268,7 +275,9 @@ def _needed(manifest: pd.DataFrame, needs: Iterable[str], images: str, labels: I
             raise InputError(f"{_name(manifest)}: no column {column!r}. {close_matches(column, manifest.columns)}")
     labels = [c for c in needs if c not in ("image", "series", "caption", "items", "group", "split")]
     used = [c for c in manifest if c in {*needs, "group", "split"}]
-    return validate(manifest[used], images, labels, duplicates=False)
+    files = {"image", "series"} & set(used)
+    facts = file_facts(manifest[used], images, kept=kept) if files and images in DEPTHS else None
+    return validate(manifest[used], images, labels, duplicates=False, facts=facts)
 
 def _raise_first(manifest: pd.DataFrame, errors: pd.DataFrame) -> None:
     "Quote the first error and count the others"
@@ -312,9 +321,10 @@ def drop_unusable(
     images: str = "decode", # As in `validate`
     max_bad: float = 0.01, # Largest share of rows that may be left out
     labels: Iterable[str] = (), # Label columns that the experiment uses
+    kept: str | Path | None = None, # As in `file_facts`
 ) -> tuple[Any, pd.DataFrame]: # The manifest without bad rows, `skipped` extended by them; all issues
     "Leave out and record rows that cannot be used; raises `InputError` above a share, or for errors of all rows"
-    issues = _needed(manifest, needs, images, labels)
+    issues = _needed(manifest, needs, images, labels, kept)
     errors = issues[issues["severity"] == "error"]
     whole = ~errors["kind"].isin(ROW_KINDS)
     _raise_first(manifest, errors[whole])

@@ -7,14 +7,17 @@ __all__ = ['FACTS', 'DEPTHS', 'ORDER', 'LEAK', 'SIMILAR', 'PIECE', 'LEAK_CHOICES
            'join_equal', 'split_leaks', 'shared_texts', 'check_disjoint']
 
 # %% ../../nbs/datasets/09_leaks.ipynb #44f36bc3
+import json
 import os
 import stat
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import astuple, fields
 from itertools import combinations
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +25,8 @@ import pandas as pd
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
-from ..core import InputError, content_hash, file_hash, progress
+import medclip_nb
+from ..core import InputError, atomic_path, content_hash, file_hash, progress
 from .files import MAX_PIXELS, ImageFacts, probe
 from .paths import PLAIN, path_fault
 
@@ -59,12 +63,49 @@ def _in_threads(function: Callable, values: Sequence, desc: str, size: int = 256
             bar.update(len(batch))
     return done
 
+# %% ../../nbs/datasets/09_leaks.ipynb #3e1f70a2
+_SETTLED = 2.0 # Seconds
+
+class _Seen:
+    "Facts of files that were decoded without a fault, for as long as they do not change"
+    def __init__(self, folder: str | Path | None, *how: Any) -> None:
+        name = f"decoded-{content_hash(FACTS, medclip_nb.__version__, *how)}.json"
+        self.path, self.new = Path(folder)/name if folder else None, {}
+        self.known = self.read()
+
+    def read(self) -> dict[str, list]: # Path -> size, two times, facts
+        "What was remembered; nothing where that cannot be read"
+        try: found = json.loads(self.path.read_bytes()) if self.path else {}
+        except (OSError, ValueError): return {}
+        return found if isinstance(found, dict) else {}
+
+    def facts(self, path: str, look: Callable[[], ImageFacts]) -> ImageFacts:
+        "The facts of a file, remembered or looked up"
+        if not self.path: return look()
+        try: about = os.stat(path)
+        except OSError: return look()
+        stamp, name = [about.st_size, about.st_mtime_ns, about.st_ctime_ns], os.path.abspath(path)
+        own = self.known.get(name)
+        if own and own[0] == stamp: return ImageFacts(*own[1])
+        found = look()
+        settled = time.time() - max(stamp[1:]) / 1e9 > _SETTLED
+        if settled and stat.S_ISREG(about.st_mode) and not found.kind:
+            self.new[name] = [stamp, astuple(found)[:FACTS.index("thumbnail")]]
+        return found
+
+    def save(self) -> None:
+        "Remember what is new"
+        if not self.new: return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self.path) as file: file.write_text(json.dumps(self.read() | self.new), encoding="utf-8")
+
 # %% ../../nbs/datasets/09_leaks.ipynb #91695825
 def file_facts(
     manifest: pd.DataFrame, # With a column `image`, or `series` of dicts
     images: str = "header", # none: only whether files exist; header: open each; decode: read every pixel
     hashes: bool = False, # Fill `content` where two files may be equal and, when decoding, `perceptual`
     max_pixels: int = MAX_PIXELS, # Larger images are never decoded
+    kept: str | Path | None = None, # Folder that remembers which files were decoded without a fault; None: no memory
 ) -> pd.DataFrame: # One line per file: row, series, path, and the fields of `ImageFacts`
     "Examine every file of a manifest"
     if images not in DEPTHS: raise InputError(f"images={images!r}: use 'header', 'decode' or 'none'.")
@@ -72,16 +113,20 @@ def file_facts(
     codes, paths = pd.factorize(named["path"], use_na_sentinel=False)
     linked, folders = _linked_folders(root, paths), "image" not in manifest
     read = getattr(manifest, "read", {})
+    seen = _Seen(kept if images == "decode" and not hashes else None, max_pixels, dict(read))
     def look(path: Any) -> ImageFacts:
         if not (isinstance(path, str) and PLAIN.fullmatch(path)) and (fault := path_fault(path)):
             given = isinstance(path, str) and path.strip()
             return ImageFacts(kind="unsafe path" if given else "missing image", message=f"{path!r}: {fault}")
         full = f"{root}/{path}"
         follow = os.path.dirname(path) in linked or os.path.islink(full)
-        return probe(full, images, hashes and images == "decode", root if follow else None, max_pixels, folders, read)
+        above, with_hashes = root if follow else None, hashes and images == "decode"
+        ask = lambda: probe(full, images, with_hashes, above, max_pixels, folders, read)
+        return ask() if follow else seen.facts(full, ask)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = pd.DataFrame(map(attrgetter(*FACTS), _in_threads(look, list(paths), "checking images")), columns=FACTS)
+    seen.save()
     if hashes and images == "header": _hash_same_sizes(found, [f"{root}/{p}" for p in paths])
     return pd.concat([named, found.take(codes).reset_index(drop=True)], axis=1)
 

@@ -7,8 +7,10 @@ __all__ = ['READERS', 'CARD_KEYS', 'CARD_EXTRAS', 'CELL_KINDS', 'LISTED', 'regis
            'card', 'list_datasets', 'card_markdown']
 
 # %% ../../nbs/datasets/02_registry.ipynb #b2483213
+import copy
 import importlib
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -109,13 +111,19 @@ def read_card(
     facts = {k: found[k].strip() if kind is str else found[k] for k, kind in CARD_KEYS.items()}
     return facts | {k: found.get(k, kind()) for k, kind in CARD_EXTRAS.items()}
 
+@lru_cache(8)
+def _unchanged_card(path: Path, changed: int) -> dict[str, Any]:
+    "A card that is read again only when its file changes"
+    return read_card(path)
+
 def card(
     name: str, # A dataset that has a card
 ) -> dict[str, Any]: # With the keys of `CARD_KEYS`
     "What is known about a dataset; raises `InputError` for an unknown name or a broken card"
     if name not in (names := card_names()):
         raise InputError(f"No card for dataset {name!r}. {close_matches(name, names)}")
-    return read_card(card_folder()/f"{name}.yaml")
+    path = card_folder()/f"{name}.yaml"
+    return copy.deepcopy(_unchanged_card(path, path.stat().st_mtime_ns))
 
 # %% ../../nbs/datasets/02_registry.ipynb #5460fbc0
 LISTED = ["name", "title", "modality", "tasks", "license", "source", "description", "reader"]

@@ -79,9 +79,11 @@ def usable_rows(
     images: str = "decode", # How files are checked: none, header or decode
     max_bad: float = 0.01, # Largest share of rows that may be left out
     labels: Iterable[str] = (), # Label columns that the experiment uses
+    cache: str = "", # Folder of features, which also remembers the files that were decoded without a fault; empty: none
 ) -> Manifest: # `skipped` says what was left out
     "The rows that an experiment can use, groups in several splits aside; raises `InputError` as `drop_unusable` does"
-    found = drop_unusable(manifest.drop(columns="group", errors="ignore"), needs, images, max_bad, labels)[0]
+    rows = manifest.drop(columns="group", errors="ignore")
+    found = drop_unusable(rows, needs, images, max_bad, labels, cache or None)[0]
     kept = manifest.loc[found.index]
     kept.skipped = found.skipped
     return name_studies(kept)
