@@ -23,6 +23,11 @@ from .training import TERMS
 
 # %% ../../nbs/plots/10_runs.ipynb #d5e83d02
 NARROW = 0.1 # The least width of a panel, so that small differences do not look large
+_POINTS = {
+    True: {"color": PALETTE[0], "marker": "D", "markersize": 6},
+    False: {"color": PALETTE[0], "marker": "o", "markersize": 5.5, "markerfacecolor": "white"},
+}
+_SAID = {True: "best, told apart from all others (Holm)", False: "not told apart"}
 
 def forest(
     table: pd.DataFrame, # One row a run and metric: run, column (its name), value, low, high
@@ -44,8 +49,7 @@ def forest(
             color = PALETTE[0]
             if np.isfinite([row.low, row.high]).all():
                 ax.hlines(place, row.low, row.high, color=color, linewidth=2.2, alpha=0.55)
-            face = color if told else "white"
-            ax.plot(row.value, place, "o", color=color, markerfacecolor=face, markersize=5.5, clip_on=False, zorder=3)
+            ax.plot(row.value, place, clip_on=False, zorder=3, **_POINTS[told])
         ax.set(title=wrapped(metric_words(name), 34), ylim=(len(runs) - 0.5, -0.5), yticks=range(len(runs)))
         ax.set_yticklabels([wrapped(run, 34, 1) for run in runs])
         ax.grid(False, axis="y")
@@ -53,6 +57,9 @@ def forest(
         low, high = ax.get_xlim()
         if high - low < NARROW: ax.set_xlim((low + high - NARROW) / 2, (low + high + NARROW) / 2)
     for ax in axes.flat[max(0, len(names) - columns):len(names)]: ax.set_xlabel("value, 95 % interval")
+    if best & set(zip(table["run"], table["column"])):
+        handles = [Line2D([], [], linestyle="", label=words, **_POINTS[told]) for told, words in _SAID.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return figure
 
 # %% ../../nbs/plots/10_runs.ipynb #2ac4d5fc
