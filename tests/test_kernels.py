@@ -154,3 +154,29 @@ time.sleep(120)""")
     runner.send_signal(number)
     assert runner.wait(60) != 0
     assert gone(kernel) and gone(server)
+
+
+def test_a_server_in_its_imports_ends_with_the_process_that_started_it(tmp_path):
+    (tmp_path/"torch.py").write_text(
+        f"import pathlib, time; pathlib.Path({str(tmp_path/'begun')!r}).touch(); time.sleep(60)"
+    )
+    code = f"""
+import os, sys, time
+from medclip_nb.experiments.kernels import KernelServer
+path = ":".join([{str(tmp_path)!r}, os.environ["PYTHONPATH"]])
+server = KernelServer([sys.executable], os.environ | {{"PYTHONPATH": path}}, tied=True)
+server.prepare([["torch"]])
+print(server.process.pid, flush=True)
+time.sleep(60)"""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                             env=os.environ | {"PYTHONPATH": root})
+    pid = int(owner.stdout.readline())
+    for _ in range(600):
+        if (tmp_path/"begun").exists(): break
+        time.sleep(0.1)
+    assert (tmp_path/"begun").exists() and os.path.exists(f"/proc/{pid}")
+    owner.kill()
+    owner.wait()
+    began = time.monotonic()
+    assert gone(pid) and time.monotonic() - began < 20

@@ -9,6 +9,7 @@ __all__ = ['LIBRARIES', 'BACKEND', 'IMPORT_LIMIT', 'EACH', 'LAUNCHER', 'SWITCH',
 # %% ../../nbs/experiments/19_kernels.ipynb #d1d8af5a
 import ast
 import gc
+import io
 import json
 import os
 import random
@@ -98,10 +99,22 @@ def _endings(conn: socket.socket) -> None:
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
             conn.send(json.dumps({"ended": ended[0], "status": os.waitstatus_to_exitcode(ended[1])}).encode())
 
+def _rehearse() -> None:
+    "Draw a figure, so that what matplotlib loads when it draws the first is loaded before a fork"
+    if "matplotlib.pyplot" not in sys.modules: return
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(1, 1), layout="constrained")
+    ax = figure.subplots()
+    ax.bar(["a", "b"], [1, 2], label="c")
+    ax.legend()
+    ax.set_title("d")
+    with suppress(Exception): figure.savefig(io.BytesIO(), format="png", bbox_inches="tight")
+
 def _prepare(asked: Mapping[str, Any]) -> str: # What is in the way of a fork; empty where nothing is
     "Import what is asked for"
     try: _import(asked["imports"])
     except Exception as e: return f"an import failed with {type(e).__name__}"
+    _rehearse()
     gc.collect()
     gc.freeze() # The shared memory stays shared
     return _obstacle()
@@ -138,6 +151,10 @@ def serve(
 _CODE = """
 import sys
 if not sys.path[0]: del sys.path[0]
+if owner := int(sys.argv[3]):
+    import ctypes, os
+    ctypes.CDLL(None).prctl(1, 9)
+    if os.getppid() != owner: os._exit(1)
 import ipykernel_launcher
 from ipykernel import kernelapp
 from IPython.core.shellapp import InteractiveShellApp
@@ -192,12 +209,16 @@ class KernelServer:
         self, interpreter: Sequence[str], # Python and its options
         environment: Mapping[str, str], # Of the kernels
         ignore_cwd: bool = False, # Whether modules in the current folder are not those of a kernel
+        tied: bool = False, # Whether it dies with the thread that starts it, even in the middle of an import
     ) -> None:
         self.owner, self.ended, self.lock, self.gone = os.getpid(), {}, threading.RLock(), False
         self.conn, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with there:
             self.process = subprocess.Popen(
-                [*interpreter, "-c", _CODE, str(there.fileno()), "ignore" if ignore_cwd else "keep"],
+                [
+                    *interpreter, "-c", _CODE, str(there.fileno()), "ignore" if ignore_cwd else "keep",
+                    str(self.owner if tied else 0),
+                ],
                 env={"MPLBACKEND": BACKEND, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -266,6 +287,7 @@ class _Warm:
     key: tuple = ()
     depth: int = 0
     owner: int = 0
+    thread: int = 0 # In which the outermost block began
 
     def serve(self, interpreter: Sequence[str], environment: Mapping[str, str], ignore_cwd: bool) -> KernelServer:
         "A server for these kernels, replaced if the last one was for others or is gone"
@@ -273,7 +295,8 @@ class _Warm:
         key = (tuple(interpreter), tuple(sorted(own.items())), ignore_cwd, os.getcwd(), tuple(os.sched_getaffinity(0)))
         if self.server is None or self.server.gone or self.key != key:
             self.close()
-            self.server, self.key = KernelServer(interpreter, own, ignore_cwd), key
+            tied = self.thread == threading.get_ident() # Else it might outlive this thread
+            self.server, self.key = KernelServer(interpreter, own, ignore_cwd, tied), key
         return self.server
 
     def close(self) -> None:
@@ -287,6 +310,7 @@ _warm = _Warm()
 def warm_kernels() -> Iterator[None]:
     "Keep the server of kernels for the length of a block"
     if _warm.owner != os.getpid(): _warm.server, _warm.depth, _warm.owner = None, 0, os.getpid()
+    if not _warm.depth: _warm.thread = threading.get_ident()
     _warm.depth += 1
     try: yield
     finally:
