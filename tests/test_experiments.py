@@ -13,6 +13,7 @@ import pytest
 
 from medclip_nb.core import InputError
 from medclip_nb.experiments import RunError, compare, plan_suite, run, run_suite
+from medclip_nb.experiments.overview import write_index
 
 SAVE = '''metrics = {"value": {"value": value, "low": value - 1, "high": value + 1, "n": 7}}
 details = {"license": "CC0 <1>", "where": out_dir}
@@ -209,3 +210,19 @@ def test_interrupted_suite_goes_on(stub, tmp_path, command):
     assert finished(tmp_path / "two") == ["one", "suite.json"]
     file.write_text(text.replace("MODE", '""'))
     assert status(run_suite(file, tmp_path, quiet=True)) == {"one": "kept", "two": "done"}
+
+
+def test_the_front_page_of_many_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("medclip_nb.experiments.overview._PICTURED", 3)
+    metrics = json.dumps({"schema": 1, "task": "stub", "metrics": {"value": {"value": 0.5, "n": 7}}, "details": {}})
+    reads = []
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path) or real(path))
+    for n in range(5):
+        (tmp_path/f"run-{n}").mkdir()
+        (tmp_path/f"run-{n}"/"metrics.json").write_text(metrics)
+        page = write_index(tmp_path).read_text()
+        assert page.count('<a href="run-') - page.count('>metrics.json</a>') == n + 1 # A line of the table for each
+        assert page.count('class="card"') == min(n + 1, 3)
+        assert ("and to the 2 others" in page) == (n == 4)
+    assert len(reads) == 1 + 2 + 3 + 4 + 5 # Each once

@@ -15,6 +15,8 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +46,13 @@ def find_runs(
         if p.name not in bad and not folder_mark(p): yield from find_runs(p) # Not into data and models
 
 # %% ../../nbs/experiments/06_overview.ipynb #2ffacf6b
+@lru_cache(2**14)
 def natural(
     name: str, # Of a metric or a run
-) -> list[tuple]: # Compares names by their text and the numbers in it: R@5 before R@10
+) -> tuple[tuple, ...]: # Compares names by their text and the numbers in it: R@5 before R@10
     "A key to sort names as people do"
     parts = re.split(r"(\d{1,15})", name)
-    return [(1, int(p), "") if n % 2 else (0, 0, p) for n, p in enumerate(parts)]
+    return tuple((1, int(p), "") if n % 2 else (0, 0, p) for n, p in enumerate(parts))
 
 def _metrics_fault(found: dict[str, Any]) -> str:
     "What is wrong with the content of metrics.json, or an empty string"
@@ -251,8 +254,12 @@ def first_figure(
     width: int = 320, # Pixels
 ) -> str: # A data address, empty if the report has no figure
     "The first figure of a report, small"
+    report = Path(run, "report.ipynb")
+    return _first_figure(read_json(report)["cells"] if report.exists() else [], width)
+
+def _first_figure(cells: Sequence[Mapping[str, Any]], width: int = 320) -> str:
+    "The first figure among the cells of a report, small"
     from PIL import Image
-    cells = read_json(Path(run)/"report.ipynb")["cells"] if Path(run, "report.ipynb").exists() else []
     raw = next(
         (o["data"]["image/png"] for c in cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})), None
     )
@@ -266,22 +273,22 @@ def first_figure(
 # %% ../../nbs/experiments/06_overview.ipynb #a699e860
 def _card(run: Path, name: str) -> str:
     "Picture and links of one run"
-    title = report_title(read_json(run/"report.ipynb")) if (run/"report.ipynb").exists() else ""
+    report = read_json(run/"report.ipynb") if (run/"report.ipynb").exists() else {"cells": []}
+    title = report_title(report) if report["cells"] else ""
     links = [
         f"<a href=\"{html.escape(name)}/{f}\">{f}</a>"
         for f in ("report.html", "report.ipynb", "metrics.json")
         if (run / f).exists()
     ]
-    figure, e = first_figure(run), html.escape(name)
+    figure, e = _first_figure(report["cells"]), html.escape(name)
     picture = (
         f"<img alt=\"First figure of {e}\" src=\"{figure}\">" if figure else "<span class=\"quiet\">no figure</span>"
     )
     return (f"<div class=\"card\"><a class=\"thumb\" href=\"{e}/report.html\">{picture}</a><p><strong>{e}</strong><br>"
             f"{html.escape(title)}<br><span class=\"quiet\">{' · '.join(links)}</span></p></div>")
 
-def _rows(run: Path, name: str, names: list[str]) -> str:
+def _rows(found: Mapping[str, Any], name: str, names: list[str]) -> str:
     "Headline of one run as table rows"
-    found = read_metrics(run)
     cell = lambda m: found["metrics"][m].get("n")
     first = f"<a href=\"{html.escape(name)}/report.html\">{html.escape(name)}</a></td><td>{html.escape(found['task'])}"
     return "".join(
@@ -291,6 +298,8 @@ def _rows(run: Path, name: str, names: list[str]) -> str:
     )
 
 # %% ../../nbs/experiments/06_overview.ipynb #22e9ab49
+_PICTURED = 200 # Most runs with a picture on the front page; all are in its table
+
 def write_index(
     reports_dir: str | Path, # Folder of run folders
 ) -> Path: # The index.html in it
@@ -300,7 +309,12 @@ def write_index(
     title, about = suite.get("title") or suite.get("name") or folder.resolve().name, suite.get("description", "")
     heads = {r["name"]: r.get("headline", []) for r in suite["runs"]}
     runs = {run.relative_to(folder).as_posix(): run for run in find_runs(folder)}
-    licenses = sorted({str(x) for run in runs.values() if (x := read_metrics(run).get("details", {}).get("license"))})
+    rows, found_licenses = [], set()
+    for name, run in runs.items(): # One at a time: there may be thousands
+        found = read_metrics(run)
+        rows.append(_rows(found, name, heads.get(name, [])))
+        found_licenses |= {str(x)} if (x := found.get("details", {}).get("license")) else set()
+    licenses, left = sorted(found_licenses), max(0, len(runs) - _PICTURED)
     license_text = "; ".join(licenses) or suite.get("license") or "see the reports"
     failed = "".join(f"<li>{html.escape(r['name'])}: {r['status']}. {html.escape(r.get('message', ''))}</li>"
                      for r in suite["runs"] if r["status"] in ("failed", "skipped"))
@@ -314,12 +328,14 @@ def write_index(
         "<p class=\"quiet\">Every run is a notebook that was executed from top to bottom; its report shows data, "
         "method and result.</p>",
         f"<h2>Results</h2><div class=\"scroll\"><table><thead><tr>{head}</tr></thead><tbody>",
-        *(_rows(run, name, heads.get(name, [])) for name, run in runs.items()),
+        *rows,
         "</tbody></table></div>",
         f"<h2>Not finished</h2><ul>{failed}</ul>" if failed else "",
         "<h2>Reports</h2><div class=\"cards\">",
-        *(_card(run, name) for name, run in runs.items()),
+        *(_card(run, name) for name, run in islice(runs.items(), _PICTURED)),
         "</div>",
+        f"<p class=\"quiet\">Pictures of the first {_PICTURED} runs; the table above links to all, and to the {left} "
+        "others.</p>" if left else "",
         "<footer class=\"quiet\"><p>For research only. Not for clinical use.</p>",
         f"<p>Licence of the data: {html.escape(license_text)}</p></footer>",
     ]

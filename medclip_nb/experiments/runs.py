@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import medclip_nb
@@ -174,13 +175,15 @@ def is_complete(
     key: str, # From `run_key`
 ) -> bool: # Whether there is nothing to do
     "Whether a run with this key is there, with all its files"
-    folder = Path(folder)
-    if not (folder/STAMP).is_file(): return False
-    try: stamp = read_json(folder/STAMP)
+    try: stamp = read_json(Path(folder, STAMP))
     except InputError: return False
-    return stamp.get("key") == key and all(
-        (folder / f).is_file() and (folder / f).stat().st_size == n for f, n in stamp["files"].items()
-    )
+    return stamp.get("key") == key and all(_has_size(f"{folder}/{f}", n) for f, n in stamp["files"].items())
+
+def _has_size(path: str, size: int) -> bool:
+    "Whether there is a file of this size"
+    try: about = os.stat(path)
+    except OSError: return False
+    return S_ISREG(about.st_mode) and about.st_size == size
 
 def result_hash(
     folder: str | Path, # A complete run folder

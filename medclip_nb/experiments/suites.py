@@ -30,6 +30,7 @@ from medclip_nb.experiments.parameters import (
     check_parameters,
     find_template,
     read_parameters,
+    read_template,
     template_folder,
     template_parameters,
     with_defaults,
@@ -353,8 +354,9 @@ def _builds_on(run: SuiteRun, folder: Path) -> dict[str, str]:
 # %% ../../nbs/experiments/05_suites.ipynb #9e5272e7
 def _is_made(run: SuiteRun, folder: Path, identify: Callable[[str], str] = data_identity) -> bool:
     "Whether a run is there as it would be made now, with the parameters that it has"
-    inputs = input_identities(_resolved(run, folder), run.params, run.template, identify)
-    return is_complete(folder/run.name, run_key(run.template, run.params, inputs, _builds_on(run, folder)))
+    one = read_template(run.template)
+    inputs = input_identities(_resolved(run, folder), run.params, one, identify)
+    return is_complete(folder/run.name, run_key(one, run.params, inputs, _builds_on(run, folder)))
 
 def _with_point(run: SuiteRun, point: Mapping[str, Any]) -> SuiteRun:
     "A run with the values of one trial"
