@@ -112,7 +112,7 @@ plt.plot([1, 2]);""", "print(len(drawn))")
     report = json.loads((run(template, {}, tmp_path/"out", quiet=True).path/"report.ipynb").read_text())
     outputs = [output for cell in report["cells"] for output in cell.get("outputs", [])]
     assert [o["output_type"] for o in outputs] == ["display_data", "stream"], "a figure, and how often it was drawn"
-    assert "".join(outputs[1]["text"]).strip() == "2", "to be measured, and to be drawn"
+    assert "".join(outputs[1]["text"]).strip() == "1", "once, and cut to what is drawn"
 
 
 def test_another_environment_gets_another_server(facts, monkeypatch):
