@@ -68,7 +68,7 @@ lint: setup  ## Style (ruff) and types (pyrefly)
 lab: setup  ## Open the repository in JupyterLab (LAB="--no-browser --port 9999" passes options on)
 	@$(BIN)/jupyter lab --ServerApp.root_dir=. $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
 
-docs: setup  ## Build the documentation site: _site/index.html, which needs no network and no server
+docs: setup  ## Build the documentation site, _site/index.html; it needs no network and no server
 	@OMP_NUM_THREADS=1 $(BIN)/python docs/make_site.py
 
 browser:  ## Install Chromium, in which pages are tested, if there is no browser (Debian and Ubuntu, as root)

@@ -151,9 +151,11 @@ def below(module: Module) -> str:
     "What stands below the face of a wing: its modules"
     found = children(module)
     if not found: return ""
-    listed = [[f"[{m.name.rsplit('.', 1)[-1]}](/{m.page})", cell_text(notebook_front(m.notebook)[1])] for m in found]
-    return f"## Modules\n\n{table(['Module', 'Holds'], listed)}\n\n" + toctree(
-        f"{m.name.rsplit('.', 1)[-1]} </{m.page}>" for m in found)
+    own = "".join(c.source for c in cells(module.notebook))
+    rows = [[f"[{m.name.rsplit('.', 1)[-1]}](/{m.page})", cell_text(notebook_front(m.notebook)[1])] for m in found
+            if m.notebook.name not in own]
+    more = f"## Modules\n\n{table(['Module', 'Holds'], rows)}\n\n" if rows else ""
+    return more + toctree(f"{m.name.rsplit('.', 1)[-1]} </{m.page}>" for m in found)
 
 
 def reference(out: Path) -> None:
@@ -251,6 +253,19 @@ def set_values(cell_source: str) -> str:
     return "\n".join(line for line in cell_source.splitlines() if not line.startswith("# Parameters")).strip()
 
 
+def at_report(outputs: list, report: Path | None) -> list:
+    "Outputs whose links lead to the files beside the report"
+    if not report: return outputs
+    base = f"../{report.relative_to(ROOT).as_posix()}/"
+    for data in (o["data"] for o in outputs if "data" in o):
+        if "text/html" in data:
+            data["text/html"] = re.sub(r'href="(?![a-z]+:|#|/)', f'href="{base}', "".join(data["text/html"]))
+        if "text/markdown" in data:
+            data["text/markdown"] = re.sub(r"\[([^\]]*)\]\((?![a-z]+:|#|/)([^)]*)\)", rf'<a href="{base}\2">\1</a>',
+                                           "".join(data["text/markdown"]))
+    return outputs
+
+
 def experiment(path: Path, out: Path) -> None:
     "A template: what it asks, its parameters, and a report of it"
     name, found = path.stem, example(path.stem)
@@ -275,7 +290,7 @@ def experiment(path: Path, out: Path) -> None:
         elif "injected-parameters" in cell.metadata.get("tags", []):
             page.code(set_values(cell.source), tags=["hide-input"])
         elif found and not cell.outputs: continue
-        else: page.code(cell.source, cell.outputs, ["hide-input"] if found else [])
+        else: page.code(cell.source, at_report(cell.outputs, found), ["hide-input"] if found else [])
     page.write(out)
 
 
@@ -395,7 +410,8 @@ The prompts for their classes are [prompt packs](/prompts/index).
 def dataset_page(out: Path, name: str, c: dict, own: list) -> None:
     from medclip_nb.datasets import card_markdown
     source, page = ROOT / "data" / "cards" / f"{name}.yaml", f"datasets/{name}"
-    told = prose(card_markdown(name, 1), source, page)
+    told = prose(card_markdown(name, 1), source, page).replace("# ", f"# {name}: ", 1)
+    told = told.replace("| | |\n|---|", "{.facts}\n| | |\n|---|", 1)
     text = re.sub(r"(?<![<(\w])(https?://[^\s|,;)]+[\w/])", r"<\1>", told)
     commands = [f"medclip-nb data info {name}", f"medclip-nb data validate {name} --root data/{name}"]
     reader = next(m for m in modules() if f"medclip_nb.{m.name}" == c["module"])
@@ -423,7 +439,8 @@ def prompts(out: Path) -> None:
         facts = [["dataset", data], ["origin", pack.origin], ["source", markdown_safe(cell_text(pack.source))],
                  ["hash", f"`{pack.hash}`"]]
         if pack.options: facts.append(["options of the reader", code_text(json.dumps(pack.options))])
-        parts = [f"# {pack.id}", table(["", ""], facts), "## Templates", "\n".join(f"- `{t}`" for t in pack.templates)]
+        parts = [f"# {pack.id}", table(["", ""], facts, "{.facts}"), "## Templates",
+                 "\n".join(f"- `{t}`" for t in pack.templates)]
         if pack.negatives: parts += ["For absence:", "\n".join(f"- `{t}`" for t in pack.negatives)]
         quoted = lambda words: ", ".join(map(markdown_safe, [words] if isinstance(words, str) else words))
         for column, classes in pack.labels.items():

@@ -165,10 +165,13 @@ def field_table(fields: list[Field], back: Field | None, told: callable) -> str:
     return "\n".join(["{.fields}", line(head), line(["---"] * len(head)), *map(line, body)])
 
 
-def directive(kind: str, head: str, module: Module, parts: list[str], colons: int = 4) -> str:
-    fence = ":" * colons
-    body = "\n\n".join(p for p in parts if p)
-    return f"{fence}{{py:{kind}}} {head}\n:module: {settings()['lib_name']}.{module.name}\n\n{body}\n{fence}"
+def quoted(text: str) -> str: return "'" + text.replace("'", "''") + "'"
+
+
+def directive(kind: str, head: str, module: Module, parts: list[str], colons: int = 4, value: str = "") -> str:
+    fence, body = ":" * colons, "\n\n".join(p for p in parts if p)
+    options = f":module: {settings()['lib_name']}.{module.name}" + (f"\n:value: {quoted(value)}" if value else "")
+    return f"{fence}{{py:{kind}}} {head}\n{options}\n\n{body}\n{fence}"
 
 
 def function_entry(node: ast.FunctionDef, code: str, module: Module, told: callable, owner: str = "") -> str:
@@ -198,8 +201,7 @@ def class_entry(node: ast.ClassDef, code: str, module: Module, told: callable) -
 def constant_entry(node: ast.stmt, beside: dict[int, str], module: Module, told: callable) -> str:
     value = ast.unparse(node.value) if node.value else ""
     shown = value if len(value) <= 100 else ""
-    return directive("data", constant(node) + (f" = {shown}" if shown else ""), module,
-                     [told(beside.get(node.end_lineno, ""))])
+    return directive("data", constant(node), module, [told(beside.get(node.end_lineno, ""))], value=shown)
 
 
 def entries(code: str, module: Module, told: callable) -> list[str]:

@@ -14,6 +14,7 @@ author = settings()["author"]
 copyright = settings()["copyright"]
 version = release = settings()["version"]
 language = "en"
+smartquotes = False  # Options and values stand in the prose as they are typed
 
 extensions = ["myst_nb", "sphinx.ext.linkcode", "sphinx_copybutton", "sphinx_design"]
 nb_execution_mode, nb_merge_streams = "off", True
@@ -32,6 +33,7 @@ html_static_path, html_css_files, html_js_files = ["static"], ["site.css"], ["si
 html_favicon = "static/mark.svg"
 html_show_sourcelink = html_copy_source = html_show_sphinx = False
 html_show_search_summary = True  # site.js turns it off where pages come from a disk
+html_use_index = html_domain_indices = False  # There is an index by wing
 html_math_renderer = "mathml"
 html_permalinks_icon = "#"
 exclude_patterns = ["_build"]
@@ -41,10 +43,11 @@ html_theme_options = {
     "navbar_align": "left",
     "header_links_before_dropdown": 7,
     "navigation_depth": 3,
+    "collapse_navigation": True,  # Else every page holds the whole contents, and the build takes twice as long
     "show_nav_level": 1,
     "show_toc_level": 2,
     "show_prev_next": True,
-    "secondary_sidebar_items": ["page-toc"],
+    "secondary_sidebar_items": {"**": ["page-toc"], "datasets/index": [], "prompts/index": []},
     "icon_links": [{"name": "Repository", "url": repository("."), "icon": "fa-brands fa-github"}],
     "footer_start": ["copyright"],
     "footer_center": [],
