@@ -27,9 +27,9 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     "The files that take longest come first, so that two processes end together"
-    first = ["test_reports", "test_finetune", "test_suites", "test_coming_from", "test_templates", "test_item_training",
-             "test_clusters", "test_evaluate", "test_workers", "test_processes", "test_readme", "test_presets",
-             "test_search", "test_kernels", "test_shards", "test_training"]
+    first = ["test_site", "test_reports", "test_finetune", "test_suites", "test_coming_from", "test_templates",
+             "test_item_training", "test_clusters", "test_evaluate", "test_workers", "test_processes", "test_readme",
+             "test_presets", "test_search", "test_kernels", "test_shards", "test_training"]
     items.sort(key=lambda item: first.index(item.path.stem) if item.path.stem in first else len(first))
 
 
