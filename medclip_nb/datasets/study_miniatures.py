@@ -225,6 +225,16 @@ def make_rsna(
     else: _write_lines(folder / "stage_2_train.csv", lines)
     return folder
 
+_BLEEDS, _SIDES = {"IPH", "IVH", "SDH", "EDH", "SAH"}, {"BleedLocation-Left", "BleedLocation-Right"}
+_FRACTURES = {"CalvarialFracture", "OtherFracture"}
+
+def _consistent(names: set[str]) -> set[str]:
+    "These findings of CQ500 and those that they imply: a bleed is one of five kinds, a side is that of a bleed"
+    bleeds, fractures = names & _BLEEDS, names & _FRACTURES
+    if names & (_BLEEDS | _SIDES | {"ICH"}): names = names | {"ICH"} | (bleeds or {"IPH"})
+    if names & (_FRACTURES | {"Fracture"}): names = names | {"Fracture"} | (fractures or {"CalvarialFracture"})
+    return names
+
 def make_cq500(
     folder: str | Path, # Receives cq500.csv and CQ500CT000/; as dicom, reads.csv and 'CQ500CT0 CQ500CT0'/
     seed: int = 0, # Determines findings and voxels
@@ -237,8 +247,9 @@ def make_cq500(
     consensus = [["study", *findings, "Anomaly"]]
     reads = [["name", "Category", *(f"R{reader}:{name}" for reader in (1, 2, 3) for name in findings)]]
     for number in range(studies):
-        marks = _draw(rng, len(findings), number, studies)
-        found = [int(i in marks) for i in range(len(findings))]
+        there = _consistent({findings[mark] for mark in _draw(rng, len(findings), number, studies)})
+        found = [int(name in there) for name in findings]
+        marks = [mark for mark, value in enumerate(found) if value]
         consensus.append([f"CQ500CT{number:03d}", *found, int(bool(marks))])
         reads.append([f"CQ500-CT-{number}", f"B{1 + number % 2}", *(found * 3)])
         values = marked_volume(rng, size, marks, len(findings))
