@@ -165,6 +165,8 @@ def _build_stand_in(spec: str, checkpoint: str | Path | None, device: torch.devi
         return _build(stand_in(spec.removesuffix("-tiny")), spec, device, precision, files)
 
 # %% ../../nbs/models/02_loading.ipynb #5b863990
+_UNTRAINED = {False: "the weights are random", True: "the weights are random, but for those of the text encoder"}
+
 @cached_without_network()
 def load_model(
     # A starter, a published model, an open_clip architecture ('ViT-B-16/openai'), 'hf-hub:org/name' or a folder
@@ -176,19 +178,22 @@ def load_model(
     "Build a model and load its weights; raises `InputError` for unknown names and weights that do not fit"
     device = pick_device(device)
     precision = pick_precision(precision, device)
-    folder = Path(spec)
+    folder, untrained = Path(spec), not checkpoint or _is_adapter(Path(checkpoint))
     if spec in STARTERS: clip = _build(STARTERS[spec], spec, device, precision)
     elif spec in PUBLISHED:
         clip = _build(PUBLISHED[spec], spec, device, precision, text_files(checkpoint), pretrained_text=not checkpoint)
     elif spec in STAND_INS: clip = _build_stand_in(spec, checkpoint, device, precision)
     elif folder.is_dir():
         clip = _build(_folder_configuration(folder), spec, device, precision, folder)
-        if (not checkpoint or _is_adapter(Path(checkpoint))) and has_weights(folder): load_checkpoint(clip, folder)
+        if untrained and has_weights(folder): load_checkpoint(clip, folder)
+        untrained &= not has_weights(folder)
     else:
         name, tag = _resolve(spec)
         quick = bool(tag and get_pretrained_cfg(name, tag).get("quick_gelu"))
         clip = _create(name, spec, device, precision, pretrained=tag, force_quick_gelu=quick)
+        untrained &= not tag and ":" not in name
     if checkpoint: load_checkpoint(clip, checkpoint)
+    if untrained: clip.notes = [*clip.notes, _UNTRAINED[spec in PUBLISHED]]
     return clip
 
 # %% ../../nbs/models/02_loading.ipynb #545e5e6a
