@@ -389,8 +389,8 @@ def datasets(out: Path) -> None:
     rows = []
     for name in card_names():
         c, own = card(name), [p for p in packs() if p.dataset == name]
-        rows.append([f'<a href="{name}.html">{name}</a>', escape(c["title"]), escape(c["modality"]),
-                     escape(", ".join(c["tasks"])), escape(c["license"]), str(len(own) or "")])
+        facts = (c["title"], c["modality"], ", ".join(c["tasks"]), c["license"])
+        rows.append([f'<a href="{name}.html">{name}</a>', *map(told_in_html, facts), str(len(own) or "")])
         dataset_page(out, name, c, own)
     intro = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
     intro = prose(intro, ROOT / "data" / "README.md", "datasets/index").replace("# data\n", "", 1)

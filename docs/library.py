@@ -189,7 +189,8 @@ def _dedented(source: str) -> str:
 def class_fields(node: ast.ClassDef, source: str) -> list[Field]:
     "Fields of a data class or a named tuple, with the comments beside them"
     beside = comments(source)
-    return [Field(item.target.id, text_of(item.annotation), ast.unparse(item.value) if item.value else "",
+    factory = lambda text: re.sub(r"^field\(default_factory=(\w+)\)$", r"\1()", text)
+    return [Field(item.target.id, text_of(item.annotation), factory(ast.unparse(item.value)) if item.value else "",
                   beside.get(item.end_lineno, ""))
             for item in node.body
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.target.id[0] != "_"]

@@ -105,11 +105,14 @@ def by_name() -> dict[str, list[Symbol]]:
 
 def doclink(code: str, module: Module | None = None) -> str | None:
     "A name of the library in backticks as a reference to its definition, if there is just one"
-    word = re.fullmatch(r"(?:[a-z_]+\.)*([A-Za-z_]\w*)(?:\(\))?", code)
-    known = by_name().get(word[1], []) if word and word[1] not in NOT_LINKED else []
-    here = [s for s in known if module and s.module == module]
-    known = here or known
-    if len(known) != 1 or (word[1].islower() and "_" not in word[1] and not here and "." not in code): return None
+    word = re.fullmatch(r"((?:[a-z_]+\.)*)([A-Za-z_]\w*)(?:\(\))?", code)
+    if not word or word[2] in NOT_LINKED: return None
+    before, name = word[1].split(".")[:-1], word[2]
+    known = [s for s in by_name().get(name, []) if {*before} <= {settings()["lib_name"], *s.module.name.split(".")}]
+    known = [s for s in known if s.module == module] or known
+    if len(known) != 1: return None
+    plain = name.islower() and "_" not in name and not before  # A word that may well be no name of the library
+    if plain and known[0].module != module: return None
     return f"{{py:obj}}`{code} <{known[0].path}>`"
 
 
