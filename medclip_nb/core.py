@@ -524,14 +524,24 @@ def replaceable(
             raise InputError(f"{path}: is or holds {name}, which is not replaced. Give a new folder in it.")
     if os.path.ismount(path):
         raise InputError(f"{path}: is a whole file system, which is not replaced. Give a new folder in it.")
-    try: _refuse_foreign(path, kind)
-    except PermissionError as error:
-        raise InputError(f"{path}: not replaced ({error.filename} cannot be read). Give a new folder.") from None
+    for last in (False, False, False, True): # Another process may replace it while it is looked at
+        before = _inode(path)
+        try: _refuse_foreign(path, kind)
+        except PermissionError as error:
+            raise InputError(f"{path}: not replaced ({error.filename} cannot be read). Give a new folder.") from None
+        except (InputError, FileNotFoundError):
+            if last or _inode(path) == before: raise
+        else: break
     return path
+
+def _inode(path: Path) -> int:
+    "Tells a folder from another of its name; 0 for none"
+    try: return path.stat().st_ino
+    except FileNotFoundError: return 0
 
 def _refuse_foreign(path: Path, kind: FolderKind) -> None:
     "Raise for a folder that is neither empty nor one of this kind alone"
-    if not any(path.iterdir()): return
+    if not path.exists() or not any(path.iterdir()): return
     if _names(path, kind) is None:
         there = folder_mark(path).get("kind")
         made = f"is a folder of the kind {there!r}, not" if there else "is not a folder of medclip_nb of the kind"

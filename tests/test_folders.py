@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from medclip_nb import core
 from medclip_nb.cli.main import app
-from medclip_nb.core import MARK, InputError, folder_mark, replaceable
+from medclip_nb.core import MARK, InputError, atomic_folder, folder_mark, replaceable
 from medclip_nb.datasets import Manifest, load_manifest, make_starter, write_shards
 from medclip_nb.datasets.readers.natural_images import extract_once
 from medclip_nb.embeddings import embed
@@ -384,3 +385,24 @@ def test_a_mark_says_what_it_marks(tmp_path):
     save_head(ClassificationHead(4, ["a", "b"]), tmp_path / "head")
     assert json.loads((tmp_path / "head" / MARK).read_text()) == {"kind": "head",
                                                                   "files": ["head.json", "head.safetensors"]}
+
+
+def test_a_folder_that_another_process_replaces_meanwhile_is_looked_at_again(tmp_path, monkeypatch):
+    "Two runs that make the same data: the file list of one folder is not held against the files of the next"
+    kind = core.FolderKind("pictures")
+    for name in ("data", "next"):
+        with atomic_folder(tmp_path / name, kind) as folder: (folder / name).touch()
+    look, swaps = core._foreign, iter([True])
+    def slow(path, kind):
+        if next(swaps, False):
+            names = core._names(path, kind)
+            os.replace(path, tmp_path / "old")
+            os.replace(tmp_path / "next", path)
+            with monkeypatch.context() as meanwhile:
+                meanwhile.setattr(core, "_names", lambda *_: names)
+                yield from look(path, kind)
+        else: yield from look(path, kind)
+    monkeypatch.setattr(core, "_foreign", slow)
+    assert replaceable(tmp_path / "data", kind) == tmp_path / "data"
+    (tmp_path / "data" / "mine").touch()
+    with pytest.raises(InputError, match="holds mine"): replaceable(tmp_path / "data", kind)
