@@ -2,8 +2,10 @@
 import json
 import os
 import signal
+import socketserver
 import subprocess
 import sys
+import threading
 
 import pytest
 import yaml
@@ -136,7 +138,7 @@ def test_jobs_of_slurm_are_workers(suite, command, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words, message", [
-    ([], "give either --scheduler ADDRESS"), (["--scheduler", "tcp://127.0.0.1:9"], "No Dask scheduler answers at"),
+    ([], "give either --scheduler ADDRESS"),
     (["--cluster", "slurm.yaml"], "slurm.yaml: has no 'cores' of a job"),
     (["--scheduler", "x", "--workers", "2"], "leave out --workers"), (["--cluster", "none.yaml"], "cannot be read")])
 def test_mistakes_end_with_2(suite, words, message, tmp_path):
@@ -144,6 +146,26 @@ def test_mistakes_end_with_2(suite, words, message, tmp_path):
     (tmp_path / "slurm.yaml").write_text("type: slurm\nmemory: 1GB\n")
     done = CliRunner().invoke(cli.app, ["suite", str(path), "--executor", "dask", *words])
     assert done.exit_code == 2 and message in done.output, done.output
+
+
+@pytest.fixture(scope="module")
+def answering():
+    "The address of something that is no scheduler, and that says so at once"
+    speak = lambda request, *_: request.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    with socketserver.TCPServer(("127.0.0.1", 0), speak) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"tcp://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("address, message", [
+    ("tcp://127.0.0.1:9", "No Dask scheduler answers at"), ("localhost", "Give one as in tcp://host:8786"),
+    ("http://localhost:80", "Give one as in tcp://host:8786"), ("tcp://127.0.0.1:0", "No Dask scheduler answers at")])
+def test_where_no_scheduler_answers_one_line_says_so(suite, command, address, message, answering):
+    "A client that never connected says no more behind it"
+    if address.endswith(":0"): address = answering
+    _, errors = ended(start(command, suite(one={}), "--scheduler", address), code=2)
+    assert message in errors and len(errors.splitlines()) == 1, errors
 
 
 def test_without_dask_the_command_to_install_it_is_said(suite, monkeypatch):

@@ -15,7 +15,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,6 +203,27 @@ def _threads(share: int, default: Callable[[], int]) -> int:
     given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     return share or (int(given) if given.isdecimal() and int(given) else default())
 
+async def _reach(address: str) -> None:
+    "Raise ValueError for what is no address, and other errors where no scheduler answers; a client would keep trying"
+    from distributed import Security
+    from distributed.comm import connect
+    comm = await connect(address, timeout=5, **Security().get_connection_args("client"))
+    await comm.close()
+
+def _client(address: str) -> "Client":
+    "Connected to a scheduler"
+    distributed = _dask("distributed")
+    try:
+        with ThreadPoolExecutor(1) as pool: pool.submit(asyncio.run, _reach(address)).result() # A notebook has a loop
+        return distributed.Client(address, timeout=10, set_as_default=False)
+    except ValueError as e:
+        raise InputError(
+            f"{address!r} is no address of a Dask scheduler ({e}). Give one as in tcp://host:8786."
+        ) from None
+    except Exception as e: # What listens there may be anything, and what it says too
+        why = " ".join(str(e).split())[:200]
+        raise InputError(f"No Dask scheduler answers at {address} ({why}). Start one with: dask scheduler") from None
+
 def dask_place(
     scheduler: str = "", # Address of a scheduler
     profile: str | Path = "", # Or the profile of a cluster
@@ -219,9 +240,6 @@ def dask_place(
         except (ValueError, TypeError, OSError, RuntimeError) as e:
             raise InputError(f"{profile}: no cluster can be made of it: {' '.join(str(e).split())[:300]}") from None
         return DaskPlace(client, jobs, options["processes"], _threads(share, lambda: profile_threads(options)))
-    try: client = distributed.Client(scheduler, timeout=10, set_as_default=False)
-    except (OSError, ValueError, TimeoutError) as e:
-        why = " ".join(str(e).split())[:200]
-        raise InputError(f"No Dask scheduler answers at {scheduler} ({why}). Start one with: dask scheduler") from None
+    client = _client(scheduler)
     cores = lambda: min(client.run(cores_of_a_thread).values(), default=1)
     return DaskPlace(client, threads=_threads(share, cores))
