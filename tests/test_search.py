@@ -127,6 +127,13 @@ def test_what_cannot_be_searched(squares, tmp_path, monkeypatch):
     fails(r"needs the package of that name: pip install 'medclip_nb\[search\]'", method="optuna", trials=1)
 
 
+@pytest.mark.parametrize("metric, goal", [("ece", "min"), ("words/mean_rank", "min"), ("balanced_accuracy", "max")])
+def test_without_a_goal_the_best_is_what_is_better(squares, tmp_path, metric, goal):
+    entry = WORDS | {"search": WORDS["search"] | {"metric": metric}}
+    path = suite_file(tmp_path, [entry], defaults=DEFAULTS | {"data_root": str(squares)})
+    assert load_suite(path).runs[-1].search.goal == goal
+
+
 def test_data_without_validation_rows(squares, tmp_path):
     shutil.copytree(squares, data := tmp_path / "data")
     (data / "table.csv").write_text((data / "table.csv").read_text().replace(",valid", ",train"))

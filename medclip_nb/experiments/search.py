@@ -10,6 +10,7 @@ __all__ = ['METHODS', 'GOALS', 'SEARCH_KEYS', 'INTERVAL_KEYS', 'MAX_TRIALS', 'In
 # %% ../../nbs/experiments/25_search.ipynb #93b4d147
 import itertools
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/experiments/25_search.ipynb #7808ce69
 METHODS = ("grid", "random", "optuna")
 GOALS = ("max", "min")
+_LOWER = re.compile(r"(.*_)?(rank|ece|ece_calibrated|ece_equal_mass|brier|nll|loss)") # Best when lowest
 SEARCH_KEYS = ("method", "metric", "space", "goal", "trials", "seed", "split")
 INTERVAL_KEYS = ("low", "high", "log")
 MAX_TRIALS = 1000
@@ -96,7 +98,8 @@ def _count(method: str, space: Mapping[str, list | Interval], given: Any, where:
         raise InputError(f"{where}: trials is the number of trials, as in trials: 20, not {given!r}.")
     if given > MAX_TRIALS: raise InputError(f"{where}: it stands for {given:,} trials; {MAX_TRIALS:,} are the most.")
     if given > combinations:
-        raise InputError(f"{where}: there are {combinations} combinations for {given} trials; take method: grid.")
+        raise InputError(f"{where}: there are {combinations} combinations for {given} trials; take method: grid, "
+                         "which needs no number of trials.")
     return given
 
 def read_search(
@@ -111,6 +114,7 @@ def read_search(
             raise InputError(f"{where}: unknown key {key!r}. {close_matches(str(key), SEARCH_KEYS)}")
     for key in SEARCH_KEYS[:3]:
         if not found.get(key): raise InputError(f"{where} has no {key!r}.")
+    usual = GOALS[bool(_LOWER.fullmatch(str(found["metric"]).rpartition("/")[2]))]
     for key, known in (("method", METHODS), ("goal", GOALS)):
         if (value := found.get(key, known[0])) not in known:
             raise InputError(f"{where}: {key} cannot be {value!r}. {close_matches(str(value), known)}")
@@ -131,7 +135,7 @@ def read_search(
     if method == "optuna": _optuna(where)
     space = {name: _values(name, v, kinds[name].type, method, f"{where}, space") for name, v in space.items()}
     return Search(
-        method, metric, space, _count(method, space, found.get("trials"), where), found.get("goal", "max"), seed, split
+        method, metric, space, _count(method, space, found.get("trials"), where), found.get("goal", usual), seed, split
     )
 
 def _optuna(where: str) -> Any:
@@ -228,7 +232,8 @@ def read_trial(
     if not done: return one._replace(fault="the run failed or is missing")
     metrics = read_metrics(folder)["metrics"]
     if search.metric not in metrics:
-        return one._replace(fault=f"no metric {search.metric!r}. {close_matches(search.metric, metrics)}")
+        near = close_matches(search.metric, metrics)
+        return one._replace(fault=f"no metric {search.metric!r}. {near} With another metric in the suite, trials stay")
     found = metrics[search.metric]
     value = found.get("value")
     if value is None or not math.isfinite(value): return one._replace(fault=f"{search.metric} is not a number")

@@ -219,14 +219,15 @@ def _link(runs: list[SuiteRun]) -> list[str]:
         ]
     return problems
 
-def _ordered(runs: list[SuiteRun]) -> list[SuiteRun]:
+def _ordered(runs: list[SuiteRun], where: str) -> list[SuiteRun]:
     "The order of the file, but nothing before what it waits for"
     line, done = Line(runs), []
     while (r := line.next()) is not None:
         done.append(r)
         line.over(r.name)
     if left := [r.name for r in runs if r.name not in line.ended]:
-        raise InputError(f"These runs wait for each other: {', '.join(left)}.")
+        raise InputError(f"{where}: these runs wait for each other: {', '.join(left)}. Give one of them a folder or a "
+                         "file in the place of a name in braces.")
     return done
 
 # %% ../../nbs/experiments/05_suites.ipynb #031a63b8
@@ -313,7 +314,7 @@ def load_suite(
     title, about = found.get("title", name), found.get("description", "")
     if scale: title, about = f"{title} (scale {scale})", f"**{_scale_sentence(scale, note)}** {about}".strip()
     licence = found.get("license", "")
-    return Suite(name, title, about, licence, _ordered(runs), scale, published, rows)
+    return Suite(name, title, about, licence, _ordered(runs, str(path)), scale, published, rows)
 
 # %% ../../nbs/experiments/05_suites.ipynb #c4af1027
 def _folder(name: str, folder: Path) -> Path:
