@@ -44,7 +44,7 @@ def _picture(
 ) -> str | None: # PNG in base 64
     "The picture of a figure for a notebook"
     from PIL import Image
-    if (page := _page(figure)) is None: return usual(figure)
+    if not hasattr(figure.canvas, "buffer_rgba") or (page := _page(figure)) is None: return usual(figure) # Closed: none
     file = io.BytesIO()
     Image.fromarray(page).save(file, "PNG")
     return base64.encodebytes(file.getvalue()).decode("ascii")
