@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.ndimage import distance_transform_edt
-from scipy.stats import rankdata
 
 from ..core import InputError
 from .resampling import Units, bootstrap, group_counts
@@ -78,8 +77,11 @@ def _pixel_auroc(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
     "Probability that a pixel inside scores above one outside, ties counting half, over pixels that have a value"
     values, masks, seen = _flat(maps, masks)
     inside, outside, unseen = (masks & seen).sum(1), (~masks & seen).sum(1), (~seen).sum(1)
-    ranks = rankdata(values, axis=1) - unseen[:, None]
-    below = (ranks * (masks & seen)).sum(1) - inside * (inside + 1) / 2
+    below = np.zeros(len(maps))
+    for n, (row, mask) in enumerate(zip(values, masks & seen)):
+        ordered, found = np.sort(row), np.sort(row[mask])
+        ranks = (np.searchsorted(ordered, found) + np.searchsorted(ordered, found, "right") + 1) / 2 - unseen[n]
+        below[n] = ranks.sum() - inside[n] * (inside[n] + 1) / 2
     return np.divide(below, inside * outside, out=np.full(len(maps), np.nan), where=(inside > 0) & (outside > 0))
 
 def overlaps(

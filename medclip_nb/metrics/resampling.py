@@ -9,6 +9,7 @@ __all__ = ['FEW_GROUPS', 'FLAGGED_GROUPS', 'SUMMARIES', 'as_objects', 'group_cod
 
 # %% ../../nbs/metrics/01_resampling.ipynb #a51b9d96
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +35,19 @@ def group_codes(
     codes[alone] = codes.max(initial=-1) + 1 + np.arange(alone.sum())
     return codes
 
+def _drawn(codes: np.ndarray, n: int, seed: int) -> np.ndarray:
+    "The weights of `bootstrap_weights`, for groups by number"
+    size = codes.max(initial=-1) + 1
+    weights, rng = np.zeros((n if size > 1 else 0, len(codes)), np.uint16), np.random.default_rng(seed)
+    for row in weights: row[:] = np.bincount(rng.integers(size, size=size), minlength=size)[codes]
+    weights.flags.writeable = False
+    return weights
+
+@lru_cache(4)
+def _remembered(codes: bytes, n: int, seed: int) -> np.ndarray:
+    "The same; a report asks for equal resamples of the same rows again and again"
+    return _drawn(np.frombuffer(codes, np.intp), n, seed)
+
 def bootstrap_weights(
     groups: int | ArrayLike, # The group of each row, or the number of rows when each is its own group
     n: int = 1000, # Resamples
@@ -41,10 +55,8 @@ def bootstrap_weights(
 ) -> np.ndarray: # (n, rows) uint16, how often each row was drawn; (0, rows) with fewer than two groups
     "Draw whole groups with replacement; a row's weight is the number of times its group was drawn"
     codes = group_codes(groups)
-    size = codes.max(initial=-1) + 1
-    weights, rng = np.zeros((n if size > 1 else 0, len(codes)), np.uint16), np.random.default_rng(seed)
-    for row in weights: row[:] = np.bincount(rng.integers(size, size=size), minlength=size)[codes]
-    return weights
+    if n * codes.nbytes > 2**27: return _drawn(codes, n, seed)
+    return _remembered(codes.tobytes(), n, seed)
 
 # %% ../../nbs/metrics/01_resampling.ipynb #0bd7f8fc
 FEW_GROUPS = 5 # Fewest groups that an interval may rest on
