@@ -10,12 +10,14 @@ __all__ = ['GROUNDING_METRICS', 'read_mask', 'items_of', 'ItemMap', 'has_masks',
 # %% ../../nbs/evaluators/12_grounding.ipynb #24ca27cc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from PIL import Image
+from torch import Tensor
 
 from ..core import InputError, plain_file, progress
 from ..datasets.manifest import Manifest
@@ -115,11 +117,24 @@ def _selected(texts: Sequence[str], labels: np.ndarray | None, every: bool) -> l
     masks = [None if labels is None or not (labels == k + 1).any() else labels == k + 1 for k in range(len(texts))]
     return [(k, mask) for k, mask in enumerate(masks) if every or labels is None or mask is not None]
 
-def _together(maps: list[np.ndarray]) -> np.ndarray:
+def _together(views: np.ndarray) -> np.ndarray: # (views, n, height, width) -> (n, height, width)
     "The mean of maps where they have values, for the pixels of the first"
-    known = np.isfinite(maps)
-    mean = np.nansum(maps, axis=0) / known.sum(0).clip(1)
+    known = np.isfinite(views)
+    mean = np.where(known, views, 0).sum(0) / known.sum(0).clip(1)
     return np.where(known[0], mean, np.nan).astype(np.float32)
+
+def _enlarged(
+    views: Mapping[tuple[int, int], Tensor], # Shift of the input -> maps of tokens, one per item
+    sizes: Sequence[tuple[int, int]], # Height and width of the image of each item
+    clip: ClipModel,
+    how: str, # As in `upsample_to_image`
+) -> Iterator[np.ndarray]: # (height, width)
+    "Maps of pixels, those of equal size some at a time"
+    for size, run in groupby(range(len(sizes)), sizes.__getitem__):
+        run, most = list(run), max(1, 2**23 // (len(views) * size[0] * size[1]))
+        for at in (run[start:start + most] for start in range(0, len(run), most)):
+            fine = [upsample_to_image(maps[at], size, clip, how, shift) for shift, maps in views.items()]
+            yield from _together(np.stack(fine))
 
 # %% ../../nbs/evaluators/12_grounding.ipynb #8c26b8e9
 def look_at_images(
@@ -146,11 +161,10 @@ def look_at_images(
         by = [(half[0], 0), (-half[0], 0), (0, half[1]), (0, -half[1])]
         views |= {shift: item_maps(clip, moved(pixels, *shift), prompts, method, of=of).maps for shift in by}
     how, spacing = "spline" if len(views) > 1 else upsample, [(pixel_mm, pixel_mm)] if pixel_mm else []
-    numbers = zip(maps.zero_mass.tolist(), maps.similarity.tolist())
-    for n, ((i, k, mask), (zero, similarity)) in enumerate(zip(items, numbers)):
-        size = images[i].size[::-1]
-        fine = [upsample_to_image(m[n : n + 1], size, clip, how, shift)[0] for shift, m in views.items()]
-        found[i].append(ItemMap(k, texts[i][k], _together(fine), mask, spacing, [], zero, similarity))
+    fine = _enlarged(views, [images[i].size[::-1] for i in of], clip, how)
+    numbers = zip(fine, maps.zero_mass.tolist(), maps.similarity.tolist())
+    for (i, k, mask), (pixel_map, zero, similarity) in zip(items, numbers):
+        found[i].append(ItemMap(k, texts[i][k], pixel_map, mask, spacing, [], zero, similarity))
     return found
 
 # %% ../../nbs/evaluators/12_grounding.ipynb #7eefa6a9
@@ -164,12 +178,12 @@ def look_at_study(
     **read: Any, # Further facts about the files for `read_volume`, such as file_spacing
 ) -> list[ItemMap]:
     "Maps and masks of items of one study"
-    volumes = [clip.preprocess.volume(path, window, **read) for _, path, window in clip.preprocess._parts(series)]
-    labels = None
+    named, labels = clip.preprocess.volumes(series, **read), None
+    volumes = list(named.values())
     if mask is not None:
         labels = _checked_values(np.stack([labels_at(mask, volume) for volume in volumes]), len(texts), mask)
     if not (items := _selected(texts, labels, every)): return []
-    study, prompts = pad_studies([clip.preprocess(series, **read)]), [texts[k] for k, _ in items]
+    study, prompts = pad_studies([clip.preprocess.study(named)]), [texts[k] for k, _ in items]
     maps = item_maps(clip, study, prompts, method, of=[0] * len(items))
     size, spacing = volumes[0].array.shape[-3:], [volume.spacing for volume in volumes if volume.spacing]
     orientation = [volume.orientation for volume in volumes]

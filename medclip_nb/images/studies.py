@@ -152,24 +152,36 @@ def _parts(self: StudyPreprocess, series: Mapping[str, str | Path]) -> list[tupl
     say = lambda w: w.capitalize() if isinstance(w, str) else "_".join(map(str, w))
     return [(f"{name}_{say(w)}View", path, w) for name, path in series.items() for w in self.windows]
 
-def _call(self: StudyPreprocess,
+def _volumes(self: StudyPreprocess,
     series: Mapping[str, str | Path], # Name -> file, in the order of the result
     **read: Any, # Further facts about the files for `read_volume`, such as file_spacing or rescale
-) -> Study: # (n, c, d, h, w) and the names
-    "Read a study; raises `InputError` for one without series, and for series that differ in size"
+) -> dict[str, Volume]: # Name -> series, one for each window
+    "Read the series of a study; raises `InputError` for a study without series"
     if not series: raise InputError("The study has no series. Leave its row out.")
     if odd := sorted(read.keys() - {*READ}):
         raise InputError(f"A series is not read with {odd[0]!r}. It takes: {', '.join(READ)}.")
-    parts = self._parts(series)
-    arrays = [self.volume(path, window, **read).array for _, path, window in parts]
-    arrays = [a if a.ndim == 4 else a[None] for a in arrays]
-    if len({a.shape for a in arrays}) > 1:
-        listed = ", ".join(f"{name} {a.shape[1:]}" for (name, _, _), a in zip(parts, arrays))
-        raise InputError(f"{parts[0][1]}: the series of the study differ in size: {listed}. {_FIT}")
-    volumes = torch.from_numpy(np.stack(arrays)).float()
-    return Study((volumes - self.mean) / self.std, [name for name, _, _ in parts])
+    return {name: self.volume(path, window, **read) for name, path, window in self._parts(series)}
 
-StudyPreprocess._parts, StudyPreprocess.__call__ = _parts, _call
+def _study(self: StudyPreprocess,
+    volumes: Mapping[str, Volume], # From `volumes`
+) -> Study: # (n, c, d, h, w) and the names
+    "The series of a study as one array; raises `InputError` for series that differ in size"
+    arrays = [v.array if v.array.ndim == 4 else v.array[None] for v in volumes.values()]
+    if len({a.shape for a in arrays}) > 1:
+        listed = ", ".join(f"{name} {a.shape[1:]}" for name, a in zip(volumes, arrays))
+        first = next(iter(volumes.values()))
+        raise InputError(f"{first.source}: the series of the study differ in size: {listed}. {_FIT}")
+    return Study((torch.from_numpy(np.stack(arrays)).float() - self.mean) / self.std, list(volumes))
+
+def _call(self: StudyPreprocess,
+    series: Mapping[str, str | Path], # Name -> file, in the order of the result
+    **read: Any, # As in `volumes`
+) -> Study: # (n, c, d, h, w) and the names
+    "Read a study; raises `InputError` for one without series, and for series that differ in size"
+    return self.study(self.volumes(series, **read))
+
+StudyPreprocess._parts, StudyPreprocess.volumes = _parts, _volumes
+StudyPreprocess.study, StudyPreprocess.__call__ = _study, _call
 
 # %% ../../nbs/images/03_studies.ipynb #e57daaf3
 def labels_at(
