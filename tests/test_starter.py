@@ -165,6 +165,9 @@ def test_reused_until_the_recipe_changes(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["starter"]
 
 
+UNLOCKED = "import fcntl\ndef refused(*_): raise OSError('no locks available')\nfcntl.flock = refused\n"
+
+
 def in_processes(*scripts: str) -> list[str]:
     "Run scripts at the same time; what they wrote to stderr"
     imports = ("import sys, time\nfrom pathlib import Path\nfrom medclip_nb.datasets import starter\n"
@@ -177,11 +180,19 @@ def in_processes(*scripts: str) -> list[str]:
         for process in running: process.kill()
 
 
-def test_two_processes_make_it_together(tmp_path):
-    root, go = tmp_path/"starter", tmp_path/"go"
-    script = f"Path({str(tmp_path)!r}, '%d.ready').touch()\nuntil(Path({str(go)!r}))\nmake({str(root)!r}, series=True)"
+@pytest.mark.parametrize("locks, builds", [("", 1), (UNLOCKED, 2)], ids=["locks", "no locks"])
+def test_two_processes_make_it_together(tmp_path, locks, builds):
+    "One makes it and the other waits; without locks both make it, and the first to finish wins"
+    root, go, count = tmp_path/"starter", tmp_path/"go", tmp_path/"count"
+    script = locks + (
+        "plain = starter._make_slices\ndef counted(*args):\n"
+        f"    with open({str(count)!r}, 'a') as file: file.write('x')\n"
+        "    time.sleep(.5)\n    plain(*args)\n"
+        "starter._make_slices = counted\n"
+        f"Path({str(tmp_path)!r}, '%d.ready').touch()\nuntil(Path({str(go)!r}))\nmake({str(root)!r}, series=True)")
     start = f"for n in range(2): until(Path({str(tmp_path)!r}, f'{{n}}.ready'))\nPath({str(go)!r}).touch()"
     assert in_processes(script % 0, script % 1, start) == ["", "", ""]
+    assert len(count.read_text()) == builds
     assert fingerprints(root) == fingerprints(make_starter(tmp_path/"alone", workers=1, series=True, **TINY))
     assert not list(tmp_path.glob(".*"))
 
@@ -189,10 +200,10 @@ def test_two_processes_make_it_together(tmp_path):
 def test_a_process_that_finishes_late_uses_what_it_finds(tmp_path):
     "The late one finishes its slices while the other writes volumes into the folder that both want to make"
     root, late = str(tmp_path/"starter"), str(tmp_path/"late")
-    slices = f"plain = starter.write_study\ndef slow(*args):\n    until(Path({root!r}, '.series.*'))\n"
+    slices = UNLOCKED + f"plain = starter.write_study\ndef slow(*args):\n    until(Path({root!r}, '.series.*'))\n"
     slices += "    return plain(*args)\n"
     slices += f"starter.write_study = slow\nmake({root!r})\nPath({late!r}).touch()"
-    series = f"until(Path({str(tmp_path)!r}, '.starter.*'))\nplain = starter.write_series\n"
+    series = UNLOCKED + f"until(Path({str(tmp_path)!r}, '.starter.*'))\nplain = starter.write_series\n"
     series += f"def slow(*args):\n    until(Path({late!r}))\n    plain(*args)\n"
     series += f"starter.write_series = slow\nmake({root!r}, series=True)"
     assert in_processes(slices, series) == ["", ""]
@@ -202,9 +213,11 @@ def test_a_process_that_finishes_late_uses_what_it_finds(tmp_path):
 
 def test_another_recipe_in_the_same_folder_is_an_error(tmp_path, monkeypatch):
     root = tmp_path/"starter"
+    def unlocked(*_): raise OSError("no locks available")
     def write_series(*_):
         monkeypatch.undo()
         make_starter(root, workers=1, **TINY, seed=1)
+    monkeypatch.setattr("fcntl.flock", unlocked)
     monkeypatch.setattr("medclip_nb.datasets.starter.write_series", write_series)
     with pytest.raises(InputError, match="another process replaced it"):
         make_starter(root, workers=1, series=True, **TINY)

@@ -11,9 +11,10 @@ __all__ = ['ANATOMICAL_LEVELS', 'RANGES', 'NORMAL_ITEM', 'CONTRAST_TERMS', 'NORM
 # %% ../../nbs/datasets/15_starter.ipynb #c16ec563
 import gzip
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -345,6 +346,17 @@ STARTER_FOLDER = FolderKind(
 )
 
 @contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    "Make data in a folder while other processes wait; where it cannot be locked, they may make the same once more"
+    import fcntl
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError): fcntl.flock(held, fcntl.LOCK_EX) # Not on every network file system
+        yield
+    finally: os.close(held) # Which ends the lock
+
+@contextmanager
 def _made_once(path: Path, kind: FolderKind, ready: Callable[[], bool]) -> Iterator[Path]:
     "A temporary folder that becomes `path`, unless another process has finished first"
     try:
@@ -356,6 +368,16 @@ def _made_once(path: Path, kind: FolderKind, ready: Callable[[], bool]) -> Itera
             if ready(): return
             time.sleep(0.1)
         raise
+
+def _make_slices(root: Path, recipe: PhantomConfig, workers: int, made: Callable[[], bool]) -> None:
+    "Everything but the volumes"
+    with _made_once(root, STARTER_FOLDER, made) as folder:
+        for name in ("slices", "slice_masks", "masks"): (folder/name).mkdir()
+        desc = "making slices" if any(recipe.slices) else "making masks"
+        rows, studies = zip(*_each_study(write_study, recipe, folder, workers, desc))
+        write_json(folder/"slices.json", sum(rows, []))
+        write_json(folder/"studies.json", studies)
+        write_json(folder/"recipe.json", {"hash": recipe.hash, "recipe": asdict(recipe)})
 
 def make_starter(
     root: str | Path, # The folder to make; starter data of another recipe are replaced
@@ -372,19 +394,14 @@ def make_starter(
     if root.exists() and not (root/"recipe.json").exists() and (root.is_file() or any(root.iterdir())):
         raise InputError(f"{root}: holds something else than the starter dataset; give a new or empty folder.")
     made = lambda: _made_by(root) == recipe.hash
-    if not made():
-        with _made_once(root, STARTER_FOLDER, made) as folder:
-            for name in ("slices", "slice_masks", "masks"): (folder/name).mkdir()
-            desc = "making slices" if any(recipe.slices) else "making masks"
-            rows, studies = zip(*_each_study(write_study, recipe, folder, workers, desc))
-            write_json(folder/"slices.json", sum(rows, []))
-            write_json(folder/"studies.json", studies)
-            write_json(folder/"recipe.json", {"hash": recipe.hash, "recipe": asdict(recipe)})
+    with nullcontext() if made() else _alone(root.parent):
+        if not made(): _make_slices(root, recipe, workers, made)
     volumes = root/"series"
     try:
-        if series and not volumes.exists():
-            with _made_once(volumes, VOLUME_FOLDER, volumes.exists) as folder:
-                _each_study(write_series, recipe, folder, workers, "making volumes")
+        with nullcontext() if not series or volumes.exists() else _alone(root.parent):
+            if series and not volumes.exists():
+                with _made_once(volumes, VOLUME_FOLDER, volumes.exists) as folder:
+                    _each_study(write_series, recipe, folder, workers, "making volumes")
     except OSError:
         if made(): raise
     if not made():
