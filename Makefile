@@ -1,6 +1,7 @@
 # Everything starts from Python 3.11 and nothing else; `make` lists what there is.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 OUT ?= reports
+WORKERS ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -37,12 +38,12 @@ hooks:
 	    chmod +x "$$hook"; }; \
 	fi
 
-reports: setup  ## Execute the starter suite into reports/starter (OUT=FOLDER for another place)
-	@$(BIN)/medclip-nb suite nbs/experiments/suites/starter.yaml --out $(OUT)
+reports: setup  ## Execute the starter suite into reports/starter (OUT=FOLDER, WORKERS=2: two at a time)
+	@$(BIN)/medclip-nb suite nbs/experiments/suites/starter.yaml --out $(OUT) --workers $(WORKERS)
 
 reports-all: reports  ## What goes on from there as well: more seeds, few labels, corruptions, an ablation (an hour)
-	@$(BIN)/medclip-nb suite nbs/experiments/suites/starter-more.yaml --out $(OUT)
-	@$(BIN)/medclip-nb suite nbs/experiments/suites/ablation.yaml --out $(OUT)
+	@$(BIN)/medclip-nb suite nbs/experiments/suites/starter-more.yaml --out $(OUT) --workers $(WORKERS)
+	@$(BIN)/medclip-nb suite nbs/experiments/suites/ablation.yaml --out $(OUT) --workers $(WORKERS)
 
 test: lint  ## Style and types, modules in step, notebooks clean, README current, library notebooks, pytest
 	@$(BIN)/python tests/repository.py
