@@ -134,6 +134,23 @@ def test_without_a_goal_the_best_is_what_is_better(squares, tmp_path, metric, go
     assert load_suite(path).runs[-1].search.goal == goal
 
 
+def test_the_best_calibrated_is_the_one_with_the_lowest_error(squares, tmp_path):
+    "Also where no goal is given; a metric that is not there costs no trial"
+    search = WORDS["search"] | {"metric": "eec"}
+    write = lambda **changes: suite_file(
+        tmp_path, [WORDS | {"search": search | changes}], defaults=DEFAULTS | {"data_root": str(squares)})
+    *trials, last = run_suite(write(), tmp_path, quiet=True)
+    assert [t.status for t in trials] == ["done"] * 2 and last.status == "failed"
+    assert "no metric 'eec'. Did you mean 'ece'? With another metric in the suite, trials stay" in last.message
+    *trials, last = run_suite(write(metric="ece"), tmp_path, quiet=True)
+    assert [t.status for t in trials] == ["kept"] * 2 and last.status == "done"
+    read = lambda name: json.loads((tmp_path / "tuned" / name / "metrics.json").read_text())
+    facts = read("words")["details"]["search"]
+    errors = [read(f"words.trial-{k}")["metrics"]["ece"]["value"] for k in range(2)]
+    assert errors[0] != errors[1] and facts["value"] == min(errors) and facts["goal"] == "min"
+    assert "<em>ece</em> was lowest" in (tmp_path / "tuned" / "words" / "report.html").read_text()
+
+
 def test_data_without_validation_rows(squares, tmp_path):
     shutil.copytree(squares, data := tmp_path / "data")
     (data / "table.csv").write_text((data / "table.csv").read_text().replace(",valid", ",train"))
