@@ -52,10 +52,10 @@ def bootstrap_weights(
     groups: int | ArrayLike, # The group of each row, or the number of rows when each is its own group
     n: int = 1000, # Resamples
     seed: int = 0, # Equal seeds give equal resamples
-) -> np.ndarray: # (n, rows) uint16, how often each row was drawn; (0, rows) with fewer than two groups
+) -> np.ndarray: # (n, rows) uint16, read only: how often each row was drawn; (0, rows) with fewer than two groups
     "Draw whole groups with replacement; a row's weight is the number of times its group was drawn"
     codes = group_codes(groups)
-    if n * codes.nbytes > 2**27: return _drawn(codes, n, seed)
+    if 2 * n * len(codes) > 2**25: return _drawn(codes, n, seed) # Bytes: four of at most 32 MB are kept
     return _remembered(codes.tobytes(), n, seed)
 
 # %% ../../nbs/metrics/01_resampling.ipynb #0bd7f8fc
