@@ -18,9 +18,10 @@ from medclip_nb.core import InputError, alive
 from medclip_nb.experiments import clusters, run_suite
 
 SBATCH = '''#!/bin/sh
-# Starts a job at once, in the background, and keeps its script
+# Starts a job at once, in the background, from a copy: who submits it may remove the script as soon as this ends
 cat "$1" >> "$STAND_IN/scripts"
-setsid bash "$1" > "$STAND_IN/log" 2>&1 < /dev/null &
+cp "$1" "$STAND_IN/job-$$"
+setsid bash "$STAND_IN/job-$$" > "$STAND_IN/log" 2>&1 < /dev/null &
 echo "Submitted batch job $!"
 echo $! >> "$STAND_IN/jobs"
 '''
