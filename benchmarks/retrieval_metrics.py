@@ -26,7 +26,7 @@ KS = (1, 5, 10, 50)
 
 def argsort_ranking(images, texts):
     "Both directions with the whole similarity matrix and a sort of each of its rows"
-    scores, own, out = images @ texts.T, torch.arange(len(images))[:, None], {}
+    scores, own, out = images @ texts.T, torch.arange(len(images), device=images.device)[:, None], {}
     for way, s in (("image_to_text", scores), ("text_to_image", scores.T)):
         rank = 1 + torch.where(torch.argsort(s, descending=True) == own)[1]
         out |= {f"{way}_R@{k}": (rank <= k).float().mean().item() for k in KS}

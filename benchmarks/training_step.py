@@ -90,7 +90,8 @@ def bare_way(clip, images, tokens, ids):
 def our_way(clip, manifest, folder, batch, **options):
     "A step of the loop, its images decoded already"
     run = begin_run(clip, manifest, manifest, folder,
-                    TrainConfig(batch_size=batch, lr=1e-6, augment=None, clip_grad=1.0, epochs=10**6, **options))
+                    TrainConfig(batch_size=batch, lr=1e-6, augment=None, clip_grad=1.0, epochs=10**6, leaks="show",
+                                **options))
     run.module.train()
     list(run.pairs[i] for i in range(len(run.pairs)))
 
