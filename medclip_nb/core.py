@@ -24,6 +24,7 @@ import re
 import shutil
 import stat
 import sys
+import textwrap
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -41,6 +42,20 @@ if TYPE_CHECKING:
 # %% ../nbs/00_core.ipynb #9acb1e2b
 class InputError(ValueError):
     "An error that the user can correct; the message names the file, the row and the remedy"
+    def _render_traceback_(self) -> list[str]:
+        "What IPython shows of it"
+        from IPython import get_ipython
+        tracebacks = get_ipython().InteractiveTB
+        if is_batch() or tracebacks.mode == "Verbose":
+            return tracebacks.structured_traceback(type(self), self, self.__traceback__)
+        return _boxed(type(self).__name__, str(self), "Where it was raised: %xmode Verbose, then %tb")
+
+def _boxed(title: str, text: str, hint: str) -> list[str]:
+    "Lines of a text for a notebook, with a bar at their left and without control characters"
+    plain = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", " ", text)
+    body = [part for line in plain.split("\n") for part in textwrap.wrap(line, 96, break_long_words=False) or [""]]
+    bar, red, gray, end = "\x1b[31m┃\x1b[0m ", "\x1b[1;31m", "\x1b[2m", "\x1b[0m"
+    return [f"{bar}{red}{title}{end}", *(bar + line for line in body), f"{bar}{gray}{hint}{end}"]
 
 # %% ../nbs/00_core.ipynb #d60870b5
 def close_matches(

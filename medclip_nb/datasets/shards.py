@@ -162,13 +162,12 @@ def write_shards(
             yield n
             bar.update()
     limits, shards = (per_shard, int(max_mb * 2**20)), []
-    with atomic_folder(folder, SHARD_FOLDER) as target:
+    with bar, atomic_folder(folder, SHARD_FOLDER) as target:
         for split, rows in _order(manifest, seed).items():
             shards += _write_split(manifest, counted(rows), split, target, limits, check, bad)
         index = _index(manifest, seed, shards, skipped)
         text = json.dumps(index, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         (target / "index.json").write_text(text, encoding="utf-8")
-    bar.close()
     return index
 
 # %% ../../nbs/datasets/13_shards.ipynb #b174321c

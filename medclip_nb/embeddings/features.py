@@ -103,7 +103,7 @@ def _image_features(
     def encode(positions: list[int]) -> Iterator[tuple[list[int], np.ndarray]]:
         parts = _batches(sorted(positions, key=lambda i: len(files[i])), size)
         bar = progress(rows.batches(parts, num_workers), total=len(parts), desc="encoding images", unit="batch")
-        for part, batch in zip(parts, bar):
+        for batch, part in zip(bar, parts): # The bar first, which is complete when it has no more
             for i in part: check(i)
             yield part, clip.encode_images(batch).numpy()
     return lambda positions: metered(encode(positions), "encoded", lambda found: len(found[0]))

@@ -228,7 +228,7 @@ def _encoded(
     rows = open_rows(clip, manifest)
     parts = _like_sizes([len(files) for files in rows.files], batch_size)
     batches = progress(rows.batches(parts, num_workers), total=len(parts), desc="encoding images", unit="batch")
-    for part, batch in zip(parts, batches):
+    for batch, part in zip(batches, parts): # The bar first, which is complete when it has no more
         with clip.inference():
             if tokens: features, found = forward_image_tokens(clip, batch)
             else: features, found = clip.forward_images(batch.to(clip.device, clip.dtype)), None

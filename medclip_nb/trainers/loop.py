@@ -91,7 +91,8 @@ def batches(run: Run) -> Iterator[tuple[list[int], Tensor | StudyBatch]]:
     )
     name = f"epoch {p.epoch}/{config.epochs}"
     if config.max_steps: name = f"step {p.step} of {run.steps}"
-    for rows, (images, _) in zip(order, progress(loader, total=len(order), desc=name, unit="batch")): yield rows, images
+    drawn = progress(loader, total=len(order), desc=name, unit="batch")
+    for (images, _), rows in zip(drawn, order): yield rows, images
 
 def draw_batch(
     run: Run, # Training run
