@@ -51,8 +51,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "place", "sample", "signal", "slice_points", "template", "volume_affine", "volume_points",
     ],
     "registry": [
-        "CARD_EXTRAS", "CARD_KEYS", "CELL_KINDS", "LISTED", "READERS", "card", "card_folder", "card_markdown",
-        "card_names", "list_datasets", "read_card", "register",
+        "CARD_EXTRAS", "CARD_KEYS", "CELL_KINDS", "DatasetList", "LISTED", "READERS", "card", "card_folder",
+        "card_markdown", "card_names", "list_datasets", "read_card", "register",
     ],
     "reports": [
         "ABBREVIATIONS", "BREAK", "LOWER_BREAK", "MASKS", "NUMBERED", "NUMBER_AFTER", "SECTION", "SECTION_NAMES",
@@ -85,5 +85,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "toy": [
         "make_squares",
+    ],
+    "views": [
+        "LONG", "PATIENCE", "SHOWN_ROWS", "manifest_html", "row_picture", "row_pictures", "split_counts", "spread_rows",
+        "web_link",
     ],
 })

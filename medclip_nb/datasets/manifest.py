@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core import InputError, content_hash
+from ..core import InputError, content_hash, is_batch
 from .paths import checked_path
 
 # %% ../../nbs/datasets/01_manifest.ipynb #8b4ca4d2
@@ -109,6 +109,12 @@ class Manifest(pd.DataFrame):
         out = self.loc[sorted(np.concatenate(keep))]
         if len(out) < len(self): out.drawn_from = {s: int(k) for s, k in self["split"].value_counts().items()}
         return out
+
+    def _repr_html_(self) -> str | None:
+        "Examples, counts and facts of whole rows; a selection of columns, and every table of a batch run, is a table"
+        if is_batch() or "split" not in self or not {"image", "series"} & {*self}: return super()._repr_html_()
+        from medclip_nb.datasets.views import manifest_html
+        return manifest_html(self, self.head(5).to_html(max_colwidth=80) if len(self) else "")
 
     def fingerprint(self) -> str:
         "Identify the table by its content, wherever it is on disk"

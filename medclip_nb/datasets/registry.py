@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['READERS', 'CARD_KEYS', 'CARD_EXTRAS', 'CELL_KINDS', 'LISTED', 'register', 'card_folder', 'card_names', 'read_card',
-           'card', 'list_datasets', 'card_markdown']
+           'card', 'DatasetList', 'list_datasets', 'card_markdown']
 
 # %% ../../nbs/datasets/02_registry.ipynb #b2483213
 import copy
@@ -128,15 +128,22 @@ def card(
 # %% ../../nbs/datasets/02_registry.ipynb #5460fbc0
 LISTED = ["name", "title", "modality", "tasks", "license", "source", "description", "reader"]
 
+class DatasetList(pd.DataFrame):
+    "A table of datasets, with links where it says where they are from"
+    @property
+    def _constructor(self) -> type: return DatasetList
+
+    def _repr_html_(self) -> str: return self.to_html(index=False, render_links=True, max_rows=100, border=0)
+
 def list_datasets(
     only: Iterable[str] | None = None, # Names; None for all
-) -> pd.DataFrame: # One row per dataset; `reader` is the module of its reader
+) -> DatasetList: # One row per dataset; `reader` is the module of its reader
     "Every dataset that `load_manifest` can read: those with a card, and those registered by hand"
     wanted = (lambda name: True) if only is None else frozenset(only).__contains__
     cards = {name: card(name) for name in card_names() if wanted(name)}
     rows = [c | {"tasks": ", ".join(c["tasks"]), "reader": c["module"]} for c in cards.values()]
     rows += [facts for name, (_, facts) in READERS.items() if name not in cards and wanted(name)]
-    return pd.DataFrame(rows, columns=LISTED).sort_values("name", ignore_index=True)
+    return DatasetList(rows, columns=LISTED).sort_values("name", ignore_index=True)
 
 def _find_reader(name: str) -> Callable:
     "The reader of a dataset, whose module is imported if necessary"

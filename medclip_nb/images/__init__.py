@@ -21,6 +21,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "PREPROCESSING", "READ", "Study", "StudyBatch", "StudyDataset", "StudyPreprocess", "draw_series",
         "json_values", "labels_at", "nearest_slices", "pad_studies", "study_preprocess", "token_mask", "value_scale",
     ],
+    "thumbnails": ["gallery_html", "image_uri"],
     "volumes": [
         "MAX_VOXELS", "PLANES", "Volume", "WINDOWS", "Window", "apply_window", "dicom_pixels",
         "dicom_slice", "find_window", "first_slice", "is_volume", "load_volume", "orient", "pad_crop",

@@ -23,7 +23,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "clip": [
         "ClipModel", "Encoders", "Towers", "adapter_facts", "describe", "encode_image_tokens", "forward_image_tokens",
-        "has_adapters", "set_long_text",
+        "has_adapters", "model_facts", "set_long_text", "weights_license",
     ],
     "exports": [
         "CARD", "EXPORT_LAYOUTS", "LOADING", "SENT", "export", "model_card", "push", "read_run", "save_huggingface",

@@ -57,7 +57,7 @@ class StudyTower(nn.Module):
     def no_weight_decay(self) -> set[str]: return {f"trunk.{name}" for name in self.trunk.no_weight_decay()}
 
 # %% ../../nbs/models/15_study_clip.ipynb #ebec574b
-@dataclass
+@dataclass(repr=False)
 class StudyModel(ClipModel):
     "A CLIP model whose images are studies; `preprocess` is a `StudyPreprocess`"
 
