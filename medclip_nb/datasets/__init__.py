@@ -87,7 +87,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "make_squares",
     ],
     "views": [
-        "LONG", "PATIENCE", "SHOWN_ROWS", "manifest_html", "row_picture", "row_pictures", "split_counts", "spread_rows",
-        "web_link",
+        "LONG", "LOOK_SECONDS", "SHOWN_ROWS", "manifest_html", "row_picture", "row_pictures", "split_counts",
+        "spread_rows", "web_link",
     ],
 })
