@@ -17,6 +17,7 @@ from typing import Annotated, Any, Optional
 import typer
 from typer.core import TyperCommand
 
+from .completion import complete_checkpoint, complete_model, complete_pack
 from .data import text_table
 from ..core import InputError, to_jsonable
 
@@ -50,8 +51,15 @@ ImagesArgument = Annotated[
         help="Image files: PNG, JPEG, TIFF, DICOM, NIfTI and the like. They stand before the options.",
     ),
 ]
-ModelOption = Annotated[str, typer.Option(help="Architecture, with weights where its name gives some, or a folder.")]
-CheckpointOption = Annotated[str, typer.Option(help="Weights to load instead; a file or a folder.")]
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        help="Architecture, with weights where its name gives some, or a folder.", autocompletion=complete_model
+    ),
+]
+CheckpointOption = Annotated[
+    str, typer.Option(help="Weights to load instead; a file or a folder.", autocompletion=complete_checkpoint)
+]
 SlotOption = Annotated[
     list[str],
     typer.Option(
@@ -184,7 +192,10 @@ def classify(
         list[str], typer.Option(metavar="NAME...", help="The classes to choose from, all after one another.")
     ] = [],
     pack: Annotated[
-        str, typer.Option(help="A prompt pack instead, such as kather, kather-plip@1 or a YAML file.")
+        str,
+        typer.Option(
+            help="A prompt pack instead, such as kather, kather-plip@1 or a YAML file.", autocompletion=complete_pack
+        ),
     ] = "",
     label: Annotated[
         list[str], typer.Option(metavar="NAME...", help="Only these label columns or findings of the pack.")
@@ -302,7 +313,9 @@ def rank(
 
 # %% ../../nbs/cli/04_ask.ipynb #4de5a95b
 def packs(
-    name: Annotated[Optional[str], typer.Argument(help="A pack to show; without one they are listed.")] = None,
+    name: Annotated[
+        Optional[str], typer.Argument(help="A pack to show; without one they are listed.", autocompletion=complete_pack)
+    ] = None,
     dataset: Annotated[Optional[str], typer.Option(help="List only those for this dataset.")] = None,
 ) -> None:
     "List the prompt packs, or show the prompts of one."

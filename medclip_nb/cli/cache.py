@@ -13,6 +13,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from .completion import complete_model
 from medclip_nb.cli.data import (
     DatasetArgument,
     OverwriteOption,
@@ -25,6 +26,7 @@ from medclip_nb.cli.data import (
     finite,
     text_table,
 )
+from .help import Grouped
 from ..core import InputError, close_matches, pick_device
 
 # %% ../../nbs/cli/03_cache.ipynb #e1d21a3a
@@ -85,7 +87,12 @@ def _outputs(out: Optional[Path], cache: Optional[Path], only: str) -> list[Path
 def embed(
     dataset: DatasetArgument,
     root: Annotated[Path, typer.Argument(help="Folder or file that holds the data.")],
-    model: Annotated[str, typer.Option(help="starter, an open_clip architecture, hf-hub:ORG/NAME, or a folder.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="starter, an open_clip architecture, hf-hub:ORG/NAME, or a folder.", autocompletion=complete_model
+        ),
+    ],
     checkpoint: Annotated[Optional[Path], typer.Option(help="Weights to load instead, or an adapter to add.")] = None,
     cache: Annotated[Optional[Path], typer.Option(help="Folder that keeps features between runs.")] = None,
     out: Annotated[Optional[Path], typer.Option(help="File to write: .npz, .parquet or .npy.")] = None,
@@ -184,6 +191,7 @@ def _report(found: Any, outs: list[Path], manifest: Any, rows: list[int]) -> Non
 
 # %% ../../nbs/cli/03_cache.ipynb #6c12c0d7
 cache = typer.Typer(
+    cls=Grouped,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,

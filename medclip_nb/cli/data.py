@@ -22,6 +22,8 @@ from typing import Annotated, Any, Optional, Union, get_args, get_origin
 
 import typer
 
+from .completion import complete_dataset
+from .help import Grouped
 from ..core import InputError, close_matches, parse_json, spreadsheet_cell
 
 # %% ../../nbs/cli/02_data.ipynb #87635752
@@ -146,9 +148,12 @@ def spreadsheet_safe(
     return table.map(spreadsheet_cell).rename(columns=spreadsheet_cell)
 
 # %% ../../nbs/cli/02_data.ipynb #07b4d0c3
-data = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True,
+data = typer.Typer(cls=Grouped, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True,
                    help="List, look at, check, split, shard, convert and make up datasets.")
-DatasetArgument = Annotated[str, typer.Argument(help="Name of a dataset or format, as listed by 'data list'.")]
+DatasetArgument = Annotated[
+    str,
+    typer.Argument(help="Name of a dataset or format, as listed by 'data list'.", autocompletion=complete_dataset),
+]
 RootOption = Annotated[Path, typer.Option(help="Folder or file that holds the data.")]
 ReaderOption = Annotated[
     list[str], typer.Option("-o", "--option", metavar="NAME=VALUE", help="An option of the reader; repeat for more.")

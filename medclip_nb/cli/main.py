@@ -10,19 +10,28 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from typer.core import TyperGroup
 
 from .. import __version__
 from .ask import ManyValues, classify, packs, rank
 from .attend import attend
 from .cache import cache, embed
+from medclip_nb.cli.completion import (
+    complete_parameter,
+    complete_runs,
+    complete_settings,
+    complete_suite,
+    complete_template,
+)
 from .data import OverwriteOption, _writing, check_out, data, spreadsheet_safe
+from .demo import demo
 from .doctor import doctor
+from .help import Grouped
+from .init import init
 from .slurm import slurm
 from ..core import InputError
 
 # %% ../../nbs/cli/01_main.ipynb #82a850b0
-class _Group(TyperGroup):
+class _Group(Grouped):
     "Turns errors meant for the user into a message and an exit code"
     def invoke(self, ctx: Any) -> Any:
         from medclip_nb.experiments.runs import RunError
@@ -38,7 +47,6 @@ app = typer.Typer(
     cls=_Group,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=False,
     no_args_is_help=True,
     help="Experiments on medical images and text, as executed notebooks. Research only, not for clinical use.",
 )
@@ -60,8 +68,7 @@ app.add_typer(data, name="data")
 app.add_typer(cache, name="cache")
 app.command("embed")(embed)
 for verb in (classify, rank, attend, packs): app.command(cls=ManyValues)(verb)
-app.command()(doctor)
-app.command()(slurm)
+for verb in (demo, init, doctor, slurm): app.command()(verb)
 
 # %% ../../nbs/cli/01_main.ipynb #5f0f164d
 ProcessesOption = Annotated[
@@ -109,17 +116,29 @@ ForeignOption = Annotated[
 
 @app.command()
 def run(
-    template: Annotated[str, typer.Argument(help="Name of a template, or a path to an .ipynb.")],
+    template: Annotated[
+        str, typer.Argument(help="Name of a template, or a path to an .ipynb.", autocompletion=complete_template)
+    ],
     folder: Annotated[
         str, typer.Argument(help="What it reads: for compare the folder of runs, else data_root.", show_default=False)
     ] = "",
     param: Annotated[
-        list[str], typer.Option("-p", "--param", metavar="NAME=VALUE", help="A parameter; repeat for more.")
+        list[str],
+        typer.Option(
+            "-p",
+            "--param",
+            metavar="NAME=VALUE",
+            help="A parameter; repeat for more.",
+            autocompletion=complete_parameter,
+        ),
     ] = [],
     file: Annotated[
         Optional[str],
         typer.Option(
-            "-f", "--file", help="YAML file of parameters, or the name of published settings such as itemized-mri."
+            "-f",
+            "--file",
+            help="YAML file of parameters, or the name of published settings such as itemized-mri.",
+            autocompletion=complete_settings,
         ),
     ] = None,
     from_: ForeignOption = "",
@@ -201,7 +220,10 @@ def _place(workers: int, threads: int, executor: str, scheduler: str, cluster: P
 def suite(
     file: Annotated[
         Optional[str],
-        typer.Argument(help="YAML file, or the name of a suite such as starter; without one they are listed."),
+        typer.Argument(
+            help="YAML file, or the name of a suite such as starter; without one they are listed.",
+            autocompletion=complete_suite,
+        ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The suite's folder is made in it.")] = Path("reports"),
     only: Annotated[list[str], typer.Option(help="Run this one and what it builds on; repeat for more.")] = [],
@@ -271,7 +293,9 @@ class _MayBeBare(ManyValues):
 
 @app.command(cls=_MayBeBare)
 def compare(
-    folder: Annotated[Path, typer.Argument(help="Folder of run folders, at any depth.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of run folders, at any depth.", autocompletion=complete_runs)
+    ],
     csv: Annotated[Optional[Path], typer.Option(help="Write the table to this file too.")] = None,
     tables: Annotated[
         list[str], typer.Option(metavar="FORMAT", help="Save the tables: csv, latex, markdown; repeat for more.")
@@ -297,6 +321,7 @@ def compare(
 ) -> None:
     "Show the metrics of all runs below a folder; what cannot be compared stands apart."
     from medclip_nb.experiments import comparable, overview
+    if tables or figures: _check_formats(tables, figures)
     table = overview.compare(folder)
     beside, scaled = overview.published_beside(folder, table)
     if csv is not None:
@@ -319,14 +344,18 @@ def compare(
         logged, there, address = log_to_mlflow(folder, mlflow)
         typer.echo(f"\nmlflow: {logged} run(s) logged, {there} already there: {address}")
 
+def _check_formats(tables: list[str], figures: list[str]) -> None:
+    "Raise `InputError` for a format that cannot be written, before anything is said"
+    from medclip_nb import experiments, plots
+    experiments.check_formats(tables, experiments.TABLE_FORMATS)
+    experiments.check_formats(figures, plots.FIGURE_FORMATS, "figures")
+
 def _save(
     folder: Path, table: Any, tables: list[str], figures: list[str], out: Path, metric: list[str], overwrite: bool
 ) -> None:
     "Write tables and figures of a comparison; raises `InputError` for what is in the way"
     from medclip_nb import experiments, plots
     from medclip_nb.evaluators.results import Result
-    experiments.check_formats(tables, experiments.TABLE_FORMATS)
-    experiments.check_formats(figures, plots.FIGURE_FORMATS, "figures")
     runs = list(experiments.find_runs(folder))
     if any(out.resolve() == run.resolve() or run.resolve() in out.resolve().parents for run in runs):
         raise InputError(f"{out}: is the folder of a run, whose files stay as they are. Give another one with --out.")
@@ -352,15 +381,28 @@ def _save(
 @app.command()
 def params(
     template: Annotated[
-        Optional[str], typer.Argument(help="Name or path; without one the templates are listed.")
+        Optional[str],
+        typer.Argument(help="Name or path; without one the templates are listed.", autocompletion=complete_template),
     ] = None,
     from_: ForeignOption = "",
     param: Annotated[
-        list[str], typer.Option("-p", "--param", metavar="NAME=VALUE", help="Show this value; repeat for more.")
+        list[str],
+        typer.Option(
+            "-p",
+            "--param",
+            metavar="NAME=VALUE",
+            help="Show this value; repeat for more.",
+            autocompletion=complete_parameter,
+        ),
     ] = [],
     file: Annotated[
         Optional[str],
-        typer.Option("-f", "--file", help="Show the values of a YAML file, or of published settings by their name."),
+        typer.Option(
+            "-f",
+            "--file",
+            help="Show the values of a YAML file, or of published settings by their name.",
+            autocompletion=complete_settings,
+        ),
     ] = None,
 ) -> None:
     "List the parameters of a template, or the templates; with --from, print the settings of another program in ours."
@@ -390,7 +432,12 @@ def params(
 # %% ../../nbs/cli/01_main.ipynb #05323fee
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(help="Run folder, checkpoint folder, file of weights or adapter folder.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Run folder, checkpoint folder, file of weights or adapter folder.", autocompletion=complete_runs
+        ),
+    ],
     to: Annotated[str, typer.Option(help="open_clip, huggingface, or card for the card alone.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     model: Annotated[str, typer.Option(help="The model that bare weights or an adapter belong to.")] = "",

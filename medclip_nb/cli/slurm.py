@@ -17,6 +17,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from .completion import complete_suite
 from ..core import InputError, atomic_path
 
 # %% ../../nbs/cli/08_slurm.ipynb #d0b2a98d
@@ -203,7 +204,10 @@ def _end(file: Path, out: Path, scale: str, processes: int) -> None:
 
 # %% ../../nbs/cli/08_slurm.ipynb #49712fc1
 def slurm(
-    suite: Annotated[str, typer.Argument(help="YAML file, or the name of a suite such as starter.")],
+    suite: Annotated[
+        str,
+        typer.Argument(help="YAML file, or the name of a suite such as starter.", autocompletion=complete_suite),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The suite's folder is made in it.")] = Path("reports"),
     only: Annotated[list[str], typer.Option(help="This run and what it builds on; repeat for more.")] = [],
     scale: Annotated[str, typer.Option(help="A scale of the suite, such as tiny.")] = "",

@@ -52,6 +52,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "Company", "GRACE", "ProcessError", "Processes", "assist", "company", "environment", "has_leader", "launched",
         "meeting_place", "together",
     ],
+    "projects": [
+        "ABOUT_COLUMNS", "CAPTIONS", "EXAMPLE", "Found", "GROUPS", "MODEL", "MOST_CLASSES", "MOST_LABELS",
+        "PROJECT_README", "Project", "TINY", "guessed_columns", "look_at", "make_project", "project_runs",
+        "project_suite",
+    ],
     "published": [
         "PUBLISHED_COLUMNS", "PUBLISHED_KEYS", "check_published", "published_table", "published_text",
         "read_published",
