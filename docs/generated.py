@@ -118,17 +118,23 @@ def home(out: Path) -> None:
     home.write(out)
 
 
+APPENDICES = ("tutorials/datasets",)  # Pages that are listed below the others
+
+
 def overviews(out: Path) -> None:
     for part, title, said in [
-        ("tutorials", "Tutorials", "Notebooks to read here or to run in JupyterLab (`make lab`), each in under two "
-         "minutes on two cores."),
+        ("tutorials", "Tutorials", "Ten notebooks to read here or to run in JupyterLab (`make lab`), each in under two "
+         "minutes on two cores. The first four assume no knowledge of CLIP and are best read in order; the others "
+         "stand by themselves."),
         ("coming_from", "Coming from five systems", "What these public systems do works here, on their data as "
          "downloaded. Each page has their commands and options beside ours and says which numbers will differ, and "
          "why."),
     ]:
         found = [(f"{part}/{p.stem[3:]}", *notebook_front(p)) for p in sorted((NBS / part).glob("*.ipynb"))]
         listed = [(page, name, prose(words, NBS / part / "x", f"{part}/index")) for page, name, words in found]
-        write(out, f"{part}/index", f"# {title}\n\n{said}\n\n{grid(listed, '1 1 2 2')}\n\n"
+        main = [card for card in listed if card[0] not in APPENDICES]
+        more = "".join(f"- [{name}](/{page}): {words}\n" for page, name, words in listed if page in APPENDICES)
+        write(out, f"{part}/index", f"# {title}\n\n{said}\n\n{grid(main, '1 1 2 2')}\n\n{more}\n"
               + toctree(f"/{page}" for page, *_ in found))
 
 
