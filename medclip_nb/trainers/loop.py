@@ -47,6 +47,7 @@ from ..models.study_clip import StudyModel
 from .config import ITEM_METRICS, TrainConfig, make_config
 from .gradient_cache import in_chunks, refuse_batch_norm
 from .item_texts import ItemGallery, item_gallery
+from .live import LiveView, is_watched
 from .objectives import Batch, Contrastive, Itemized, Objective, Prompts, balanced
 from .optimization import Average, clamp_scale, moving, parameter_groups, set_checkpointing, snapshot
 from medclip_nb.trainers.pairs import (
@@ -239,8 +240,9 @@ def log_epoch(
     run: Run, # Training run
     row: dict, # An epoch of its history
 ) -> None:
-    "Send an epoch's numbers to the trackers, and print them on one line where no progress bar is shown"
+    "Send an epoch's numbers to the trackers; show them in a notebook, or print them on one line in a batch run"
     track(run, row)
+    if run.view: run.view.show(run.progress.history, run.progress.best_epoch)
     if not run.accelerator.is_main_process or not is_batch(): return
     start = f"epoch {row['epoch']:>3}/{run.config.epochs}  loss {row['train_loss']:.3f}"
     values = "  ".join(f"{name} {row[key]:.3f}" for key, name in SHORT.items() if key in row)
@@ -449,8 +451,18 @@ def train(
     run = begin_run(clip, train_rows, valid_rows, out_dir, make_config(objective, **options), own)
     with tracking(run):
         _start(run)
+        _watch(run)
         while not is_over(run): _epoch(run)
-        return finalize(run)
+        done = finalize(run)
+    if run.view: run.view.show(run.progress.history, done.best_epoch, over=True)
+    return done
+
+def _watch(run: Run) -> None:
+    "Show the run from now on in a notebook that someone looks at"
+    if not run.accelerator.is_main_process or not is_watched(): return
+    p, epochs = run.progress, math.ceil(run.steps / (len(run.pairs) // run.size))
+    run.view = LiveView(run.config.metric, epochs, run.steps, p.step, SHORT)
+    run.view.show(p.history, p.best_epoch)
 
 def _epoch(run: Run) -> None:
     "Train for the rest of an epoch, and close it"

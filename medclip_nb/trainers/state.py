@@ -22,6 +22,7 @@ from ..datasets.manifest import Manifest
 from ..models.clip import ClipModel
 from .config import PASSING, TrainConfig
 from .item_texts import ItemGallery
+from .live import LiveView
 from .objectives import Objective
 from .optimization import SCHEDULES, Average, moving, put
 from .pairs import Pairs, share
@@ -62,6 +63,7 @@ class Run:
     watched: tuple[Tensor, list[str]] | None = None # Validation labels of the watched column, and its classes
     gallery: ItemGallery | None = None # Validation items to search among, if there are any
     progress: Progress = field(default_factory=Progress)
+    view: LiveView | None = None # Where someone looks on
 
     @property
     def size(self) -> int: return min(self.config.batch_size, len(self.pairs)) # Pairs per batch
