@@ -141,7 +141,7 @@ def overviews(out: Path) -> None:
 def wings() -> dict[str, list[Module]]:
     "Wing to its modules, its face first; in the order in which they build on each other"
     order = ["core", "distributed", "images", "datasets", "models", "losses", "metrics", "embeddings", "evaluators",
-             "trainers", "plots", "experiments", "cli", "pooling", "volumes"]
+             "trainers", "plots", "experiments", "explorers", "cli", "pooling", "volumes"]
     found = {}
     for module in modules(): found.setdefault(module.wing, []).append(module)
     return {w: found[w] for w in sorted(found, key=lambda w: order.index(w) if w in order else len(order))}

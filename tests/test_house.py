@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "medclip_nb"
 WINGS = ("images", "datasets", "models", "losses", "metrics", "embeddings", "evaluators", "trainers", "plots",
          "experiments",
-         "cli")
+         "explorers", "cli")
 ORDER = ("core", "distributed", *WINGS)
 SHORT = {"pooling": "models.pooling", "volumes": "models.volume_encoder"}  # Modules that hand on another one
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "_modidx.py")

@@ -11,7 +11,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "attention": [
         "HUE", "OUTLINE", "OVERLAY", "SCALES", "item_overlays", "item_title", "overlay_grid", "panel",
-        "scaled", "strongest", "volume_montage",
+        "scaled", "slice_figure", "strongest", "volume_montage",
     ],
     "attention_examples": ["comparison_figures", "image_figure", "row_figures", "select_examples", "study_figure"],
     "audit": [

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HUE', 'OUTLINE', 'OVERLAY', 'SCALES', 'scaled', 'panel', 'item_title', 'item_overlays', 'overlay_grid', 'strongest',
-           'volume_montage']
+           'volume_montage', 'slice_figure']
 
 # %% ../../nbs/plots/07_attention.ipynb #de008054
 from collections.abc import Mapping, Sequence
@@ -253,4 +253,35 @@ def volume_montage(
     _bar(figure, shown, list(axes[0, :3]), f"{what}, share of the maximum", fraction=0.03, aspect=22, pad=0.015)
     headline = [names[chosen] if len(names) else "", title.replace("\n", "; ")]
     figure.suptitle(": ".join(filter(None, headline)), x=0.01, ha="left", fontsize=10)
+    return figure
+
+# %% ../../nbs/plots/07_attention.ipynb #626eccc9
+def slice_figure(
+    volumes: ArrayLike, # (n, d, h, w), the model's input
+    maps: ArrayLike, # Of the same shape, not negative
+    at: int, # Slice along d, counted from 0
+    spacing: Sequence[float] = (1.0, 1.0, 1.0), # mm along d, h, w
+    names: Sequence[str] = (), # Names of the series
+    title: str = "", # Above the figure
+    orientation: str | None = "SPL", # Directions in which d, h, w increase; None if unknown
+    height: float = 2.6, # Of a slice, inches
+    what: str = "attention", # Quantity of the maps, for the color bar
+) -> Figure:
+    "One slice of every series with its map; raises `InputError` for a slice that the volumes do not have"
+    volumes, maps = (np.asarray(a, dtype=np.float32) for a in (volumes, maps))
+    n, depth, rows, columns = volumes.shape
+    if not 0 <= at < depth: raise InputError(f"slice {at}: there are {depth}, counted from 0.")
+    width = height * columns * spacing[2] / (rows * spacing[1])
+    figure, axes = plt.subplots(1, n, figsize=(n * width + 1.2, height + 0.8), squeeze=False)
+    top = maps.max() or 1.0
+    for i, ax in enumerate(axes[0]):
+        flip = bool(orientation) and orientation[1] in "SA"
+        image, map = (_cut(array[i], 0, at, flip) for array in (volumes, maps))
+        extent = (0, columns * spacing[2], rows * spacing[1], 0)
+        shown = panel(ax, image, map / top, 1.0, extent=extent, origin="upper")
+        if orientation: _letters(ax, _OTHER[orientation[1]] if flip else orientation[1], orientation[2])
+        ax.set_title(wrapped(names[i] if len(names) else f"series {i + 1}", 24, 1), fontsize=9)
+    _bar(figure, shown, list(axes[0]), f"{what}, share of the maximum", fraction=0.03, aspect=22, pad=0.015)
+    headline = f"slice {at + 1} of {depth}" + (f": {title}" if title else "")
+    figure.suptitle(wrapped(headline, 30 * n, 2), x=0.01, ha="left", fontsize=10)
     return figure
