@@ -66,8 +66,8 @@ lint: setup  ## Style (ruff) and types (pyrefly)
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/pyrefly check --summary=none
 
-lab: setup  ## Open the repository in JupyterLab (LAB="--no-browser --port 9999" passes options on)
-	@$(BIN)/jupyter lab --ServerApp.root_dir=. $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
+lab: setup  ## Open the repository in JupyterLab, at nbs/start.ipynb (LAB="--no-browser --port 9999" passes options on)
+	@$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/start.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
 
 docs: setup  ## Build the documentation site, _site/index.html; it needs no network and no server
 	@OMP_NUM_THREADS=1 $(BIN)/python docs/make_site.py

@@ -114,7 +114,8 @@ class Manifest(pd.DataFrame):
         "Examples, counts and facts of whole rows; a selection of columns, and every table of a batch run, is a table"
         if is_batch() or "split" not in self or not {"image", "series"} & {*self}: return super()._repr_html_()
         from medclip_nb.datasets.views import manifest_html
-        return manifest_html(self, self.head(5).to_html(max_colwidth=80) if len(self) else "")
+        with pd.option_context("display.max_colwidth", 80): rows = self.head(5).to_html()
+        return manifest_html(self, rows)
 
     def fingerprint(self) -> str:
         "Identify the table by its content, wherever it is on disk"
