@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from medclip_nb.core import InputError
+from medclip_nb.core import InputError, file_hash
 from medclip_nb.experiments import RunError, compare, plan_suite, run, run_suite
-from medclip_nb.experiments.overview import write_index
+from medclip_nb.experiments.overview import render_reports, write_index
 
 SAVE = '''metrics = {"value": {"value": value, "low": value - 1, "high": value + 1, "n": 7}}
 details = {"license": "CC0 <1>", "where": out_dir}
@@ -210,6 +210,19 @@ def test_interrupted_suite_goes_on(stub, tmp_path, command):
     assert finished(tmp_path / "two") == ["one", "suite.json"]
     file.write_text(text.replace("MODE", '""'))
     assert status(run_suite(file, tmp_path, quiet=True)) == {"one": "kept", "two": "done"}
+
+
+def test_pages_are_drawn_anew_without_executing(stub, tmp_path):
+    "From the notebook alone, byte for byte as the run drew them; the record and the stamp still fit"
+    run(stub, out_dir=tmp_path / "one", quiet=True)
+    before = (tmp_path / "one" / "report.html").read_bytes()
+    (tmp_path / "one" / "report.html").write_text("of an older version")
+    render_reports(tmp_path)
+    assert (tmp_path / "one" / "report.html").read_bytes() == before
+    record, stamp = (json.loads((tmp_path / "one" / name).read_text()) for name in ("run.json", ".complete"))
+    assert record["artefacts"]["report.html"] == file_hash(tmp_path / "one" / "report.html")
+    assert stamp["files"]["run.json"] == (tmp_path / "one" / "run.json").stat().st_size
+    assert run(stub, out_dir=tmp_path / "one", quiet=True, force=False).status == "kept"
 
 
 def test_the_front_page_of_many_runs(tmp_path, monkeypatch):

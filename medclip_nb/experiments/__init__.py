@@ -37,8 +37,13 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "FILES", "IDENTITY", "STORE", "json_text", "log_to_mlflow", "mlflow_name", "run_identity_of", "store_address",
     ],
     "overview": [
-        "COMPARED", "Histories", "TRIAL", "compare", "find_runs", "first_figure", "headline", "join_published",
-        "natural", "over_runs", "published_beside", "read_histories", "read_metrics", "seed_groups", "write_index",
+        "COMPARED", "Histories", "RESULT", "TRIAL", "compare", "find_runs", "join_published", "natural", "over_runs",
+        "published_beside", "read_histories", "read_metrics", "render_reports", "result_figure", "seed_groups",
+        "write_index", "write_report",
+    ],
+    "pages": [
+        "PAGE", "STYLE", "change_chart", "change_sentence", "headline", "headline_table", "html_page", "paired_changes",
+        "report_html", "table_html",
     ],
     "parameters": [
         "AT_LEAST_ONE", "BOOLEANS", "COUNT", "Cell", "MAX_TEXT", "PARAMETER_RANGES", "Parameter", "Range", "SHARE",
@@ -62,8 +67,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "read_published",
     ],
     "reports": [
-        "ANSI", "ATTRIBUTES", "NOISE", "STYLE", "TAGS", "clean_report", "html_page", "markdown_html", "report_html",
-        "report_title", "safe_html", "scrub",
+        "ANSI", "ATTRIBUTES", "NOISE", "TAGS", "clean_report", "markdown_html", "report_title", "safe_html", "scrub",
     ],
     "resuming": [
         "ASKED", "MACHINE", "STATE", "differences", "has_state", "left_behind", "state_folder",

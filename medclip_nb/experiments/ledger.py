@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core import InputError, atomic_path, plain_file, read_json, spreadsheet_cell
-from .overview import headline, read_metrics
+from .overview import read_metrics
+from .pages import headline
 
 # %% ../../nbs/experiments/16_ledger.ipynb #df87380f
 ABOUT = ("finished", "run", "task", "dataset", "data_root", "split", "model", "checkpoint", "seed", "n")

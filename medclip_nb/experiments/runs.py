@@ -40,7 +40,8 @@ from medclip_nb.core import (
     write_json,
 )
 from .kernels import KernelStart, Phases, cell_phase, notebook_imports, warm_kernels, without
-from .overview import headline, read_metrics
+from .overview import read_metrics, write_report
+from .pages import headline
 from .parameters import Template, check_parameters, read_template, template_cells, templates
 from .preflight import check_names
 from medclip_nb.experiments.processes import (
@@ -52,7 +53,7 @@ from medclip_nb.experiments.processes import (
     launched,
     meeting_place,
 )
-from .reports import ANSI, clean_report, report_html, scrub
+from .reports import ANSI, clean_report, scrub
 from .resuming import STATE, has_state, state_folder
 
 # %% ../../nbs/experiments/02_runs.ipynb #f2fec929
@@ -506,18 +507,18 @@ def _assist(template: Template, values: Mapping[str, Any], out_dir: Path, timeou
 
 # %% ../../nbs/experiments/02_runs.ipynb #791f0244
 def _finish(
-    work: Path, notebook: Any, template: Template, params: Mapping[str, Any], name: str, replace: Mapping[str, str]
+    work: Path, notebook: Any, template: Template, params: Mapping[str, Any], name: str, replace: Mapping[str, str],
+    back: str = "", # Address of the front page; empty for none
 ) -> None:
-    "Clean the report, draw it as HTML, and make paths in other files relative"
+    "Clean the report, make paths in other files relative, and draw the report as HTML"
     import nbformat
     clean_report(notebook, {**params, "out_dir": "."}, template.path.name, replace)
     nbformat.write(notebook, work/"report.ipynb")
-    page = report_html(notebook, name, {k: s.help for k, s in template.parameters.items()})
-    (work/"report.html").write_text(page, encoding="utf-8")
     for p in work.glob("*.json"):
         text = p.read_text(encoding="utf-8")
         for old, new in sorted(replace.items(), key=lambda r: -len(r[0])): text = text.replace(old, new)
         p.write_text(text, encoding="utf-8")
+    write_report(work, name, {k: s.help for k, s in template.parameters.items()}, back)
 
 # %% ../../nbs/experiments/02_runs.ipynb #cbd298f1
 def run(
@@ -543,6 +544,7 @@ def run(
     check_names(one, values)
     if has_leader(): raise InputError("The first process of a machine runs the notebook and starts the others.")
     if launched().first: return _assist(one, values, out_dir, timeout)
+    back = "" if params_key is None else "../index.html" # Of the suite that gives it
     params_key = values if params_key is None else params_key
     inputs = input_identities(values, params_key, one)
     key = lambda: run_key(one, params_key, inputs, builds_on)
@@ -557,7 +559,7 @@ def run(
         costs = _taken(work)
         complete = {k: values.get(k, s.default) for k, s in one.parameters.items() if k != "out_dir"}
         status.phases.end("kernel")
-        _finish(work, notebook, one, complete, out_dir.name, replace)
+        _finish(work, notebook, one, complete, out_dir.name, replace, back)
         status.phases.end("report")
         inputs |= {k: v for k, v in input_identities(values, params_key, one).items() if inputs.get(k) == "absent"}
         shown = {k: scrub(v, replace) if isinstance(v, str) else v for k, v in complete.items()}

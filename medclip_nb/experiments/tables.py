@@ -61,20 +61,22 @@ class Table:
 
     def latex(self, label: str = "") -> str:
         "A `table` with the rules of the package booktabs"
-        texts, bold = self._texts(), self.bold
-        named = {column: n for n, column in enumerate(texts)}
-        marks = [["textbf:--rwrap;" if (r, c) in bold else "" for c in texts] for r in range(len(texts))]
-        texts = texts.rename(columns=named) # Numbers: two columns may have one name when escaped
-        style = texts.style.format(latex_text).hide(axis="index").apply(lambda _: _frame(marks, texts), axis=None)
-        style = style.format_index(lambda n: latex_text(list(named)[n]), axis=1)
-        return style.to_latex(
-            hrules=True,
-            column_format="l" * len(named),
-            caption=latex_text(self.caption) or None,
-            label=label or None,
-            position="htbp",
-            position_float="centering",
-        )
+        texts = self._texts()
+        line = lambda cells: f"{' & '.join(cells)} \\\\"
+        mark = lambda r, c, text: f"\\textbf{{{text}}}" if (r, c) in self.bold else text
+        body = [
+            line(mark(r, c, latex_text(text)) for c, text in zip(texts, row))
+            for r, row in enumerate(texts.itertuples(index=False, name=None))
+        ]
+        return "\n".join([
+            "\\begin{table}[htbp]",
+            "\\centering",
+            *([f"\\caption{{{latex_text(self.caption)}}}"] if self.caption else []),
+            *([f"\\label{{{label}}}"] if label else []),
+            f"\\begin{{tabular}}{{{'l' * len(texts.columns)}}}",
+            *("\\toprule", line(map(latex_text, texts)), "\\midrule", *body, "\\bottomrule"),
+            *("\\end{tabular}", "\\end{table}", ""),
+        ])
 
     def markdown(self) -> str:
         "A table as GitHub and Jupyter read it"
@@ -99,11 +101,6 @@ class Table:
         return f"<table><thead>{row(map(html.escape, texts), 'th')}</thead><tbody>{body}</tbody></table>"
 
     def __repr__(self) -> str: return self.markdown()
-
-def _frame(marks: list[list[str]], like: "pandas.DataFrame") -> "pandas.DataFrame":
-    "Marks of cells in the form that a Styler wants"
-    import pandas as pd
-    return pd.DataFrame(marks, index=like.index, columns=like.columns)
 
 # %% ../../nbs/experiments/20_tables.ipynb #3d30330d
 TABLE_FORMATS = {"csv": ".csv", "latex": ".tex", "markdown": ".md"} # Format -> ending of its files
