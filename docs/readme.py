@@ -23,10 +23,14 @@ def relink(text: str) -> str:
 
 
 def code_block(cell: nbformat.NotebookNode) -> str:
-    "A code cell and its text outputs as fenced blocks"
+    "A code cell, unless it says `echo: false`, and its text outputs as fenced blocks; Markdown as it is"
     source = "\n".join(line for line in cell.source.split("\n") if not re.match(r"\s*#\s*\|", line)).strip()
-    blocks = [f"```python\n{source}\n```"] if source else []
+    shown = not re.match(r"\s*#\s*\|\s*echo:\s*false\b", cell.source)
+    blocks = [f"```python\n{source}\n```"] if source and shown else []
     for output in cell.outputs:
+        if told := output.get("data", {}).get("text/markdown"):
+            blocks.append(outside_fences(told))
+            continue
         text = output.get("text") or output.get("data", {}).get("text/plain", "")
         if text and not any(k.startswith("image/") for k in output.get("data", {})):
             blocks.append(f"```\n{text.rstrip()}\n```")

@@ -22,7 +22,14 @@ from typer.main import get_command
 
 from medclip_nb.cli.main import app
 from medclip_nb.datasets import make_miniature, make_squares
-from medclip_nb.experiments import check_names, check_parameters, load_suite, template_parameters, with_defaults
+from medclip_nb.experiments import (
+    check_names,
+    check_parameters,
+    load_suite,
+    make_project,
+    template_parameters,
+    with_defaults,
+)
 from medclip_nb.metrics import (
     auroc,
     average_precision,
@@ -219,7 +226,8 @@ COMMANDS = [(path.stem, line) for path in PAGES
 
 def test_commands_of_the_pages_are_known():
     others = {line for _, line in COMMANDS if not line.startswith("medclip-nb")}
-    assert others == {"make setup", "source .venv/bin/activate"} | {o for o in others if "-m medclip_nb.cli" in o}
+    known = {"make setup", "source .venv/bin/activate", "cd my_project"}
+    assert others == known | {o for o in others if "-m medclip_nb.cli" in o}
     assert len(COMMANDS) > 40
 
 
@@ -234,6 +242,7 @@ def reader(tmp_path_factory):
     rows.rename(columns=other).to_csv(root / "my_data" / "export.csv", index=False)
     make_miniature("pub-brain-5", root / "my_data" / "pub_brain_5")
     (root / "reports" / "my_finetune" / "checkpoint").mkdir(parents=True)
+    make_project(root / "my_project", root / "my_data" / "captions.csv")
     (root / "data").mkdir()
     (root / "data" / "starter").symlink_to(ROOT / "data" / "starter")
     return root
@@ -253,7 +262,7 @@ def test_command(page, line, reader, monkeypatch):
         template = given["template"]
         check_names(template, check_parameters(template, with_defaults(template, values, {})))
     suite = given.get("file") if command.name == "suite" else given.get("suite")
-    if suite: load_suite(suite)
+    if suite: load_suite(Path("my_project", suite) if suite == "suite.yaml" else suite)
 
 
 def test_formulas_of_the_glossary():
