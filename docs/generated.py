@@ -113,7 +113,10 @@ def home(out: Path) -> None:
         if cell.cell_type == "markdown": home.markdown(images_of(home.told(cell.source), source, out, "index"))
         else:
             found, code = directives(cell.source)
-            if "hide" not in found: home.code(code, cell.outputs, ["hide-input"])
+            if found.get("echo") == "false":
+                told = ["".join(output["data"]["text/markdown"]) for output in cell.outputs]
+                for text in told: home.markdown(home.told(text), prose=False)
+            elif "hide" not in found: home.code(code, cell.outputs, ["hide-input"])
     home.markdown(toctree(f"{name} <{page}>" for page, name in SHORT.items()))
     home.write(out)
 

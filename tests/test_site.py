@@ -93,6 +93,11 @@ def test_it_is_built_without_a_warning(built):
     assert not (ROOT / "jupyter_execute").exists()
 
 
+def test_home_shows_its_numbers_as_a_table(built):
+    home = (built[0] / "index.html").read_text(encoding="utf-8")
+    assert "<td><p>Which side? Linear probe, accuracy</p></td>" in home and "|---|" not in home
+
+
 def test_every_notebook_card_and_pack_has_a_page(built):
     site = built[0]
     numbered = lambda p: re.sub(r"^\d+_", "", p.stem)
@@ -241,7 +246,7 @@ def reader(tmp_path_factory):
     other = {"image": "file", "label": "diagnosis", "group": "patient_id"}
     rows.rename(columns=other).to_csv(root / "my_data" / "export.csv", index=False)
     make_miniature("pub-brain-5", root / "my_data" / "pub_brain_5")
-    (root / "reports" / "my_finetune" / "checkpoint").mkdir(parents=True)
+    for name in ("my_finetune", "my_items"): (root / "reports" / name / "checkpoint").mkdir(parents=True)
     make_project(root / "my_project", root / "my_data" / "captions.csv")
     (root / "data").mkdir()
     (root / "data" / "starter").symlink_to(ROOT / "data" / "starter")

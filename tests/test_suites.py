@@ -123,6 +123,7 @@ def test_unknown_names(words, message, tmp_path):
     ({"published": ["97"]}, "entry 1: is no mapping"),
     ({"scales": {"tiny": {"default": {}}}}, "scale tiny: unknown key 'default'. Did you mean 'defaults'?"),
     ({"scales": {"tiny": 3}}, "scale tiny must be a mapping"),
+    ({"runs": [SMALL["runs"][0] | {"search": ["lr"]}]}, "search is a mapping, as in {method: grid, metric: accuracy,"),
     ({"scales": {"tiny": {"runs": {"words": {"epochs": 1}}}}}, "scale tiny, run words: unknown key 'epochs'"),
 ])
 def test_broken_files(changes, message, tmp_path):

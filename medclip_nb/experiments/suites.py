@@ -53,6 +53,7 @@ from medclip_nb.experiments.runs import (
 )
 from .scales import CHANGE_KEYS, MADE, SCALE_KEYS, make_data, scaled_suite
 from medclip_nb.experiments.search import (
+    SEARCH_EXAMPLE,
     TRIAL,
     Search,
     Trial,
@@ -172,6 +173,8 @@ MAX_RUNS = 20_000 # Runs of a suite
 
 def _expand(entry: dict[str, Any], where: str) -> list[SuiteRun]:
     "One entry of a suite as its runs, one for each combination of `matrix`"
+    if isinstance(entry, dict) and not isinstance(entry.get("search", {}), dict):
+        raise InputError(f"{where}: search is a mapping, as in {SEARCH_EXAMPLE}.")
     _keys(entry, RUN_KEYS, where)
     for k in ("name", "template"):
         if k not in entry: raise InputError(f"{where} has no {k!r}.")
