@@ -272,7 +272,8 @@ def slice_figure(
     n, depth, rows, columns = volumes.shape
     if not 0 <= at < depth: raise InputError(f"slice {at}: there are {depth}, counted from 0.")
     width = height * columns * spacing[2] / (rows * spacing[1])
-    figure, axes = plt.subplots(1, n, figsize=(n * width + 1.2, height + 0.8), squeeze=False)
+    size = n * width + 1.2, height + 0.8
+    figure, axes = plt.subplots(1, n, figsize=size, squeeze=False, layout="constrained")
     top = maps.max() or 1.0
     for i, ax in enumerate(axes[0]):
         flip = bool(orientation) and orientation[1] in "SA"
