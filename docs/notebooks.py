@@ -231,14 +231,15 @@ def sentence(text: str) -> str:
     "The last words of a piece of prose, to describe the figure below it"
     plain = re.sub(r"```.*?```|\|.*|^#+ .*|\$\$.*?\$\$", " ", text, flags=re.M | re.S)
     plain = re.sub(r"\[([^\]]*)\]\([^)]*\)|\{[\w:]+\}`([^`<]+?)(?: <[^>]*>)?`|[*_`$]", r"\1\2", plain)
+    plain = re.sub(r"</?[a-z][^>]*>", "", plain)
     found = [s for s in re.split(r"(?<=[.:?])\s+", " ".join(plain.split())) if s]
     return found[-1].rstrip(":") if found else ""
 
 
-def describe(cell: dict, heading: str, before: str) -> None:
-    "Give the images among the outputs of a cell a text"
+def describe(cell: dict, heading: str, before: str, alt: str = "") -> None:
+    "Give the images among the outputs of a cell a text: the cell's own (`#| fig-alt: ...`), or the words before it"
     if not any(k.startswith("image/") for o in cell["outputs"] for k in o.get("data", {})): return
-    cell["metadata"]["mystnb"] = {"image": {"alt": f"Figure, {heading}: {sentence(before)}".strip(": ")}}
+    cell["metadata"]["mystnb"] = {"image": {"alt": alt or f"Figure, {heading}: {sentence(before)}".strip(": ")}}
 
 
 def clean_outputs(outputs: list) -> list:
@@ -269,10 +270,10 @@ class Page:
         if prose: self.before = text
         self.cells.append({"cell_type": "markdown", "metadata": {}, "source": text})
 
-    def code(self, code: str, outputs: list = (), tags: list[str] = ()) -> None:
+    def code(self, code: str, outputs: list = (), tags: list[str] = (), alt: str = "") -> None:
         cell = {"cell_type": "code", "metadata": {"tags": list(tags)}, "source": code, "execution_count": None,
                 "outputs": clean_outputs(outputs)}
-        describe(cell, self.heading, self.before)
+        describe(cell, self.heading, self.before, alt)
         self.cells.append(cell)
 
     def write(self, out: Path) -> None:
@@ -333,7 +334,7 @@ def write_notebook(source: Path, page: str, out: Path, module: Module | None = N
         if found.get("echo") == "false": tags.append("remove-input")
         if found.get("output") == "false": tags.append("remove-output")
         if "code-fold" in found: tags.append("hide-input")
-        shown.code(code, cell.outputs, tags)
+        shown.code(code, cell.outputs, tags, found.get("fig-alt", ""))
     shown.markdown(below)
     shown.write(out)
 

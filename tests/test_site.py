@@ -155,6 +155,9 @@ def test_every_image_has_a_text(parsed, built):
     assert silent == []
     reader = parsed[site / "reference" / "metrics" / "localization.html"][0]
     assert any("threshold" in (alt or "") for _, alt in reader.images)
+    told = [alt for _, alt in parsed[site / "tutorials" / "attention_maps.html"][0].images if alt]
+    assert "A slice with the outlines of its two findings" in told, "a cell's own text"
+    assert [alt for reader, _ in pages(parsed, site).values() for _, alt in reader.images if alt and "<a " in alt] == []
 
 
 def test_directives_are_not_shown(parsed, built):

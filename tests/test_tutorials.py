@@ -50,6 +50,8 @@ def test_it_was_executed_and_keeps_what_teaches(path):
     shown = [o for c in cells(path, "code") for o in c["outputs"]]
     assert shown and not [o for o in shown if o["output_type"] == "error" or o.get("name") == "stderr"]
     assert any({"image/png", "image/svg+xml"} & o.get("data", {}).keys() for o in shown) or "processes" in path.stem
+    drawn = [c for c in cells(path, "code") if any("image/png" in o.get("data", {}) for o in c["outputs"])]
+    assert [c["source"] for c in drawn if not re.match(r"#\| fig-alt: \S.{20,}", c["source"][0])] == []
     pictures = ["".join(v) for o in shown for k, v in o.get("data", {}).items() if k.startswith("image/")]
     assert sum(map(len, pictures)) * 3 / 4 < LARGEST
 
