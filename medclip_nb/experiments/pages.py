@@ -197,8 +197,9 @@ def _once(rows: list[list[_Cell]]) -> list[list[_Cell]]:
 _NUMBER = re.compile(r"[-+−–]?(\d[\d.,]*(e[-+]?\d+)?)?\s?[%sMkG]?(\s?[(\[].*[)\]])?(\s(to|s|m|min|GB)\b.*)?$")
 
 def _distinct(names: Iterable[str]) -> list[str]:
-    "Names of columns, none of them twice"
-    found = []
+    "Names of columns, none of them twice; a table of two without a head has names and values"
+    names, found = list(names), []
+    if names == ["", ""]: names = ["name", "value"]
     for name in names: found.append(f"{name} ({found.count(name) + 1})" if name in found else name)
     return found
 
