@@ -59,7 +59,7 @@ def search_by_image(
     top: int = 12, # Most rows; the first is the image itself, if it is one of them
     split: str = "all", # Only rows of this split
 ) -> Manifest: # Rows of the manifest, nearest first, with a column similarity
-    "Find the images nearest to an image; raises `InputError` for a row that there is not"
+    "Find the images nearest to an image; raises `InputError` for a row that does not exist"
     if isinstance(image, (Image.Image, Path)): query = clip.encode_images([image])[0].numpy()
     elif image in manifest.index: query = found.images[manifest.index.get_loc(image)]
     elif isinstance(image, str): query = clip.encode_images([Path(image)])[0].numpy()
