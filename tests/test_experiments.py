@@ -181,7 +181,8 @@ def test_suite_goes_on_after_failures_and_resumes(study, tmp_path):
     assert "<h1>A &lt;study&gt;</h1>" in page and "<em>stubs</em>" in page and "2.000 (1.000–3.000)" in page
     assert "row 3: &lt;b&gt;no image" in page and "CC0 &lt;1&gt;" in page and "Not for clinical use" in page
     assert "<script" not in page and not re.search(r"(src|href)=[\"']?(https?:)?//", page)
-    for link in re.findall(r'href="([^"]+)"', page): assert (folder / link).exists(), link
+    for link in re.findall(r'href="([^"]+)"', page):
+        assert f'id="{link[1:]}"' in page if link.startswith("#") else (folder / link).exists(), link
 
     plan = {"early": "kept", "late": "kept", "broken": "to run", "orphan": "to run", "last": "to run"}
     assert status(plan_suite(study, tmp_path)) == plan

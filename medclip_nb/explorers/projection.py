@@ -72,7 +72,7 @@ def scatter_html(
     for (x, y), (address, text), label in zip(points, pictures, labels):
         side = "right" if x > 0.6 else "left"
         safe, lift = html.escape(text[:200]), ";bottom:12px;top:auto" if y < 0.45 else ""
-        picture = f"<img src='{html.escape(address)}' alt='' loading='lazy'>" if address else ""
+        picture = f"<img src='{html.escape(address)}' alt='{safe or 'image'}' loading='lazy'>" if address else ""
         card = f"<span style='{side}:12px{lift}'>{picture}<b>{html.escape(label)}</b> {safe}</span>"
         place = f"left:{3 + 94 * x:.2f}%;top:{97 - 94 * y:.2f}%;background:{color[label]}"
         dots.append(f"<a tabindex='0' aria-label='{html.escape(label)}' style='{place}'>{card}</a>")
