@@ -1,9 +1,21 @@
-"What notebooks show of data and training where someone looks on, and what batch runs show instead"
+"""JupyterLab: what notebooks show of data, models, errors and training, and the explorers in a real one
+
+`make browser` installs Chromium; CHROMIUM names another one.
+"""
+import json
+import os
 import re
+import shutil
+import socket
+import subprocess
+import sys
 import time
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
+import papermill
 import pytest
 import tqdm.auto
 
@@ -14,6 +26,7 @@ from medclip_nb.models import load_model
 from medclip_nb.trainers import live, loop, train
 
 ROOT = Path(__file__).resolve().parent.parent
+plain = lambda lines: re.sub(r"\x1b\[[\d;]*m", "", "\n".join(lines))
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +37,34 @@ def squares(tmp_path_factory): return make_squares(tmp_path_factory.mktemp("lab"
 def clip():
     seed_everything(0)
     return load_model("starter")
+
+
+# ---- errors
+
+def executed(folder, code, batch, monkeypatch):
+    "The outputs of a notebook that papermill executes, and its error"
+    monkeypatch.setenv("MEDCLIP_NB_BATCH", batch)
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]), folder / "in.ipynb")
+    with pytest.raises(papermill.PapermillExecutionError) as failed:
+        papermill.execute_notebook(folder / "in.ipynb", folder / "out.ipynb", kernel_name="python3", progress_bar=False,
+                                   log_output=False, cwd=folder)
+    cells = nbformat.read(folder / "out.ipynb", 4).cells
+    return [o for c in cells for o in c.get("outputs", []) if o.output_type == "error"], failed.value
+
+
+@pytest.mark.parametrize("batch", ["0", "1"])
+def test_error_of_the_user_is_a_box_where_someone_looks(tmp_path, batch, monkeypatch):
+    code = f"from medclip_nb.datasets import load_manifest\nload_manifest('csv', {str(tmp_path)!r}, table='none.csv')"
+    (error,), failed = executed(tmp_path, code, batch, monkeypatch)
+    assert failed.ename == error.ename == "InputError" and "none.csv" in failed.evalue
+    shown = plain(error.traceback)
+    assert ("Traceback" in shown) == (batch == "1") and "none.csv" in shown
+    assert batch == "1" or len(shown.splitlines()) <= 5
+
+
+def test_other_errors_keep_their_traceback(tmp_path, monkeypatch):
+    (error,), failed = executed(tmp_path, "1 / 0", "0", monkeypatch)
+    assert failed.ename == "ZeroDivisionError" and "Traceback" in plain(error.traceback)
 
 
 # ---- bars and curves
@@ -84,3 +125,96 @@ def test_manifest_shows_itself_where_someone_looks(tmp_path, monkeypatch):
     assert "<img" not in rows[["image", "caption"]]._repr_html_()
     studies = load_manifest("starter", tmp_path, view="studies", n_studies=(1, 1, 1), workers=1)
     assert studies._repr_html_().count("<img ") == 3
+
+
+# ---- a real JupyterLab
+
+def browser_path():
+    names = [os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
+    return next(filter(None, map(shutil.which, filter(None, names))), None)
+
+
+def make_lab_words():
+    "The words with which `make lab` starts JupyterLab"
+    done = subprocess.run(["make", "-n", "lab", "READY=Makefile"], cwd=ROOT, capture_output=True, text=True, check=True)
+    line = next(line for line in done.stdout.splitlines() if "/jupyter lab" in line)
+    return line.split("/jupyter lab", 1)[1].split()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "JupyterLab on a copy of the start page, as `make lab` opens it, and a browser"
+    if not (path := browser_path()):
+        pytest.skip("no browser: JupyterLab was not looked at. `make browser` installs Chromium (Debian, Ubuntu)")
+    from playwright.sync_api import sync_playwright
+    root = tmp_path_factory.mktemp("jupyter")
+    (root / "nbs").mkdir()
+    shutil.copy(ROOT / "nbs" / "start.ipynb", root / "nbs")
+    shutil.copy(ROOT / "settings.ini", root)
+    for name in ("data", "reports"): (root / name).symlink_to(ROOT / name)
+    own = root / "settings" / "@jupyterlab" / "notebook-extension"
+    own.mkdir(parents=True)
+    (own / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}') # All cells in the page at once
+    (root / "config" / "labconfig").mkdir(parents=True)
+    off = {"@jupyterlab/apputils-extension:announcements": True} # Asks for news from the network
+    (root / "config" / "labconfig" / "page_config.json").write_text(json.dumps({"disabledExtensions": off}))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {k: v for k, v in os.environ.items() if k != "MEDCLIP_NB_BATCH"} | {
+        "JUPYTER_CONFIG_DIR": str(root / "config"), "JUPYTER_RUNTIME_DIR": str(root / "runtime"),
+        "JUPYTERLAB_SETTINGS_DIR": str(root / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(root / "workspaces"),
+        "IPYTHONDIR": str(root / "ipython"), "PYTHONPATH": str(ROOT)}
+    environment.pop("MPLBACKEND", None) # The kernel's own
+    words = [sys.executable, "-m", "jupyterlab", *make_lab_words(), "--no-browser", "--ServerApp.ip=127.0.0.1",
+             f"--ServerApp.port={port}", "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True",
+             "--LabApp.extension_manager=readonly"]
+    with open(root / "log", "w") as log:
+        server = subprocess.Popen(words, cwd=root, env=environment, stdout=log, stderr=log)
+    try:
+        for _ in range(300):
+            try: urllib.request.urlopen(f"http://127.0.0.1:{port}/api").read()
+            except OSError: time.sleep(0.1)
+            else: break
+        else: pytest.fail((root / "log").read_text())
+        with sync_playwright() as p:
+            opened = p.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
+            yield opened, f"http://127.0.0.1:{port}", root
+            opened.close()
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def test_start_page_runs_and_answers_a_query(lab):
+    browser, address, root = lab
+    heard, tab = [], browser.new_page(viewport={"width": 1280, "height": 900})
+    tab.on("console", lambda m: heard.append(m.text) if m.type == "error" else None)
+    tab.on("pageerror", lambda e: heard.append(str(e)))
+    tab.set_default_timeout(60_000)
+    tab.goto(address) # Leads to the start page
+    tab.wait_for_selector(".jp-Notebook .jp-Cell")
+    accept = tab.locator(".jp-Dialog .jp-mod-accept") # JupyterLab asks which kernel where it has not started one yet
+    tab.add_locator_handler(accept, lambda: accept.click())
+    tab.wait_for_function("() => document.body.innerText.includes('Python 3 | Idle')")
+    tab.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+    search = tab.locator(".widget-text:has(label:text-is('text')) input").first
+    search.wait_for()
+    page = tab.locator(".jp-OutputArea-output:has(.widget-upload)").first
+    page.locator("img").first.wait_for()
+    before = page.locator("img").evaluate_all("all => all.map(one => one.src)")
+    assert len(before) == 12
+    search.fill("a small bleed")
+    search.press("Enter")
+    tab.wait_for_function("([now, old]) => { const found = [...now.querySelectorAll('img')].map(one => one.src);"
+                          " return found.length == 12 && found.join() != old }",
+                          arg=[page.element_handle(), ",".join(before)])
+    tab.wait_for_function("() => document.querySelector('.jp-Notebook-ExecutionIndicator[data-status=idle]') &&"
+                          " ![...document.querySelectorAll('.jp-InputPrompt')].some(one => one.innerText == '[*]:')")
+    shown = tab.locator(".jp-Notebook").inner_text()
+    assert "Traceback" not in shown and "trained 3 epochs" in shown and "images by PCA" in shown
+    assert tab.locator(".progress-bar-danger, .bg-danger").count() == 0
+    if folder := os.environ.get("MEDCLIP_NB_SCREENSHOTS"):
+        for n, cell in enumerate(tab.locator(".jp-Notebook .jp-CodeCell").all()):
+            cell.screenshot(path=f"{folder}/cell-{n}.png")
+    assert heard == []
