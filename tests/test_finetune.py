@@ -201,7 +201,10 @@ def test_a_suite_goes_on_by_itself(installed, table, whole, tmp_path):
         time.sleep(0.005)
     said = second.communicate(timeout=300)
     assert second.returncode == 0, said
-    for name in RESULTS: assert (folder / "finetune" / name).read_bytes() == whole[name], name
+    link = b'<p class="quiet"><a href="../index.html">All reports of this suite</a></p>' # The run alone has none
+    page = (folder / "finetune" / "report.html").read_bytes()
+    assert page.count(link) == 1 and page.replace(link, b"") == whole["report.html"]
+    for name in {*RESULTS} - {"report.html"}: assert (folder / "finetune" / name).read_bytes() == whole[name], name
 
 
 @pytest.mark.parametrize("params, message",

@@ -94,8 +94,8 @@ def test_the_report_shows_published_numbers_beside_ours(tiny, command, tmp_path)
     words = [command, "run", "compare", "-f", tmp_path / "p.yaml", "--out", tmp_path / "out"]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    page = (tmp_path / "out" / "report.html").read_text().split("Published numbers")[1].split("Seeds")[0]
-    assert "a README" in page and "0.19–0.31" in page and "<th>difference</th>" in page and "<b>book" not in page
+    page = (tmp_path / "out" / "report.html").read_text().split("Published numbers</h2>")[1].split("Seeds</h2>")[0]
+    assert "a README" in page and "0.19–0.31" in page and ">difference</th>" in page and "<b>book" not in page
     told = {(e["run"], e["metric"]): e for e in read_metrics(tmp_path / "out")["details"]["published"]}
     ours = read_metrics(tiny[0] / "words")["metrics"]["accuracy"]["value"]
     assert told["words", "accuracy"]["difference"] == pytest.approx(ours - 0.5, abs=1e-5)

@@ -6,6 +6,7 @@
 __all__ = ['app', 'ProcessesOption', 'ForeignOption', 'parse_parameters', 'run', 'suite', 'compare', 'params', 'export']
 
 # %% ../../nbs/cli/01_main.ipynb #e6ebc655
+import logging
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -40,6 +41,7 @@ class _Group(Grouped):
             typer.echo(f"error: {e}", err=True)
             raise typer.Exit(2 if isinstance(e, InputError) else 1) from None
         except KeyboardInterrupt:
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL) # It would report kernels that the same signal ended
             typer.echo("\ninterrupted; a suite goes on from here when it is called again", err=True)
             raise typer.Exit(130) from None
 
