@@ -150,6 +150,9 @@ def test_examples_of_the_help_are_valid(monkeypatch, tmp_path):
     for line in lines: parsed(line)
     for name, line in [pair for part in HEADINGS.values() for pair in part.items()]:
         assert shlex.split(line)[:2] == ["medclip-nb", name]
+    commands = get_command(app).commands
+    assert {*commands} == {name for part in HEADINGS.values() for name in part}, "the help lists every command"
+    for group, part in WITHIN.items(): assert {*commands[group].commands} == {*part}
     page = call("--help")
     places = [page.index(f"\n{heading}:\n") for heading in HEADINGS]
     assert places == sorted(places) and "\x1b" not in page and max(map(len, page.splitlines())) <= 80
