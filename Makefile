@@ -48,7 +48,7 @@ reports-all: reports  ## What goes on from there as well: more seeds, few labels
 test: lint  ## Style and types, modules in step, notebooks clean, README current, library notebooks, pytest
 	@$(BIN)/python tests/repository.py
 	@$(MAKE) --no-print-directory data
-	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --path nbs
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/notebooks.py --workers 2
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 data: setup  ## Make the embedded data in data/starter (a moment if they are there)
@@ -60,7 +60,7 @@ test-slow: setup  ## What takes long: fresh reports with their goals
 
 nb: setup  ## Run the tests of one notebook: make nb NB=nbs/00_core.ipynb
 	@test -f "$(NB)" || { echo "Which notebook? make nb NB=nbs/00_core.ipynb"; exit 1; }
-	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 0 --path $(NB)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/notebooks.py $(NB)
 
 lint: setup  ## Style (ruff) and types (pyrefly)
 	@$(BIN)/ruff check --quiet

@@ -1,0 +1,54 @@
+"""Run the notebooks, each in a process of its own: `python tests/notebooks.py [--workers 2] [PATH ...]`
+
+`nbdev_test` runs one notebook after another in the same process, so that a variable of the environment or a working
+directory that one leaves behind is met by whichever comes next. Here each starts from the same state, at little cost:
+the packages are imported once, before the processes are forked.
+"""
+import argparse
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from nbdev.config import get_config
+from nbdev.doclinks import nbglob
+from nbdev.test import test_nb
+
+ROOT = Path(__file__).resolve().parent.parent
+IMPORTED = ("matplotlib.pyplot", "open_clip", "pandas", "sklearn.linear_model", "torch", "medclip_nb.core",
+            "medclip_nb.datasets", "medclip_nb.evaluators", "medclip_nb.experiments", "medclip_nb.trainers")
+
+
+def found(paths: list[str]) -> list[Path]:
+    "The notebooks of files and folders; `nbs` if none is given"
+    files = [file for path in paths or ["nbs"] for file in nbglob(path, as_path=True)]
+    return sorted(file.absolute() for file in files)
+
+
+def run(notebook: Path) -> tuple[Path, bool, float]:
+    "The notebook, whether it ran to its end, and its seconds"
+    passed, seconds = test_nb(notebook, skip_flags=get_config().tst_flags.split(), basepath=str(ROOT))
+    return notebook, passed, seconds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--timing", action="store_true", help="tell the seconds of each")
+    parser.add_argument("paths", nargs="*")
+    options = parser.parse_args()
+    files = found(options.paths)
+    if not files: sys.exit(f"no notebooks in {', '.join(options.paths)}")
+    os.environ["IN_TEST"] = "1" # nbdev.showdoc and others ask for it; nbdev_test sets it as well
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*IMPORTED])
+    with ProcessPoolExecutor(options.workers, context, max_tasks_per_child=1) as pool:
+        results = sorted(pool.map(run, files), key=lambda one: one[2])
+    if options.timing: print(*(f"{seconds:7.1f} s  {path.relative_to(ROOT)}" for path, _, seconds in results), sep="\n")
+    failed = sorted(str(path.relative_to(ROOT)) for path, passed, _ in results if not passed)
+    print(f"{len(files) - len(failed)} of {len(files)} notebooks passed" + "".join(f"\nfailed: {name}" for name in failed))
+    return bool(failed)
+
+
+if __name__ == "__main__": sys.exit(main())
