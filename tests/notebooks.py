@@ -47,7 +47,8 @@ def main() -> int:
         results = sorted(pool.map(run, files), key=lambda one: one[2])
     if options.timing: print(*(f"{seconds:7.1f} s  {path.relative_to(ROOT)}" for path, _, seconds in results), sep="\n")
     failed = sorted(str(path.relative_to(ROOT)) for path, passed, _ in results if not passed)
-    print(f"{len(files) - len(failed)} of {len(files)} notebooks passed" + "".join(f"\nfailed: {name}" for name in failed))
+    print(f"{len(files) - len(failed)} of {len(files)} notebooks passed")
+    for name in failed: print(f"failed: {name}")
     return bool(failed)
 
 
