@@ -2,6 +2,7 @@
 import gzip
 import shutil
 import struct
+import tarfile
 import time
 import warnings
 import zipfile
@@ -22,6 +23,7 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from medclip_nb.core import InputError
 from medclip_nb.datasets import FILE_ISSUES, drop_unusable, probe
 from medclip_nb.datasets.manifest import Manifest
+from medclip_nb.datasets.readers.webdataset import tar_samples
 from medclip_nb.evaluators.grounding import read_mask
 from medclip_nb.images import StudyPreprocess, load_volume, read_image, read_volume
 
@@ -349,6 +351,39 @@ def test_damage_is_found_by_the_check_and_refused_by_the_reader_alike(tmp_path, 
             outcomes.add(image is not None)
     assert time.perf_counter() - start < 60
     assert outcomes == ({False} if name == "a.mha" else {True, False})
+
+
+def test_checksums_that_a_file_carries_are_compared(tmp_path):
+    "PIL, nibabel, torch and tarfile decode these without a word"
+    small_files(tmp_path)
+    with tarfile.open(tmp_path / "s.tar.gz", "w:gz") as tar: tar.add(tmp_path / "a.png", "1.png")
+    raw = {name: bytearray((tmp_path / name).read_bytes()) for name in ("a.png", "a.nii.gz", "a.pt", "s.tar.gz")}
+    Image.fromarray(BLOBS.astype(np.uint8) % 3).save(tmp_path / "mask.png")
+    raw["mask.png"] = bytearray((tmp_path / "mask.png").read_bytes())
+    for name in ("a.png", "mask.png"): raw[name][-13] ^= 1 # The checksum of its pixels
+    for name in ("a.nii.gz", "s.tar.gz"): raw[name][-8] ^= 1
+    raw["a.pt"][raw["a.pt"].find(bytes(3000)) + 1500] ^= 1 # A number
+    readers = {"a.png": read_image, "a.nii.gz": read_image, "a.pt": load_volume,
+               "s.tar.gz": lambda path: [*tar_samples(path)], "mask.png": lambda path: read_mask(path, BLOBS.shape, 2)}
+    for name, read in readers.items():
+        read(tmp_path / name)
+        (tmp_path / name).write_bytes(raw[name])
+        with pytest.raises(InputError, match=f"{name}.*(checksum|CRC)"): read(tmp_path / name)
+        if name[0] == "a": assert probe(tmp_path / name, "decode").kind == "unreadable image"
+
+
+def test_a_picture_that_lacks_lines_is_not_filled_up(tmp_path):
+    "A PNG whose data end properly, before the height that its header states"
+    for name, height in (("whole.png", 24), ("tall.png", 40)):
+        head = b"IHDR" + struct.pack(">IIBBBBB", 20, height, 8, 2, 0, 0, 0)
+        lines = (b"\0" + b"\0" * 60) * 24 if name == "whole.png" else (b"\0" + b"\7" * 60) * 24
+        parts = [head, b"IDAT" + zlib.compress(lines), b"IEND"]
+        chunks = [struct.pack(">I", len(p) - 4) + p + struct.pack(">I", zlib.crc32(p)) for p in parts]
+        (tmp_path / name).write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    assert read_image(tmp_path / "whole.png").size == (20, 24), "black lines are lines"
+    with pytest.raises(InputError, match="tall.png.*truncated"): read_image(tmp_path / "tall.png")
+    assert probe(tmp_path / "tall.png", "decode").kind == "truncated image"
+    assert read_image(tmp_path / "tall.png", truncated=True).size == (20, 40)
 
 
 @pytest.mark.parametrize("kind", ["a.nii", "a.nii.gz", "frames.dcm", "a.npy", "a.npz"])

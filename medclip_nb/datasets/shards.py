@@ -35,6 +35,7 @@ from medclip_nb.datasets.readers.webdataset import (
     sample_row,
     tar_samples,
 )
+from ..images.formats import check_png
 
 # %% ../../nbs/datasets/13_shards.ipynb #a7910c6b
 def _plain(value: Any) -> Any:
@@ -65,6 +66,7 @@ def _file_fault(path: Path, raw: bytes | None, extension: str, check: str) -> st
     try:
         with Image.open(io.BytesIO(raw)) as image:
             if check == "decode": image.load()
+            if check == "decode" and image.format == "PNG": check_png(path)
     except Exception as error: return f"{path}: cannot be read as an image ({type(error).__name__})"
     return ""
 

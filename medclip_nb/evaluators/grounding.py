@@ -24,6 +24,7 @@ from ..datasets.manifest import Manifest
 from ..datasets.studies import series_paths
 from ..embeddings.streams import fitted_to_files
 from .results import EvalOptions, Result, bootstrap_groups, provenance
+from ..images.formats import check_png
 from ..images.reading import FORMATS, read_image
 from ..images.studies import labels_at, pad_studies
 from ..metrics.localization import CUTS, enlarge, localize, overlaps, pointing, summarize_maps, within
@@ -42,6 +43,7 @@ def read_mask(
     "Read the mask of an image; raises `InputError` for another size and for values without an item"
     try:
         with Image.open(plain_file(path), formats=FORMATS) as image:
+            if image.format == "PNG": check_png(path)
             if stored and image.size == stored[::-1]: image = image.resize(size[::-1], Image.Resampling.NEAREST)
             mask = np.asarray(image)
     except (OSError, SyntaxError, ValueError) as error:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core import InputError
-from .formats import VOLUMES, file_format, reading_file
+from .formats import VOLUMES, check_archive, file_format, reading_file
 
 if TYPE_CHECKING:
     import torch
@@ -451,6 +451,13 @@ def _nifti_affine(header: Any) -> np.ndarray:
         raise ValueError("neither its sform nor its qform places the voxels: axes of no length, or parallel")
     return header.get_base_affine()
 
+def _check_packed(file: Any) -> None:
+    "Read a gzip file to its end, where its checksum is compared; bytes after that end are no part of it"
+    try:
+        while isinstance(file, gzip.GzipFile) and file.read(2**20): pass
+    except gzip.BadGzipFile as error:
+        if "Not a gzipped file" not in str(error): raise
+
 def _nifti_volume(path: Path, frame: int | None = None) -> Volume:
     "One three-dimensional volume of a NIfTI file"
     with reading_file(path, "NIfTI"), ExitStack() as stack, np.errstate(all="ignore"):
@@ -472,7 +479,9 @@ def _nifti_volume(path: Path, frame: int | None = None) -> Volume:
         if count > 1 and frame is None: notes[-1] += "; another is read with data_options={read: {frame: 1}}"
         if image.header["sform_code"] > 0 and not _in_space(image.header.get_sform()):
             notes.append("the sform is singular; the qform was used")
-        return Volume(np.asarray(data, dtype=np.float32), affine, str(path), notes)
+        array = np.asarray(data, dtype=np.float32)
+        if (frame or 0) == count - 1: _check_packed(image.file_map["image"].fileobj)
+        return Volume(array, affine, str(path), notes)
 
 def _only(arrays: dict[str, Any]) -> Any:
     "The only one of some arrays that can be an image; raises `ValueError` for none or several"
@@ -510,6 +519,8 @@ def _load_tensor(path: Path, kind: str) -> np.ndarray:
 
 def _tensor_volume(path: Path, kind: str, frame: int | None = None) -> Volume:
     "A volume without an affine, (d, h, w) or (c, d, h, w); an array (h, w) is one slice"
+    if kind == "PT":
+        with reading_file(path, "a tensor"): check_archive(path)
     with reading_file(path, "a tensor", "Save one plain array or tensor in it"): array = _load_tensor(path, kind)
     if array.ndim == 2: array = array[None]
     fine = array.ndim in (3, 4) and array.size and array.dtype.kind in "biuf" and array.size <= 4 * MAX_VOXELS

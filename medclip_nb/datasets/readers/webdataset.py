@@ -7,6 +7,7 @@ __all__ = ['Span', 'IMAGE_EXTENSIONS', 'TEXT_EXTENSIONS', 'UNPACKED_SHARD', 'tar
            'member_extension', 'sample_row', 'read_webdataset']
 
 # %% ../../../nbs/datasets/readers/04_webdataset.ipynb #7b7d4c21
+import gzip
 import json
 import re
 import tarfile
@@ -38,6 +39,10 @@ def _open_tar(source: str) -> Iterator[tuple[tarfile.TarFile, bool]]:
     if re.match(r"https?://", source):
         from urllib.request import urlopen
         with urlopen(source, timeout=60) as web, tarfile.open(fileobj=web, mode="r|*") as tar: yield tar, True
+    elif source.endswith(".gz"): # tarfile does not compare the checksum of gzip
+        with gzip.open(plain_file(source)) as file:
+            with tarfile.open(fileobj=file, mode="r|") as tar: yield tar, True
+            while file.read(2**20): pass
     else:
         with tarfile.open(plain_file(source), "r:" if source.endswith(".tar") else "r|*") as tar:
             yield tar, not source.endswith(".tar")
