@@ -14,6 +14,7 @@ import math
 import os
 import tokenize
 from dataclasses import dataclass
+from datetime import date
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -250,6 +251,19 @@ def _bad_text(name: str, value: Any) -> str:
         if "\0" in text: return f"parameter {name!r}: {ascii(text)[:80]} holds a zero byte."
     return ""
 
+def _bad_part(name: str, value: Any) -> str:
+    "What is wrong with what a list or mapping holds, or an empty string: YAML knows more than a notebook is given"
+    parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    for part in parts:
+        if isinstance(part, (date, bytes, set)):
+            return f"parameter {name!r} holds {str(part)[:60]!r}, a {type(part).__name__}. Put it in quotes."
+        if isinstance(part, float) and not math.isfinite(part):
+            return f"parameter {name!r} holds {part}, and numbers must be finite."
+        if isinstance(part, int) and abs(part) >= 2**63:
+            return f"parameter {name!r} holds a whole number of {part.bit_length()} bits; 63 are the most."
+        if fault := _bad_part(name, part): return fault
+    return ""
+
 # %% ../../nbs/experiments/01_parameters.ipynb #d6a46f15
 def _checked(name: str, value: Any, spec: Parameter) -> Any:
     "One converted value; InputError names what was expected and what came"
@@ -257,7 +271,7 @@ def _checked(name: str, value: Any, spec: Parameter) -> Any:
     except (ValueError, KeyError, TypeError) as e:
         if isinstance(e, InputError): raise InputError(f"parameter {name!r}: {e}") from None
         try: got = f"{type(value).__name__} {value!r}"
-        except ValueError: got = f"a whole number of {value.bit_length()} bits"
+        except ValueError: got = f"a {type(value).__name__} with a whole number of more digits than are written out"
         if len(got) > 100: got = got[:100] + "…"
         if spec.type == "float" and isinstance(value, (int, float)): got += ", and it must be finite"
         hint = " Put it in quotes." if spec.type == "str" else ""
@@ -265,7 +279,8 @@ def _checked(name: str, value: Any, spec: Parameter) -> Any:
             one = str(value) if isinstance(value, (str, int, float)) and len(str(value)) < 60 else "a, b"
             hint = f" Write {name}=[{one}]."
         raise InputError(f"parameter {name!r} must be {spec.type}, not {got}.{hint}") from None
-    if fault := _bad_text(name, value) or _out_of_range(name, value, spec.default): raise InputError(fault)
+    fault = _bad_text(name, value) or _bad_part(name, value) or _out_of_range(name, value, spec.default)
+    if fault: raise InputError(fault)
     return value
 
 def check_parameters(
