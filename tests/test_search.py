@@ -135,15 +135,18 @@ def test_without_a_goal_the_best_is_what_is_better(squares, tmp_path, metric, go
 
 
 def test_the_best_calibrated_is_the_one_with_the_lowest_error(squares, tmp_path):
-    "Also where no goal is given; a metric that is not there costs no trial"
+    "Also where no goal is given; a metric that is not there costs one trial, and its name is told before another run"
     search = WORDS["search"] | {"metric": "eec"}
     write = lambda **changes: suite_file(
         tmp_path, [WORDS | {"search": search | changes}], defaults=DEFAULTS | {"data_root": str(squares)})
     *trials, last = run_suite(write(), tmp_path, quiet=True)
-    assert [t.status for t in trials] == ["done"] * 2 and last.status == "failed"
+    assert [t.status for t in trials] == ["done", "skipped"] and last.status == "failed"
+    assert trials[1].message == "words.trial-0: no metric 'eec'. Did you mean 'ece'?"
     assert "no metric 'eec'. Did you mean 'ece'? With another metric in the suite, trials stay" in last.message
+    with pytest.raises(InputError, match="run words, search: words.trial-0 has no metric 'eec'. Did you mean 'ece'?"):
+        plan_suite(write(), tmp_path)
     *trials, last = run_suite(write(metric="ece"), tmp_path, quiet=True)
-    assert [t.status for t in trials] == ["kept"] * 2 and last.status == "done"
+    assert [t.status for t in trials] == ["kept", "done"] and last.status == "done"
     read = lambda name: json.loads((tmp_path / "tuned" / name / "metrics.json").read_text())
     facts = read("words")["details"]["search"]
     errors = [read(f"words.trial-{k}")["metrics"]["ece"]["value"] for k in range(2)]

@@ -87,9 +87,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "search": [
         "GOALS", "INTERVAL_KEYS", "Interval", "MAX_TRIALS", "METHODS", "SEARCH_EXAMPLE", "SEARCH_KEYS", "Search",
-        "Trial", "best_trial", "next_point", "read_search", "read_search_record", "read_trial", "search_facts",
-        "search_record", "search_sentence", "searched_runs", "show_search", "trial_names", "trial_points",
-        "trial_table",
+        "Trial", "best_trial", "missing_metric", "next_point", "read_search", "read_search_record", "read_trial",
+        "search_facts", "search_record", "search_sentence", "searched_runs", "show_search", "trial_names",
+        "trial_points", "trial_table",
     ],
     "side_by_side": [
         "ARMS", "Block", "MOST", "chosen_metrics", "comparison_tables", "curve_figures",

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..core import content_hash
+from ..metrics.directions import lower_is_better
 
 if TYPE_CHECKING:
     import pandas
@@ -155,7 +156,8 @@ def best_cells(
     for column, own in part.groupby("column", sort=False):
         values = own.set_index("run")["value"].dropna()
         if len(values) < 2: continue
-        best, metric = values.idxmax(), own["metric"].iloc[0]
+        metric = own["metric"].iloc[0]
+        best = values.idxmin() if lower_is_better(metric) else values.idxmax()
         if all((metric, frozenset((best, other))) in apart for other in values.index if other != best):
             found.add((best, column))
     return found

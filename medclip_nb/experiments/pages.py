@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from .reports import ANSI, markdown_html, report_title, safe_html
 from .tables import Table
+from ..metrics.directions import improvement
 
 if TYPE_CHECKING:
     import jinja2
@@ -283,7 +284,7 @@ def _verdict(test: Mapping[str, Any]) -> str:
     "Whether a tested difference is better, worse or neither"
     p = test.get("p_holm")
     if p is None or p > 0.05: return "neither"
-    return "better" if test["difference"] > 0 else "worse"
+    return "better" if improvement(test["metric"], test["difference"]) > 0 else "worse"
 
 def change_chart(
     tests: Sequence[Mapping[str, Any]], # Of one pair: metric, difference, low, high, p_holm

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'GOALS', 'SEARCH_KEYS', 'INTERVAL_KEYS', 'MAX_TRIALS', 'SEARCH_EXAMPLE', 'Interval', 'Search',
-           'read_search', 'Trial', 'trial_names', 'trial_points', 'next_point', 'read_trial', 'best_trial',
-           'search_record', 'read_search_record', 'search_facts', 'search_sentence', 'trial_table', 'show_search',
-           'searched_runs']
+           'read_search', 'Trial', 'trial_names', 'trial_points', 'next_point', 'missing_metric', 'read_trial',
+           'best_trial', 'search_record', 'read_search_record', 'search_facts', 'search_sentence', 'trial_table',
+           'show_search', 'searched_runs']
 
 # %% ../../nbs/experiments/25_search.ipynb #93b4d147
 import itertools
 import math
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..core import InputError, close_matches, read_json
 from .overview import TRIAL, find_runs, read_metrics
 from .parameters import Template, convert, read_template
+from ..metrics.directions import lower_is_better
 
 if TYPE_CHECKING:
     import pandas
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 # %% ../../nbs/experiments/25_search.ipynb #7808ce69
 METHODS = ("grid", "random", "optuna")
 GOALS = ("max", "min")
-_LOWER = re.compile(r"(.*_)?(rank|ece|ece_calibrated|ece_equal_mass|brier|nll|loss)") # Best when lowest
 SEARCH_KEYS = ("method", "metric", "space", "goal", "trials", "seed", "split")
 INTERVAL_KEYS = ("low", "high", "log")
 MAX_TRIALS = 1000
@@ -116,7 +115,7 @@ def read_search(
             raise InputError(f"{where}: unknown key {key!r}. {close_matches(str(key), SEARCH_KEYS)}")
     for key in SEARCH_KEYS[:3]:
         if not found.get(key): raise InputError(f"{where} has no {key!r}.")
-    usual = GOALS[bool(_LOWER.fullmatch(str(found["metric"]).rpartition("/")[2]))]
+    usual = GOALS[lower_is_better(str(found["metric"]))]
     for key, known in (("method", METHODS), ("goal", GOALS)):
         if (value := found.get(key, known[0])) not in known:
             raise InputError(f"{where}: {key} cannot be {value!r}. {close_matches(str(value), known)}")
@@ -223,6 +222,16 @@ def next_point(
     return {name: v[asked[name]] if isinstance(v, list) else _tidy(asked[name], v) for name, v in search.space.items()}
 
 # %% ../../nbs/experiments/25_search.ipynb #0217e879
+def missing_metric(
+    search: Search,
+    folder: str | Path, # Of a trial that is done
+) -> str: # Message; empty where the metric is there
+    "What to tell where a trial has no metric of the name that a search chooses by"
+    try: metrics = read_metrics(folder)["metrics"]
+    except InputError as error: return f"no metrics ({error})"
+    if search.metric in metrics: return ""
+    return f"no metric {search.metric!r}. {close_matches(search.metric, metrics)}"
+
 def read_trial(
     folder: str | Path, # Of the trial
     point: Mapping[str, Any], # Its parameters
@@ -232,11 +241,9 @@ def read_trial(
     "The outcome of a trial"
     one = Trial(Path(folder).name, dict(point))
     if not done: return one._replace(fault="the run failed or is missing")
-    metrics = read_metrics(folder)["metrics"]
-    if search.metric not in metrics:
-        near = close_matches(search.metric, metrics)
-        return one._replace(fault=f"no metric {search.metric!r}. {near} With another metric in the suite, trials stay")
-    found = metrics[search.metric]
+    if missing := missing_metric(search, folder):
+        return one._replace(fault=f"{missing} With another metric in the suite, trials stay")
+    found = read_metrics(folder)["metrics"][search.metric]
     value = found.get("value")
     if value is None or not math.isfinite(value): return one._replace(fault=f"{search.metric} is not a number")
     return one._replace(value=value, low=found.get("low"), high=found.get("high"))

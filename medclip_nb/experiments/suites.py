@@ -58,6 +58,7 @@ from medclip_nb.experiments.search import (
     Search,
     Trial,
     best_trial,
+    missing_metric,
     next_point,
     read_search,
     read_trial,
@@ -491,6 +492,8 @@ def plan_suite(
         seen.add(named)
         kept = not (r.needs | r.after) & stale and up_to_date(r, folder, identify)
         if not kept: stale.add(r.name)
+        elif r.is_trial and (why := missing_metric(r.search, folder/r.name)):
+            raise InputError(f"{path}, run {r.name.rpartition(TRIAL)[0]}, search: {r.name} has {why}")
         records.append(RunRecord(r.name, folder/r.name, "kept" if kept else "to run"))
     return records
 
@@ -583,13 +586,15 @@ def run_suite(
     _refuse_other(folder)
     check_outside(runs, folder)
     if scale: make_data([r.params.get("data_root") for r in runs], folder)
-    state, records, bad = folder/"suite.json", {}, set()
+    state, records, bad, lost = folder/"suite.json", {}, set(), {}
     before, written, identify = state.read_bytes() if state.exists() else b"", 0.0, cache(data_identity)
 
     def start(r: SuiteRun) -> Future | RunRecord:
         "Hand a run to the place, unless there is nothing to do"
         forced, failed = force and (not only or r.name in only), r.needs & bad
         if not forced and not failed and up_to_date(r, folder, identify): return _record(folder/r.name, "kept")
+        if r.is_trial and (why := lost.get(r.name.rpartition(TRIAL)[0])):
+            return RunRecord(r.name, folder/r.name, "skipped", 0.0, why)
         if failed: return _execute(r, folder, failed, forced, timeout, quiet)
         board.began(r.name)
         if not place.apart: return place.submit(_execute, r, folder, failed, forced, timeout, quiet)
@@ -604,6 +609,8 @@ def run_suite(
             for r, answer in work_off(Line(runs), start, place, board):
                 records[r.name] = record = _outcome(answer, r, folder)
                 if record.status in ("failed", "skipped"): bad.add(r.name)
+                elif r.is_trial and (why := missing_metric(r.search, folder/r.name)):
+                    lost.setdefault(r.name.rpartition(TRIAL)[0], f"{r.name}: {why}")
                 board.over(r.name, record.status, record.seconds, record.message)
                 if record.status == "kept" or time.monotonic() - written < STATE_EVERY: continue
                 _write_state(suite, folder, records)

@@ -21,6 +21,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "RULES", "ScoreLevels", "Threshold", "auroc", "average_precision", "choose_threshold",
         "choose_thresholds", "class_areas", "split_rows",
     ],
+    "directions": ["improvement", "lower_is_better"],
     "localization": [
         "CUTS", "choose_map_threshold", "enlarge", "localize", "overlaps", "pointing", "summarize_maps",
         "within",

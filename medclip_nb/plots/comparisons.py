@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..core import InputError
+from ..metrics.directions import improvement
 from .style import CHANCE, PALETTE, RIGHT, WRONG, metric_words, wrapped
 
 if TYPE_CHECKING:
@@ -102,7 +103,8 @@ def difference_intervals(
     size = 7.4, sum(heights) + 0.45 * len(pairs) + 0.4
     figure, axes = plt.subplots(len(pairs), 1, figsize=size, squeeze=False, height_ratios=heights, sharex=True)
     for ax, ((before, after), part) in zip(axes.flat, pairs):
-        better = np.where(part["value"] > 0, "better", "worse")
+        gains = np.array(list(map(improvement, part["metric"], part["value"])))
+        better = np.where(gains > 0, "better", "worse")
         kinds = np.where(part["p_holm"] <= level, better, "neither")
         colors = [{"better": RIGHT, "worse": WRONG, "neither": CHANCE}[kind] for kind in kinds]
         ax.axvline(0, color="0.35", linewidth=1.2)
