@@ -480,6 +480,7 @@ class FolderKind:
     listing: str = "" # Key of the index under which all files are listed
     holds: tuple[str, ...] = () # Kinds of folders that are made in it later
     marked: bool = True # False: the index is the mark, and `listing` names the files
+    begun: str = "" # How a folder that is not finished becomes one of this kind, for messages
 
 def folder_mark(
     folder: str | Path, # Any folder
@@ -559,10 +560,12 @@ def _refuse_foreign(path: Path, kind: FolderKind) -> None:
     if not path.exists() or not any(path.iterdir()): return
     if _names(path, kind) is None:
         there = folder_mark(path).get("kind")
-        made = f"is a folder of the kind {there!r}, not" if there else "is not a folder of medclip_nb of the kind"
-        raise InputError(f"{path}: {made} {kind.name!r}, so it is not replaced. Give a new folder.")
+        if there: made, hint = f"is a folder of the kind {there!r}, not", ""
+        else: made, hint = "is not a folder of medclip_nb of the kind", kind.begun
+        raise InputError(f"{path}: {made} {kind.name!r}, so it is not replaced. {hint}Give a new folder.")
     if other := next(_foreign(path, kind), None):
-        raise InputError(f"{path}: holds {other}, which does not belong to it. Move that away, or give a new folder.")
+        raise InputError(f"{path}: holds {other}, which does not belong to it. {kind.begun}Move that away, or give a "
+                         "new folder.")
 
 def remove_folder(
     path: str | Path, # A folder, or nothing

@@ -19,9 +19,11 @@ import papermill
 import pytest
 import tqdm.auto
 
-from medclip_nb.core import seed_everything
+from medclip_nb import experiments
+from medclip_nb.core import InputError, seed_everything
 from medclip_nb.datasets import load_manifest, make_squares
 from medclip_nb.embeddings import embed, encoded_images
+from medclip_nb.experiments import runs
 from medclip_nb.models import load_model
 from medclip_nb.trainers import live, loop, train
 
@@ -110,6 +112,41 @@ def test_nobody_looks_at_a_batch_run_or_a_shell(monkeypatch):
     assert not live.is_watched()
     monkeypatch.setenv("MEDCLIP_NB_BATCH", "0")
     assert not live.is_watched()
+
+
+# ---- a notebook beside the command line
+
+def test_a_run_of_a_notebook_and_the_command_line_share_a_folder(tmp_path, monkeypatch):
+    "What a notebook has begun is not replaced before it is done, and its end leaves no report of the run before"
+    asked = {name: one.default for name, one in experiments.read_template("data_audit").parameters.items()}
+    monkeypatch.delenv(runs.RUN_NAME, raising=False)
+    monkeypatch.setattr("IPython.get_ipython", lambda: SimpleNamespace(user_ns=asked))
+    out = tmp_path / "run"
+
+    def begun(*files):
+        experiments.note_parameters()
+        for name in files: (out / name).write_text("{}")
+
+    def replaced(text):
+        with experiments.run_folder(out) as work:
+            (work / "report.html").write_text(text)
+            made = experiments.run_record(work, "data_audit")
+            (work / "run.json").write_text(json.dumps(made))
+
+    out.mkdir()
+    begun("metrics.json")
+    with pytest.raises(InputError, match="notebook has begun a run in it, execute that notebook to its end.*new folder"):
+        replaced("first")
+    assert experiments.record_notebook(out) is None and sorted(os.listdir(out)) == ["metrics.json", "run.json"]
+    replaced("first")
+    assert (out / "report.html").read_text() == "first"
+    begun("history.csv")
+    with pytest.raises(InputError, match="holds history.csv, which does not belong to it. If a notebook has begun"):
+        replaced("second")
+    experiments.record_notebook(out)
+    assert sorted(os.listdir(out)) == ["history.csv", "run.json"]
+    replaced("second")
+    assert (out / "report.html").read_text() == "second"
 
 
 # ---- manifests

@@ -195,7 +195,10 @@ def result_hash(
     )
 
 # %% ../../nbs/experiments/02_runs.ipynb #4143c44e
-RUN_FOLDER = FolderKind("run", "run.json", ("schema", "template", "artefacts"), (STAMP,), "artefacts", marked=False)
+_BEGUN = "If a notebook has begun a run in it, execute that notebook to its end, and the run can be replaced. "
+RUN_FOLDER = FolderKind(
+    "run", "run.json", ("schema", "template", "artefacts"), (STAMP,), "artefacts", marked=False, begun=_BEGUN
+)
 FAILED_FOLDER = FolderKind("failed run", "report.ipynb", ("cells", "nbformat"))
 
 @contextmanager
@@ -295,6 +298,12 @@ def _taken(folder: Path) -> dict[str, Any]:
     path.unlink(missing_ok=True)
     return costs
 
+def _drop_report(folder: Path) -> None:
+    "Remove the report of the run that was in the folder before, unless something else has been written since"
+    made = read_json(folder/"run.json").get("artefacts", {}) if (folder/"run.json").is_file() else {}
+    for path in (folder/name for name in ("report.ipynb", "report.html")):
+        if path.is_file() and made.get(path.name) == file_hash(path): path.unlink()
+
 def record_notebook(
     out_dir: str | Path, # Its folder, with what it has written
 ) -> None:
@@ -306,6 +315,7 @@ def record_notebook(
     times = {"started": began.isoformat(timespec="seconds"), "seconds": round((now - began).total_seconds(), 2)}
     about = {"parameters": _noted.parameters, "inputs": input_identities(_noted.parameters), "builds_on": {}}
     about |= {"costs": spent()}
+    _drop_report(Path(out_dir))
     (Path(out_dir)/"run.json").unlink(missing_ok=True)
     write_json(Path(out_dir)/"run.json", run_record(out_dir, _noted.template.path, **about, **times))
 
