@@ -9,7 +9,7 @@ __all__ = ['RENAMED', 'DEVICES', 'PRECISIONS', 'MAX_DEPTH', 'MAX_YAML', 'MAX_VAL
            'pick_device', 'pick_precision', 'content_hash', 'file_hash', 'atomic_path', 'parse_json', 'parse_yaml',
            'read_yaml', 'to_jsonable', 'write_json', 'spreadsheet_cell', 'plain_file', 'read_json', 'FolderKind',
            'folder_mark', 'replaceable', 'remove_folder', 'alive', 'machine', 'clear_leftovers', 'atomic_folder',
-           'is_batch', 'progress']
+           'rounded', 'time_text', 'is_batch', 'is_watched', 'progress']
 
 # %% ../nbs/00_core.ipynb #2a317ea4
 import ctypes
@@ -637,11 +637,33 @@ def _write_mark(folder: Path, kind: FolderKind) -> None:
     mark = {"kind": kind.name, "files": sorted(p.relative_to(folder).as_posix() for p in files)}
     (folder/MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
 
+# %% ../nbs/00_core.ipynb #ca208eaf
+_TIMES = ((86400 * 2, 86400, "days"), (3600 * 2, 3600, "h"), (120, 60, "min"), (0, 1, "s"))
+
+def rounded(
+    number: float, # Not negative
+) -> str:
+    "Two significant digits, without an exponent where there is no need of one"
+    return f"{float(f'{number:.2g}'):,g}" if number < 1e5 else f"{number:.2g}"
+
+def time_text(
+    seconds: float, # Not negative
+) -> str: # Two significant digits and a unit
+    "A time that a person can compare"
+    _, size, unit = next(u for u in _TIMES if seconds >= u[0])
+    return f"{rounded(seconds / size)} {unit}"
+
 # %% ../nbs/00_core.ipynb #2f03cb77
 def is_batch() -> bool:
     "Whether the output is not watched: a papermill run, a pipe or a log file"
     if os.environ.get("MEDCLIP_NB_BATCH"): return os.environ["MEDCLIP_NB_BATCH"] != "0"
     return "ipykernel" not in sys.modules and not sys.stderr.isatty()
+
+def is_watched() -> bool:
+    "Whether the output goes to a notebook that someone looks at"
+    if is_batch(): return False
+    from IPython import get_ipython
+    return hasattr(get_ipython(), "kernel")
 
 def progress(
     iterable: Iterable | None = None, # Items to loop over; or give `total` and call `.update`

@@ -166,7 +166,7 @@ def test_names_that_are_completed():
     assert {name.partition("@")[0] for name in completion.pack_names()} == set(list_packs()["name"])
     assert completion.template_names() == templates() and completion.suite_names() == sorted(list_suites())
     assert completion.setting_names() == parameter_files()
-    assert completion.OWN_MODELS == [*STARTERS, *PUBLISHED, *STAND_INS]
+    assert completion.OWN_MODELS == (*STARTERS, *PUBLISHED, *STAND_INS)
     import open_clip
     for name in ("ViT-B-32", "RN50", "coca_ViT-L-14"):
         assert completion._tags(name) == open_clip.list_pretrained_tags_by_model(name)

@@ -29,7 +29,7 @@ from .doctor import doctor
 from .help import Grouped
 from .init import init
 from .slurm import slurm
-from ..core import InputError
+from ..core import InputError, time_text
 
 # %% ../../nbs/cli/01_main.ipynb #82a850b0
 class _Group(Grouped):
@@ -193,7 +193,7 @@ def _costs(file: str, only: list[str], scale: str) -> None:
     for name in works:
         parts = [costs.cost_text(found[name])] if name in found else []
         typer.echo(f"{name:<24}  {'; '.join([*parts, *([remarks[name]] if name in remarks else [])])}")
-    if found: typer.echo(f"{'together':<24}  about {costs.time_text(sum(c.seconds for c in found.values()))}")
+    if found: typer.echo(f"{'together':<24}  about {time_text(sum(c.seconds for c in found.values()))}")
     typer.echo(f"{costs.cost_note()}\n")
 
 def _about_data(suite: str, scale: str, missing: dict[str, list[str]]) -> list[str]:

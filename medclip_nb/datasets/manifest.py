@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core import InputError, content_hash, is_batch
+from ..core import InputError, content_hash, is_watched
 from .paths import checked_path
 
 # %% ../../nbs/datasets/01_manifest.ipynb #8b4ca4d2
@@ -112,7 +112,7 @@ class Manifest(pd.DataFrame):
 
     def _repr_html_(self) -> str | None:
         "Examples, counts and facts of whole rows; a selection of columns, and every table of a batch run, is a table"
-        if is_batch() or "split" not in self or not {"image", "series"} & {*self}: return super()._repr_html_()
+        if not is_watched() or "split" not in self or not {"image", "series"} & {*self}: return super()._repr_html_()
         from medclip_nb.datasets.views import manifest_html
         with pd.option_context("display.max_colwidth", 80): rows = self.head(5).to_html()
         return manifest_html(self, rows)

@@ -18,7 +18,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "differing_columns",
     ],
     "costs": [
-        "Cost", "Pace", "Work", "cost_note", "cost_text", "measure_costs", "measure_pace", "run_work", "time_text",
+        "Cost", "Pace", "Work", "cost_note", "cost_text", "measure_costs", "measure_pace", "run_work",
     ],
     "foreign": [
         "FOREIGN", "Foreign", "Program", "clip_finetune", "read_foreign", "settings_yaml",

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..core import InputError, absent, close_matches, looks_like_path, pick_device
 from .parameters import Template, read_template, template_folder
+from ..models.published import OWN_MODELS
 
 if TYPE_CHECKING:
     from medclip_nb.datasets.manifest import Manifest
 
 # %% ../../nbs/experiments/09_preflight.ipynb #pre0f105
-_OWN = ("starter", "starter-studies") # The keys of `models.starter.STARTERS`, whose import takes seconds
 _MADE = ("starter", "medmnist") # Datasets that may be made or downloaded when they are read
 
 def _architectures() -> set[str]:
@@ -31,14 +31,11 @@ def _architectures() -> set[str]:
 def _check_model(spec: str) -> None:
     "Raise `InputError` for a model that is neither a name nor a folder"
     name = spec.partition("/")[0]
-    if ":" in spec or os.path.isdir(spec) or spec in _OWN or name in (known := _architectures()) or not known: return
-    from medclip_nb.models.published import PUBLISHED
-    from medclip_nb.models.stand_ins import STAND_INS
-    from medclip_nb.models.starter import STARTERS
-    known |= {*PUBLISHED, *STAND_INS, *STARTERS}
-    if spec not in known:
-        if looks_like_path(spec, known): raise InputError(f"model={spec[:200]!r}: {absent(spec[:200])}.")
-        raise InputError(f"model={spec[:200]!r}: no such folder or name. {close_matches(spec, known)}")
+    if ":" in spec or os.path.isdir(spec) or spec in OWN_MODELS or name in (known := _architectures()): return
+    if not known: return
+    known |= {*OWN_MODELS}
+    if looks_like_path(spec, known): raise InputError(f"model={spec[:200]!r}: {absent(spec[:200])}.")
+    raise InputError(f"model={spec[:200]!r}: no such folder or name. {close_matches(spec, known)}")
 
 _PROTOCOLS = {
     "pub-brain-5": ("pub-brain-5", "pub-brain-5-gt", "pub-brain-5-hlip", "pub-brain-5-gt-hlip"),

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core import read_json
-from .costs import time_text
+from ..core import read_json, time_text
 from .overview import find_runs
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..core import InputError, close_matches, read_json, read_yaml, write_json
-from .costs import Work, run_work, time_text
+from ..core import InputError, close_matches, read_json, read_yaml, time_text, write_json
+from .costs import Work, run_work
 from .kernels import warm_kernels
 from .overview import write_index
 from medclip_nb.experiments.parameters import (

@@ -25,7 +25,7 @@ from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..core import InputError
+from ..core import InputError, time_text
 from .kernels import warm_kernels
 from .processes import environment
 from .reports import ANSI
@@ -378,18 +378,12 @@ class Board:
         return ", ".join(f"{n} {'up to date' if state == 'kept' else state}" for state, n in found.items() if n)
 
 # %% ../../nbs/experiments/17_workers.ipynb #7db2f2c3
-def _clock(seconds: float | None) -> str:
-    "Seconds as minutes and seconds, or hours"
-    if seconds is None: return ""
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
-
 def _table(self: Board, rows: int = 0) -> Any: # For rich
     "What is at work, what went wrong and what comes next, as many rows as the terminal has"
     from rich.table import Table
     from rich.text import Text
     room = rows or max(4, (self._live.console.height if self._live else 24) - 6)
-    table = Table(title=f"{self.counts()}; {_clock(time.monotonic() - self.start)}", title_justify="left", box=None)
+    table = Table(title=f"{self.counts()}; {time_text(time.monotonic() - self.start)}", title_justify="left", box=None)
     for head, how in (("run", "left"), ("state", "left"), ("time", "right"), ("expected", "right"), ("log", "left")):
         table.add_column(head, justify=how, no_wrap=True, overflow="ellipsis", ratio=1 if head == "log" else None)
     wrong = [name for name, (status, *_) in self.ended.items() if status in ("failed", "skipped")]
@@ -402,8 +396,9 @@ def _table(self: Board, rows: int = 0) -> Any: # For rich
             log = self.logs/f"{name}.log"
             status, seconds, said = "running", time.monotonic() - self.begun[name], last_line(log)
             if not log.exists(): status = "queued"
-        time_left = "" if name in self.ended else _clock(self.expects(name))
-        table.add_row(*map(Text, (name, status, _clock(seconds) if seconds else "", time_left, said)))
+        expected = None if name in self.ended else self.expects(name)
+        times = (time_text(t) if t else "" for t in (seconds, expected))
+        table.add_row(*map(Text, (name, status, *times, said)))
     return table
 
 Board.table = _table

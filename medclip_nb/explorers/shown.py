@@ -16,8 +16,7 @@ import ipywidgets
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from ..core import InputError
-from ..trainers.live import is_watched
+from ..core import InputError, is_watched
 
 # %% ../../nbs/explorers/01_shown.ipynb #09932383
 def control_panel(

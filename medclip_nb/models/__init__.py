@@ -51,7 +51,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "POOLING_PREFIXES", "TextConditionedPooling", "key_mask", "masked_softmax", "pooling_from",
     ],
     "published": [
-        "PUBLISHED", "published_state", "text_files",
+        "OWN_MODELS", "PUBLISHED", "STAND_INS", "STARTER_NAMES", "published_state", "text_files",
     ],
     "relevance": [
         "on_grid", "relevance_maps", "shown_attention", "similarity_maps", "token_grid",
@@ -60,7 +60,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "PER", "item_similarity", "pair_maps", "top_candidates",
     ],
     "stand_ins": [
-        "STAND_INS", "STAND_IN_TEXT", "stand_in", "write_stand_in_text",
+        "STAND_IN_TEXT", "stand_in", "write_stand_in_text",
     ],
     "starter": [
         "ConvBlock", "STARTER", "STARTERS", "STARTER_STUDIES", "StarterTrunk", "conv", "medclip_starter",

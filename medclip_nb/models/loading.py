@@ -40,8 +40,8 @@ from .archives import Checkpoint
 from .clip import ClipModel, has_adapters, set_long_text
 from .long_text import give_context, other_context
 from .network import cached_without_network
-from .published import PUBLISHED, published_state, text_files
-from .stand_ins import STAND_INS, stand_in, write_stand_in_text
+from .published import OWN_MODELS, PUBLISHED, STAND_INS, published_state, text_files
+from .stand_ins import stand_in, write_stand_in_text
 from .starter import STARTERS
 from .trust import BUILD_ERRORS, check_configuration, check_files, no_foreign_code, reason
 from medclip_nb.models.weights import (
@@ -74,7 +74,7 @@ def _resolve(spec: str) -> tuple[str, str | None]:
     if spec.startswith("hf-hub:"): return spec, None
     name, _, tag = spec.partition("/")
     if name not in open_clip.list_models():
-        known = [*STARTERS, *PUBLISHED, *STAND_INS, *open_clip.list_models()]
+        known = [*OWN_MODELS, *open_clip.list_models()]
         if looks_like_path(spec, known): raise InputError(f"model {spec!r}: {absent(spec)}.")
         raise InputError(f"Unknown model {spec!r}. {close_matches(name, known)}")
     tags = open_clip.list_pretrained_tags_by_model(name)
@@ -257,7 +257,7 @@ def _activation_note(clip: ClipModel, path: Path, found: Checkpoint) -> list[str
             "architecture that computes quick_gelu, as in 'ViT-B-32-quickgelu', or set quick_gelu in its configuration."
         )
     known = found.openai or (path.parent/"open_clip_config.json").is_file() or (path.parent/"config.json").is_file()
-    if own is None or known or clip.spec in {*STARTERS, *PUBLISHED, *STAND_INS}: return []
+    if own is None or known or clip.spec in OWN_MODELS: return []
     return [f"the weights do not say with which activation they were trained; computed with {_ACTIVATIONS[own]}"]
 
 _ACTIVATIONS = {True: "quick_gelu", False: "gelu, though weights that descend from OpenAI's need quick_gelu"}

@@ -12,6 +12,8 @@ from timm.layers import SelectAdaptivePool2d
 from timm.models import register_model
 from torch import Tensor, nn
 
+from .published import STARTER_NAMES
+
 # %% ../../nbs/models/03_starter.ipynb #ad929353
 def conv(in_chans: int, out_chans: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     "A convolution and batch norm"
@@ -108,4 +110,4 @@ STARTER_STUDIES = {
     },
     "preprocess_cfg": {"study": {"spacing": [8, 2.4, 2.4], "size": [14, 80, 80], "mean": 0.25, "std": 0.25}},
 }
-STARTERS = {"starter": STARTER, "starter-studies": STARTER_STUDIES}
+STARTERS = dict(zip(STARTER_NAMES, (STARTER, STARTER_STUDIES)))

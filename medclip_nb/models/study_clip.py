@@ -23,7 +23,7 @@ from ..images.studies import Study, StudyBatch, StudyPreprocess, pad_studies, st
 from .clip import ClipModel
 from .loading import _build, load_model
 from .pooling import TextConditionedPooling
-from .stand_ins import STAND_INS
+from .published import STAND_INS
 from .towers import _fill, _short, _text_files, _text_part
 from .volume_encoder import SlicePatches, VolumeEncoder, inflate, layout
 from .weights import align_state, has_weights, misfits

@@ -23,7 +23,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "DrawnItems", "ItemBatch", "ItemGallery", "ItemTexts", "KEPT", "KeptTokens", "PLACEHOLDER",
         "SAMPLINGS", "frozen_features", "item_batch", "item_gallery", "sample_items",
     ],
-    "live": ["HEIGHT", "LiveView", "ROWS", "WIDTH", "curve_svg", "is_watched", "spoken_time"],
+    "live": ["HEIGHT", "LiveView", "ROWS", "WIDTH", "curve_svg"],
     "loop": [
         "SHORT", "Training", "averaged_weights", "backward", "batches", "begin_run", "close_epoch",
         "draw_batch", "finalize", "is_over", "keep_best", "keep_frozen", "log_epoch", "objective_of",

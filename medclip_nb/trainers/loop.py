@@ -26,6 +26,7 @@ from medclip_nb.core import (
     InputError,
     atomic_path,
     is_batch,
+    is_watched,
     metered,
     note_cost,
     progress,
@@ -47,7 +48,7 @@ from ..models.study_clip import StudyModel
 from .config import ITEM_METRICS, TrainConfig, make_config
 from .gradient_cache import in_chunks, refuse_batch_norm
 from .item_texts import ItemGallery, item_gallery
-from .live import LiveView, is_watched
+from .live import LiveView
 from .objectives import Batch, Contrastive, Itemized, Objective, Prompts, balanced
 from .optimization import Average, clamp_scale, moving, parameter_groups, set_checkpointing, snapshot
 from medclip_nb.trainers.pairs import (
