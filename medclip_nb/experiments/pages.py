@@ -257,6 +257,13 @@ def headline(
         return show(m["value"]) + (f" ({show(m['low'])}–{show(m['high'])})" if interval else "")
     return {n: text(found[n]) for n in names}
 
+def _one_column(names: Iterable[tuple[str, str]]) -> dict[str, str]:
+    "Measures whose macro mean stands in their column: two classes have the one, several the other, and none has both"
+    parts = {}
+    for part, measure in names: parts.setdefault(measure, set()).add(part)
+    macro = {name: f"{name}_macro" for name in parts if f"{name}_macro" in parts}
+    return {name: other for name, other in macro.items() if not parts[name] & parts[other]}
+
 def headline_table(
     metrics: Mapping[str, Any], # What `read_metrics` returns
     names: Sequence[str] = (), # As for `headline`
@@ -266,9 +273,11 @@ def headline_table(
     number, count = " class=\"number\"", lambda name: metrics["metrics"][name].get("n")
     parts = [name.split("/", 1) for name in shown]
     if len(shown) > 3 and all(len(part) == 2 for part in parts):
-        columns = list(dict.fromkeys(measure for _, measure in parts))
-        head = ["", *(c.replace("_", " ") for c in columns), "n"]
-        rows = [[part, *(shown.get(f"{part}/{c}", "–") for c in columns),
+        one = _one_column(parts)
+        columns = [c for c in dict.fromkeys(measure for _, measure in parts) if c not in one.values()]
+        found = lambda part, c: shown.get(f"{part}/{c}") or shown.get(f"{part}/{one.get(c)}", "–")
+        head = ["", *(c.replace("_", " ") + (" (of several classes, macro)" if c in one else "") for c in columns), "n"]
+        rows = [[part, *(found(part, c) for c in columns),
                  str(next((n for p, c in parts if p == part and (n := count(f"{p}/{c}"))), "–"))]
                 for part in dict.fromkeys(part for part, _ in parts)]
     else:
