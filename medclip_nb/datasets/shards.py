@@ -14,14 +14,21 @@ import os
 import random
 import re
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
-from ..core import FolderKind, InputError, atomic_folder, content_hash, progress, replaceable
+from medclip_nb.core import (
+    FolderKind,
+    InputError,
+    atomic_folder,
+    content_hash,
+    progress,
+    replaceable,
+    temporary_folder,
+)
 from .checks import allowed_bad, more_bad
 from .manifest import Manifest
 from .paths import file_fault
@@ -234,7 +241,7 @@ def decode_image(
     from medclip_nb.images.reading import read_image
     from medclip_nb.images.volumes import read_volume
     if extension in PICTURES and not volume: return read_image(_File(raw))
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         (path := Path(folder, f"file.{extension}")).write_bytes(raw)
         return read_volume(path) if volume else read_image(path)
 

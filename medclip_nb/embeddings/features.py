@@ -7,7 +7,6 @@ __all__ = ['tower_hash', 'feature_identity', 'Embeddings', 'embed']
 
 # %% ../../nbs/embeddings/01_features.ipynb #24a4c80d
 import hashlib
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core import InputError, content_hash, metered, progress, spend
+from ..core import InputError, content_hash, metered, progress, spend, temporary_folder
 from ..datasets.manifest import Manifest
 from .store import FeatureCache, file_hashes, stamp
 from .streams import ManifestImages, ManifestStudies, fitted_to_files, open_rows
@@ -54,7 +53,7 @@ def _study_probe(preprocess: StudyPreprocess) -> tuple[dict, Tensor, list[str]]:
     import nibabel as nib
     affine = np.array([[0, 0, 1.5, -20], [-2.0, 0.2, 0, 9], [0.2, 5, 0, 7], [0, 0, 0, 1]])
     noise = np.random.default_rng(0).integers(-1000, 1500, (20, 9, 26), np.int16)
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         nib.save(nib.Nifti1Image(noise, affine), f"{folder}/probe.nii")
         fit = {"bytes": {"rescale": (0.1, 100)}, "unit": {"rescale": (0.0004, 0.4)}}.get(preprocess.scale, {})
         return preprocess.config(), *preprocess({"T2": f"{folder}/probe.nii"}, **fit)

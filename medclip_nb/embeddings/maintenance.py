@@ -20,7 +20,7 @@ from .store import DAMAGE, FeatureCache, index_of, map_array, read_index, row_ch
 # %% ../../nbs/embeddings/04_maintenance.ipynb #4418faa4
 STORE_FILE = re.compile(
     r"[0-9a-f]{16}(?:\.index)?\.npy(?:\.damaged)?"
-    r"|\.(?:[0-9a-f]{16}(?:\.index)?\.npy|meta\.json)\.[0-9a-f]{8}\.(?:npy|json)"
+    r"|\.(?:[0-9a-f]{16}(?:\.index)?\.npy|meta\.json)\.(?:\d+-[0-9a-f]{6}-)?[0-9a-f]{8}\.(?:npy|json)"
 )
 STORE_COLUMNS = ["store", "kind", "model", "precision", "preprocessing", "entries", "bytes", "last_used"]
 

@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import logging
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from copy import deepcopy
@@ -33,6 +32,7 @@ from medclip_nb.core import (
     pick_device,
     pick_precision,
     read_json,
+    temporary_folder,
     write_json,
 )
 from .adapters import SplitAttention, load_adapter, plain_state, write_adapter
@@ -141,7 +141,7 @@ def _build(
     "A model built from its configuration, with random weights unless `options` ask for others"
     if more := _EXTENSIONS.keys() & {*config["model_cfg"], *config["model_cfg"]["vision_cfg"]}:
         return importlib.import_module(_EXTENSIONS[min(more)]).build(config, spec, device, precision, files, **options)
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         own = deepcopy(config)
         text = own["model_cfg"]["text_cfg"]
         if files and text.get("hf_tokenizer_name"):
@@ -149,7 +149,7 @@ def _build(
             for p in files.iterdir():
                 if p.suffix in (".json", ".txt", ".model") and p.name != "open_clip_config.json": shutil.copy(p, folder)
             if text.get("hf_model_name") and (files/"config.json").is_file():
-                text["hf_model_name"] = str(files) if options.get("pretrained_text") else folder
+                text["hf_model_name"] = str(files) if options.get("pretrained_text") else str(folder)
         write_config(f"{folder}/open_clip_config.json", own)
         options = {"pretrained_text": False, "load_weights": False} | options
         clip = _create(f"local-dir:{folder}", spec, device, precision, **options)
@@ -160,7 +160,7 @@ def _build(
 
 def _build_stand_in(spec: str, checkpoint: str | Path | None, device: torch.device, precision: str) -> ClipModel:
     "A small model in the place of a published one"
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         files = text_files(checkpoint) or write_stand_in_text(folder)
         return _build(stand_in(spec.removesuffix("-tiny")), spec, device, precision, files)
 

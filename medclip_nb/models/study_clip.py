@@ -8,7 +8,6 @@ __all__ = ['StudyTower', 'StudyModel', 'build', 'study_model', 'give_bias', 'giv
 # %% ../../nbs/models/15_study_clip.ipynb #2450998d
 import math
 import re
-import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..core import InputError, pick_device, pick_precision, progress
+from ..core import InputError, pick_device, pick_precision, progress, temporary_folder
 from ..images.studies import Study, StudyBatch, StudyPreprocess, pad_studies, study_preprocess
 from .clip import ClipModel
 from .loading import _build, load_model
@@ -122,10 +121,10 @@ def build(
         stand_in = plain["model_cfg"] | {"custom_text": True, "vision_cfg": _STAND_IN}
         plain |= {"preprocess_cfg": {}, "model_cfg": stand_in}
     text = plain["model_cfg"]["text_cfg"]
-    with tempfile.TemporaryDirectory() as own:
+    with temporary_folder() as own:
         if name := text.get("hf_model_name"):
             remedy = f", or try things out with the model {spec}-tiny" if f"{spec}-tiny" in STAND_INS else ""
-            files = _text_files(str(files or name), Path(own), options.get("pretrained_text", False), remedy)
+            files = _text_files(str(files or name), own, options.get("pretrained_text", False), remedy)
         clip = _build(plain, spec, device, precision, files, **options)
     if volume:
         clip.model.visual = StudyTower(_encoder(volume), clip.dim).to(device, clip.dtype)
@@ -145,7 +144,7 @@ def _volume_part(volume: str | Mapping) -> dict:
 
 def _hf_part(name: str) -> dict:
     "The `text_cfg` of a Hugging Face encoder"
-    with tempfile.TemporaryDirectory() as own: part = _text_part(f"hf:{_text_files(name, Path(own), False)}")
+    with temporary_folder() as own: part = _text_part(f"hf:{_text_files(name, own, False)}")
     return part | {"hf_model_name": name, "hf_tokenizer_name": name}
 
 def study_model(

@@ -7,14 +7,13 @@ __all__ = ['SCRATCH', 'PROJECTIONS', 'CLASSIFIERS', 'swap_towers']
 
 # %% ../../nbs/models/04_towers.ipynb #9d70da2d
 import re
-import tempfile
 from pathlib import Path
 
 from timm.models import get_pretrained_cfg as get_timm_cfg
 from timm.models import is_model, list_models
 from torch import Tensor, nn
 
-from ..core import InputError, close_matches, pick_device, pick_precision, read_json
+from ..core import InputError, close_matches, pick_device, pick_precision, read_json, temporary_folder
 from .clip import ClipModel
 from .loading import _build, _quiet, load_model, quick_gelu
 from .trust import BUILD_ERRORS, CODE_KEYS, CONFIGURATIONS, check_files, no_foreign_code, reason
@@ -162,8 +161,8 @@ def swap_towers(
     folder = Path(text.removeprefix("hf:")) if isinstance(text, str) and (hub_text or text_model) else None
     files = folder if folder and folder.is_dir() else None
     trained, device = hub_text and (files is None or has_weights(files)), pick_device(device)
-    with tempfile.TemporaryDirectory() as own:
-        if hub_text and files is None: files = _text_files(text[3:], Path(own), trained)
+    with temporary_folder() as own:
+        if hub_text and files is None: files = _text_files(text[3:], own, trained)
         clip = _build(config, f"{_short(image)} + {_short(text)}", device, pick_precision(precision, device), files,
                       pretrained_image=hub_image, pretrained_text=trained)
     for prefix, source in (("visual.", image_model), ("text.", text_model)):

@@ -214,9 +214,6 @@ def clear_state(
     if not run.accelerator.is_main_process: return
     path = state_file(run)
     folder = path.parent
-    names = [(folder, "state.pt"), (folder, "best.pt"), (run.out_dir, "history.jsonl")]
-    incomplete = [p for where, name in names for p in where.glob(f".{name}.{'[0-9a-f]' * 8}{Path(name).suffix}")]
-    whole = [path, folder/"best.pt"] if everything else []
-    for p in incomplete + whole: p.unlink(missing_ok=True)
-    clear_leftovers(run.out_dir)
+    for p in (path, folder/"best.pt") if everything else (): p.unlink(missing_ok=True)
+    for where in (folder, run.out_dir): clear_leftovers(where)
     if folder.is_dir() and not any(folder.iterdir()): folder.rmdir()
