@@ -12,6 +12,7 @@ __all__ = ['ANATOMICAL_LEVELS', 'RANGES', 'NORMAL_ITEM', 'CONTRAST_TERMS', 'NORM
 import gzip
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -326,12 +327,21 @@ def check_recipe(
             raise InputError(f"The starter dataset's {name} is a least and a largest number, not {recipe[name]}.")
 
 # %% ../../nbs/datasets/15_starter.ipynb #ed1dd318
+def _end_with_parent() -> None:
+    "Watch the process that started this one, and end with it: a worker of joblib waits for minutes after a kill"
+    parent = os.getppid()
+    def watch() -> None:
+        while os.getppid() == parent: time.sleep(0.5)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
 def _each_study(task: Callable, recipe: PhantomConfig, folder: Path, workers: int, desc: str) -> list:
     "Do a task for every study, in order, on several processes"
     from joblib import Parallel, delayed
     studies = range(len(recipe.splits))
-    jobs = Parallel(n_jobs=workers, return_as="generator")(delayed(task)(recipe, i, folder) for i in studies)
-    return list(progress(jobs, total=len(studies), desc=desc, unit="study"))
+    pool = Parallel(n_jobs=workers, return_as="generator", initializer=_end_with_parent)
+    made = pool(delayed(task)(recipe, i, folder) for i in studies)
+    return list(progress(made, total=len(studies), desc=desc, unit="study"))
 
 def _made_by(root: Path) -> str:
     "The hash of the recipe by which a folder was made; empty where there is no dataset"
