@@ -87,7 +87,8 @@ def client(folder: str, session: str, *words: str) -> int:
     "Ask for a fork and stand for it; its exit status"
     import select
     conn, pipe, parent = _connect(folder, session), os.pipe(), os.getppid()
-    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda n, _: os.write(pipe[1], bytes([n])))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda n, _: os.write(pipe[1], bytes([n])))
     body = json.dumps({"words": words, "folder": os.getcwd(), "environment": dict(os.environ)}).encode()
     socket.send_fds(conn, [len(body).to_bytes(8, "big")], [0, 1, 2])
     conn.sendall(body)

@@ -6,7 +6,12 @@
 __all__ = ['app', 'ProcessesOption', 'ForeignOption', 'parse_parameters', 'run', 'suite', 'compare', 'params', 'export']
 
 # %% ../../nbs/cli/01_main.ipynb #e6ebc655
+import errno
 import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -32,18 +37,59 @@ from .slurm import slurm
 from ..core import InputError, time_text
 
 # %% ../../nbs/cli/01_main.ipynb #82a850b0
+_ROOM = "Make room on that disk, or write elsewhere."
+_ALLOWED = "Give a place that may be written."
+_REMEDIES = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: _ROOM,
+    errno.EROFS: _ALLOWED,
+    errno.EACCES: _ALLOWED,
+    errno.EPERM: _ALLOWED,
+    errno.ENOTDIR: "A file stands where a folder is wanted: move it, or give another place.",
+    errno.EEXIST: "A file stands where a folder is wanted: move it, or give another place.",
+    errno.ENAMETOOLONG: "Give a shorter name.",
+    errno.EMFILE: "Raise the limit on open files, as with ulimit -n 1024.",
+    errno.ENFILE: "Close other programs, which have too many files open.",
+    errno.ENOMEM: "Close other programs, or take a smaller batch.",
+    errno.EIO: "Look at the disk.",
+}  # What the machine refuses -> what to do about it
+
+@contextmanager
+def _signals_as_interruption() -> Iterator[list[int]]: # The one that came
+    "SIGTERM and SIGHUP end the block as Ctrl-C does, so that nothing half is left; a second one ends the process"
+    came: list[int] = []
+    found = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
+    mine = threading.current_thread() is threading.main_thread()
+    taken = [n for n in found if mine and n and signal.getsignal(n) == signal.SIG_DFL] # nohup ignores SIGHUP
+    def end(number: int, _: Any) -> None:
+        came.append(number)
+        for n in taken: signal.signal(n, signal.SIG_DFL)
+        raise KeyboardInterrupt
+    for n in taken: signal.signal(n, end)
+    try: yield came
+    finally:
+        for n in taken: signal.signal(n, signal.SIG_DFL)
+
 class _Group(Grouped):
-    "Turns errors meant for the user into a message and an exit code"
+    "Turns errors meant for the user, and what the machine refuses, into a message and an exit code"
     def invoke(self, ctx: Any) -> Any:
         from medclip_nb.experiments.runs import RunError
-        try: return super().invoke(ctx)
-        except (InputError, RunError) as e:
-            typer.echo(f"error: {e}", err=True)
-            raise typer.Exit(2 if isinstance(e, InputError) else 1) from None
-        except KeyboardInterrupt:
-            logging.getLogger("asyncio").setLevel(logging.CRITICAL) # It would report kernels that the same signal ended
-            typer.echo("\ninterrupted; a suite goes on from here when it is called again", err=True)
-            raise typer.Exit(130) from None
+        with _signals_as_interruption() as came:
+            try: return super().invoke(ctx)
+            except (InputError, RunError) as e:
+                typer.echo(f"error: {e}", err=True)
+                raise typer.Exit(2 if isinstance(e, InputError) else 1) from None
+            except OSError as e:
+                if e.errno not in _REMEDIES: raise
+                where = f"{e.filename}: " if e.filename else ""
+                typer.echo(f"error: {where}{e.strerror}. {_REMEDIES[e.errno]}", err=True)
+                raise typer.Exit(2) from None
+            except KeyboardInterrupt:
+                logging.getLogger("asyncio").setLevel(logging.CRITICAL) # It would report kernels that also ended
+                with suppress(OSError): # The terminal may be gone
+                    typer.echo("\ninterrupted; a suite goes on from here when it is called again", err=True)
+                raise typer.Exit(128 + (came or [signal.SIGINT])[0]) from None
 
 app = typer.Typer(
     cls=_Group,
