@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'BACKEND', 'IMPORT_LIMIT', 'EACH', 'LAUNCHER', 'SWITCH', 'notebook_imports', 'serve', 'ForkedKernel',
-           'KernelServer', 'warm_kernels', 'obstacle', 'KernelStart', 'without', 'Phases', 'cell_phase']
+           'KernelServer', 'warm_kernels', 'obstacle', 'KernelStart', 'connected_in', 'without', 'Phases', 'cell_phase']
 
 # %% ../../nbs/experiments/19_kernels.ipynb #d1d8af5a
 import ast
@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from .resuming import STATE
@@ -385,6 +386,16 @@ class KernelStart:
         return {"kernel_manager_class": Warm}
 
 # %% ../../nbs/experiments/19_kernels.ipynb #0fe703d7
+def connected_in(
+    folder: Path, # Of the run
+    manager: type, # Of kernels
+) -> type: # The same kind
+    "A manager whose kernel is reached by a file in a folder, so that neither home nor other runs matter to it"
+    class There(manager):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{"connection_file": str(folder/"kernel.json"), **options})
+    return There
+
 @contextmanager
 def without(
     *names: str, # Optional modules

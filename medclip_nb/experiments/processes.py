@@ -18,10 +18,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..core import InputError, read_json
+from ..core import InputError, read_json, temporary_folder
 
 # %% ../../nbs/experiments/10_processes.ipynb #56522f9a
 @dataclass(frozen=True)
@@ -159,6 +158,7 @@ class _Other:
 # %% ../../nbs/experiments/10_processes.ipynb #5b2ea972
 class Company:
     "The other processes of a run on this machine"
+    folder: Path # For what is needed while it lasts
     def __init__(
         self, team: Processes, # All of them
         others: list[_Other], # Those that were started here
@@ -263,11 +263,12 @@ def company(
     leads: bool = True, # Whether the first process of this machine is a kernel
 ) -> Iterator[Company]:
     "The other processes of a run, for the length of a block; call it in the environment of the run's `meeting_place`"
-    with TemporaryDirectory(prefix="medclip-nb-", ignore_cleanup_errors=True) as folder:
+    with temporary_folder() as folder:
         found = Company(team, [])
+        found.folder = folder
         try:
             for local in range(1 if leads else 0, team.here):
-                found.others.append(_start(template, params, Path(folder), team, local, ignore_cwd))
+                found.others.append(_start(template, params, folder, team, local, ignore_cwd))
             if leads and found.others: threading.Thread(target=found._watch, daemon=True).start()
             yield found
         finally: found.end()

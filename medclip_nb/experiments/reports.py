@@ -11,7 +11,6 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 # %% ../../nbs/experiments/04_reports.ipynb #abb2b8ba
@@ -27,7 +26,7 @@ def scrub(
     replace: Mapping[str, str] = {}, # What to put in the place of a path, such as the temporary folder
 ) -> str: # The same for every run
     "Remove from a text what varies between runs and machines"
-    here = {os.getcwd() + "/": "", sys.prefix + "/": "", str(Path.home()) + "/": "~/"}
+    here = {os.getcwd() + "/": "", sys.prefix + "/": "", os.path.expanduser("~/"): "~/"}
     for old, new in [*sorted(replace.items(), key=lambda r: -len(r[0])), *here.items()]:
         if len(old) > 1: text = text.replace(old, new)
     for pattern, new in NOISE: text = pattern.sub(new, text)

@@ -39,7 +39,7 @@ from medclip_nb.core import (
     spent,
     write_json,
 )
-from .kernels import KernelStart, Phases, cell_phase, notebook_imports, warm_kernels, without
+from .kernels import KernelStart, Phases, cell_phase, connected_in, notebook_imports, warm_kernels, without
 from .overview import read_metrics, write_report
 from .pages import headline
 from .parameters import Template, check_parameters, read_template, template_cells, templates
@@ -383,6 +383,8 @@ def _execute(
         with without("rfc3987_syntax"):
             import papermill
         logging.getLogger("papermill").setLevel(logging.CRITICAL)
+        options = others.kernel_options() or start.options()
+        options["kernel_manager_class"] = connected_in(others.folder, options["kernel_manager_class"])
         try:
             return papermill.execute_notebook(
                 template,
@@ -398,7 +400,7 @@ def _execute(
                 on_cell_start=begin,
                 on_cell_executed=lambda cell, **_: phases.end(cell_phase(cell.source)),
                 **limits,
-                **(others.kernel_options() or start.options()),
+                **options,
             )
         except Exception as error: raise others.cause(error) from None
 
@@ -471,7 +473,7 @@ def _record(path: Path, status: str, seconds: float = 0.0) -> RunRecord:
 
 def _keep_failed(work: Path, failed: Path) -> None:
     "Put the notebook that failed beside the destination"
-    with atomic_folder(failed, FAILED_FOLDER) as kept:
+    with suppress(OSError), atomic_folder(failed, FAILED_FOLDER) as kept: # The disk may be full, which is the error
         if (work/"report.ipynb").exists(): shutil.copy(work/"report.ipynb", kept)
 
 # %% ../../nbs/experiments/02_runs.ipynb #0cbc3631
