@@ -9,7 +9,7 @@ __all__ = ['RENAMED', 'DEVICES', 'PRECISIONS', 'TEMPORARY', 'MAX_DEPTH', 'MAX_YA
            'pick_device', 'pick_precision', 'content_hash', 'file_hash', 'alive', 'machine', 'clear_leftovers',
            'atomic_path', 'temporary_folder', 'parse_json', 'parse_yaml', 'read_yaml', 'to_jsonable', 'write_json',
            'spreadsheet_cell', 'plain_file', 'read_json', 'FolderKind', 'folder_mark', 'replaceable', 'remove_folder',
-           'atomic_folder', 'is_batch', 'progress']
+           'atomic_folder', 'rounded', 'time_text', 'is_batch', 'is_watched', 'progress']
 
 # %% ../nbs/00_core.ipynb #2a317ea4
 import ctypes
@@ -539,6 +539,7 @@ class FolderKind:
     listing: str = "" # Key of the index under which all files are listed
     holds: tuple[str, ...] = () # Kinds of folders that are made in it later
     marked: bool = True # False: the index is the mark, and `listing` names the files
+    begun: str = "" # How a folder that is not finished becomes one of this kind, for messages
 
 def folder_mark(
     folder: str | Path, # Any folder
@@ -618,10 +619,12 @@ def _refuse_foreign(path: Path, kind: FolderKind) -> None:
     if not path.exists() or not any(path.iterdir()): return
     if _names(path, kind) is None:
         there = folder_mark(path).get("kind")
-        made = f"is a folder of the kind {there!r}, not" if there else "is not a folder of medclip_nb of the kind"
-        raise InputError(f"{path}: {made} {kind.name!r}, so it is not replaced. Give a new folder.")
+        if there: made, hint = f"is a folder of the kind {there!r}, not", ""
+        else: made, hint = "is not a folder of medclip_nb of the kind", kind.begun
+        raise InputError(f"{path}: {made} {kind.name!r}, so it is not replaced. {hint}Give a new folder.")
     if other := next(_foreign(path, kind), None):
-        raise InputError(f"{path}: holds {other}, which does not belong to it. Move that away, or give a new folder.")
+        raise InputError(f"{path}: holds {other}, which does not belong to it. {kind.begun}Move that away, or give a "
+                         "new folder.")
 
 def remove_folder(
     path: str | Path, # A folder, or nothing
@@ -672,11 +675,33 @@ def _write_mark(folder: Path, kind: FolderKind) -> None:
     mark = {"kind": kind.name, "files": sorted(p.relative_to(folder).as_posix() for p in files)}
     (folder/MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
 
+# %% ../nbs/00_core.ipynb #ca208eaf
+_TIMES = ((86400 * 2, 86400, "days"), (3600 * 2, 3600, "h"), (120, 60, "min"), (0, 1, "s"))
+
+def rounded(
+    number: float, # Not negative
+) -> str:
+    "Two significant digits, without an exponent where there is no need of one"
+    return f"{float(f'{number:.2g}'):,g}" if number < 1e5 else f"{number:.2g}"
+
+def time_text(
+    seconds: float, # Not negative
+) -> str: # Two significant digits and a unit
+    "A time that a person can compare"
+    _, size, unit = next(u for u in _TIMES if seconds >= u[0])
+    return f"{rounded(seconds / size)} {unit}"
+
 # %% ../nbs/00_core.ipynb #2f03cb77
 def is_batch() -> bool:
     "Whether the output is not watched: a papermill run, a pipe or a log file"
     if os.environ.get("MEDCLIP_NB_BATCH"): return os.environ["MEDCLIP_NB_BATCH"] != "0"
     return "ipykernel" not in sys.modules and not sys.stderr.isatty()
+
+def is_watched() -> bool:
+    "Whether the output goes to a notebook that someone looks at"
+    if is_batch(): return False
+    from IPython import get_ipython
+    return hasattr(get_ipython(), "kernel")
 
 def progress(
     iterable: Iterable | None = None, # Items to loop over; or give `total` and call `.update`

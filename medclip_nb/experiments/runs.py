@@ -39,7 +39,15 @@ from medclip_nb.core import (
     spent,
     write_json,
 )
-from .kernels import KernelStart, Phases, cell_phase, connected_in, notebook_imports, warm_kernels, without
+from medclip_nb.experiments.kernels import (
+    KernelStart,
+    Phases,
+    cell_phase,
+    connected_in,
+    notebook_imports,
+    warm_kernels,
+    without,
+)
 from .overview import read_metrics, write_report
 from .pages import headline
 from .parameters import Template, check_parameters, read_template, template_cells, templates

@@ -1,0 +1,160 @@
+"What a machine refuses, signals, and two processes at the same place: a right result or one line, and nothing half"
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from medclip_nb.core import FolderKind, alive, atomic_folder, atomic_path, clear_leftovers, machine, temporary_folder
+
+PARAMETERS = 'mode: str = ""\nout_dir: str = "out"'
+BODY = """import json, os, pathlib, time
+if mode == "home": print(len(os.environ.get("HOME", "")))
+if mode.startswith("wait "):
+    pathlib.Path(mode[5:]).write_text(str(os.getpid()))
+    time.sleep(100)
+text = {"schema": 1, "task": "stub", "metrics": {"value": {"value": 1.0}}, "details": {}}
+_ = pathlib.Path(out_dir, "metrics.json").write_text(json.dumps(text))"""
+
+
+@pytest.fixture(scope="module")
+def stub(make_template, tmp_path_factory):
+    return make_template(tmp_path_factory.mktemp("stub") / "stub.ipynb", PARAMETERS, BODY)
+
+
+def call(command, *words, code=0, environment=None, **options):
+    "The standard output and error of a command"
+    done = subprocess.run([command, *map(str, words)], capture_output=True, text=True, timeout=300,
+                          env=environment or os.environ, **options)
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def left(folder): return sorted(p.name for p in folder.iterdir())
+
+
+def limited(kind, value):
+    "Set a limit in a process that is about to start; a file that grows too large is an error, not a signal"
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(kind, (value, value))
+    return limit
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half(installed, tmp_path):
+    "`data make` writes files of more than one kilobyte; the installed command, since limits are those of a process"
+    _, errors = call(installed, "data", "make", "medpix", "--out", tmp_path / "made", code=2,
+                     preexec_fn=limited(resource.RLIMIT_FSIZE, 1024))
+    assert len(errors.strip().splitlines()) == 1 and "cannot be written (File too large)" in errors
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=["SIGTERM", "SIGHUP"])
+def test_signals_end_a_run_as_an_interruption_does(command, stub, tmp_path, number, code):
+    words = [command, "run", stub, "-p", f"mode=wait {tmp_path / 'kernel'}", "--out", tmp_path / "runs" / "run"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while not (tmp_path / "kernel").exists() or not (tmp_path / "kernel").read_text():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code and "interrupted" in errors and "Traceback" not in errors
+    assert left(tmp_path / "runs") == [], "nothing is left even before the next run"
+    while alive(kernel := int((tmp_path / "kernel").read_text())): assert time.monotonic() < end, kernel
+
+
+def test_a_home_that_is_none(command, stub, tmp_path):
+    "A file in the place of the home: neither Jupyter nor the report needs it, and no file of a connection is left"
+    (tmp_path / "home").write_text("a file")
+    (tmp_path / "temporary").mkdir()
+    own = {**os.environ, "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "temporary")}
+    call(command, "run", stub, "--out", tmp_path / "odd ' \" name\n\u00fc" / ("long" * 40), environment=own)
+    assert [name for name in left(tmp_path / "temporary") if "medclip" in name] == []
+    del own["HOME"]
+    call(command, "run", stub, "-p", "mode=home", "--out", tmp_path / "run", environment=own)
+
+
+def test_a_file_in_the_place_of_a_folder(command, stub, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for words in (["run", stub, "--out", tmp_path / "file" / "run"], ["data", "make", "medpix", "--out",
+                                                                   tmp_path / "file" / "made"]):
+        _, errors = call(command, *words, code=2)
+        assert errors.startswith("error: ") and len(errors.strip().splitlines()) == 1 and str(tmp_path) in errors
+    assert (tmp_path / "file").read_text() == "mine" and left(tmp_path) == ["file"]
+
+
+def test_half_files_of_killed_processes_go(tmp_path):
+    "Those of this machine's dead processes, wherever a file is written; never those of others"
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = {kind: f".a.csv.{pid}-{where}-00000000.csv" for kind, pid, where in (
+        ("dead", dead.pid, machine()), ("living", os.getpid(), machine()), ("elsewhere", dead.pid, "ffffff"))}
+    for name in [*names.values(), ".a.csv.mine.csv"]: (tmp_path / name).write_text("ha")
+    with atomic_path(tmp_path / "b.csv") as path:
+        assert re.fullmatch(rf"\.b\.csv\.{os.getpid()}-{machine()}-[0-9a-f]{{8}}\.csv", path.name)
+        path.write_text("whole")
+    assert left(tmp_path) == sorted([names["living"], names["elsewhere"], ".a.csv.mine.csv", "b.csv"])
+
+
+@pytest.mark.parametrize("name", ["x" * 251 + ".csv", "\u00fc" * 125 + ".csv", "a." + "y" * 200, "a b'\"\n.csv"])
+def test_names_with_no_room_for_more(tmp_path, name):
+    with atomic_path(tmp_path / name) as path: path.write_text("whole")
+    assert left(tmp_path) == [name] and (tmp_path / name).read_text() == "whole"
+
+
+def test_half_a_file_does_not_make_a_folder_somebody_elses(tmp_path):
+    with atomic_folder(tmp_path / "a", FolderKind("notes")) as new: (new / "x").write_text("1")
+    (tmp_path / "a" / f".report.html.1-{machine()}-00000000.html").write_text("ha")
+    with atomic_folder(tmp_path / "a", FolderKind("notes")) as new: (new / "x").write_text("2")
+    assert (tmp_path / "a" / "x").read_text() == "2" and left(tmp_path / "a") == [".medclip_nb.json", "x"]
+
+
+KILLED = """import os, signal, sys
+from medclip_nb.core import temporary_folder
+with temporary_folder() as folder:
+    (folder / "x").write_text("1")
+    print(folder, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)"""
+
+
+def test_temporary_folders_of_killed_processes_go(tmp_path, monkeypatch):
+    own = {**os.environ, "TMPDIR": str(tmp_path)}
+    said = subprocess.run([sys.executable, "-c", KILLED], env=own, capture_output=True, text=True).stdout
+    assert Path(said.strip()).is_dir() and Path(said.strip()).stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with temporary_folder() as folder: assert left(tmp_path) == [folder.name]
+    clear_leftovers(tmp_path)
+    assert left(tmp_path) == []
+
+
+AGAIN = """import sys
+from medclip_nb.core import FolderKind, atomic_folder
+for i in range(100):
+    with atomic_folder(sys.argv[1], FolderKind("notes")) as new:
+        for name in ("one", "two"): (new / name).write_text(sys.argv[2])"""
+
+
+def test_two_processes_write_the_same_folder(tmp_path):
+    "Both succeed each time, and what is there is whole and of one of them"
+    writers = [subprocess.Popen([sys.executable, "-c", AGAIN, tmp_path / "a", who], stderr=subprocess.PIPE, text=True)
+               for who in "xy"]
+    for writer in writers:
+        _, errors = writer.communicate(timeout=120)
+        assert writer.returncode == 0, errors
+    assert left(tmp_path) == ["a"] and left(tmp_path / "a") == [".medclip_nb.json", "one", "two"]
+    assert (tmp_path / "a" / "one").read_text() == (tmp_path / "a" / "two").read_text()
+
+
+def test_two_runs_into_one_folder(command, stub, tmp_path):
+    words = [command, "run", stub, "--out", tmp_path / "run"]
+    both = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0 and "Traceback" not in errors, errors
+    assert left(tmp_path) == ["run"] and (tmp_path / "run" / ".complete").is_file()
