@@ -33,13 +33,17 @@ def _member(member: tarfile.TarInfo, where: str) -> tuple[str, str] | None:
     if not stem or not dot: return None
     return f"{folder}/{stem}" if folder else stem, extension.lower()
 
+def _packed(source: str) -> bool:
+    "Whether a file is gzip, whatever its name"
+    with open(plain_file(source), "rb") as file: return file.read(2) == b"\x1f\x8b"
+
 @contextmanager
 def _open_tar(source: str) -> Iterator[tuple[tarfile.TarFile, bool]]:
     "Open a shard; the second value says whether it is a stream: compressed, or from the web"
     if re.match(r"https?://", source):
         from urllib.request import urlopen
         with urlopen(source, timeout=60) as web, tarfile.open(fileobj=web, mode="r|*") as tar: yield tar, True
-    elif source.endswith(".gz"): # tarfile does not compare the checksum of gzip
+    elif not source.endswith(".tar") and _packed(source): # tarfile does not compare the checksum of gzip
         with gzip.open(plain_file(source)) as file:
             with tarfile.open(fileobj=file, mode="r|") as tar: yield tar, True
             while file.read(2**20): pass
