@@ -13,7 +13,7 @@ from medclip_nb.evaluators import Result
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ("audit", "zero-shot-untrained", "probe-untrained", "retrieval-untrained", "finetune", "zero-shot-trained",
-        "probe-trained", "retrieval-trained", "plain-0", "itemized-0", "maps", "studies", "studies-maps", "compare")
+        "probe-trained", "retrieval-trained", "plain-0", "itemized-0", "maps", "studies", "compare")
 MORE = ("few-shot", "robustness", "plain-1", "plain-2", "itemized-1", "itemized-2", "studies-maps", "compare")
 SUITES = ROOT / "nbs" / "experiments" / "suites"
 FILES = {"report.ipynb", "report.html", "metrics.json", "predictions.parquet", "run.json"}
@@ -150,7 +150,7 @@ def test_model_of_studies_recognises_findings(reports):
 
 def test_model_of_studies_looks_at_what_a_text_names(reports):
     "In three dimensions: far above a point drawn at random, strictly and within the tolerance"
-    for run, before in (("studies", "places/"), ("studies-maps", "")):
+    for run, before in (("studies", "places/"), ("../starter-more/studies-maps", "")):
         found = {name: metric(reports, run, f"{before}attention_{name}")
                  for name in ("pointing", "pointing_within", "mask_share", "near_share", "pixel_auroc")}
         assert found["pointing"]["low"] > 20 * found["mask_share"]["high"], run
@@ -206,4 +206,3 @@ def test_maps_of_one_model_against_another(small):
 def test_studies(small):
     names = set(Result.load(small / "studies").metrics["name"])
     assert {"findings/auroc_macro", "places/attention_pointing_within", "items/image_to_text_R@10"} <= names
-    assert "attention_pointing" in set(Result.load(small / "studies-maps").metrics["name"])

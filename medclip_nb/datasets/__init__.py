@@ -48,7 +48,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "CENTER", "DETAIL", "FINDING_KINDS", "Finding", "GRID", "Kind", "Layer", "ORIGIN", "PIXELS", "PhantomConfig",
         "PhantomHead", "PhantomStudy", "SEQUENCES", "SIGNAL", "SLICE_AXES", "TEMPLATE_T1", "Tissue", "VENTRICLES",
         "VENTRICLES_WEIGHT", "View", "WHITE", "Waves", "gray_image", "label_volume", "lobe_of", "masks", "mix",
-        "place", "sample", "signal", "slice_points", "template", "volume_affine", "volume_points",
+        "place", "sample", "sample_tissue", "signal", "slice_points", "template", "volume_affine", "volume_points",
     ],
     "registry": [
         "CARD_EXTRAS", "CARD_KEYS", "CELL_KINDS", "DatasetList", "LISTED", "READERS", "card", "card_folder",

@@ -252,11 +252,11 @@ def slice_row(
 # %% ../../nbs/datasets/15_starter.ipynb #1f4557ae
 def write_nifti(
     path: Path, # Ends in .nii.gz
-    volume: np.ndarray, # (x, y, z) on the 2 mm grid
+    volume: np.ndarray, # (x, y, z): the 2 mm grid, or every n-th axial plane of it
 ) -> None:
     "Write a volume; equal volumes give equal bytes"
     import nibabel as nib
-    image = nib.Nifti1Image(volume, volume_affine())
+    image = nib.Nifti1Image(volume, volume_affine() @ np.diag([1, 1, GRID[2] // volume.shape[2], 1]))
     image.header.set_xyzt_units("mm")
     path.write_bytes(gzip.compress(image.to_bytes(), 1, mtime=0))
 
@@ -289,11 +289,13 @@ def write_series(
     index: int, # Which study
     folder: Path, # For the volumes
 ) -> None:
-    "Write the T1, T2 and FLAIR volumes of one study"
+    "Write the T1, T2 and FLAIR volumes of one study: axial slices 4 mm apart with pixels of 2 mm"
     study = PhantomStudy(recipe, index)
-    view = View(study, volume_points())
+    points = volume_points().reshape(3, *GRID)[..., ::2]
+    view = View(study, points.reshape(3, -1))
     for n, s in enumerate(SEQUENCES):
-        write_nifti(folder/f"{study.name}_{s}.nii.gz", gray_image(view, s, study.rng(3, n)).reshape(GRID))
+        volume = gray_image(view, s, study.rng(3, n)).reshape(points.shape[1:])
+        write_nifti(folder/f"{study.name}_{s}.nii.gz", volume)
 
 # %% ../../nbs/datasets/15_starter.ipynb #99ed715c
 RECIPE_RANGES = {
