@@ -25,6 +25,6 @@ def test_the_campaign_finds_what_a_kill_does(tmp_path, monkeypatch, name, fault)
     if name != "orphan": reference = kills.undisturbed("plain", str(script), tmp_path, tmp_path / "undisturbed")
     assert reference.expected == {"out/table.csv": b"x" * 8}
     found = [kills.once("plain", str(script), tmp_path, tmp_path / f"trial-{n}", reference, random.Random(n))
-             for n in range(2)]
+             for n in range(4)]
     faults = [text for _, faults in found for text in faults]
     assert any(fault in text for text in faults) if fault else not faults, found
