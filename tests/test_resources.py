@@ -133,24 +133,6 @@ def test_temporary_folders_of_killed_processes_go(tmp_path, monkeypatch):
     assert left(tmp_path) == []
 
 
-AGAIN = """import sys
-from medclip_nb.core import FolderKind, atomic_folder
-for i in range(100):
-    with atomic_folder(sys.argv[1], FolderKind("notes")) as new:
-        for name in ("one", "two"): (new / name).write_text(sys.argv[2])"""
-
-
-def test_two_processes_write_the_same_folder(tmp_path):
-    "Both succeed each time, and what is there is whole and of one of them"
-    writers = [subprocess.Popen([sys.executable, "-c", AGAIN, tmp_path / "a", who], stderr=subprocess.PIPE, text=True)
-               for who in "xy"]
-    for writer in writers:
-        _, errors = writer.communicate(timeout=120)
-        assert writer.returncode == 0, errors
-    assert left(tmp_path) == ["a"] and left(tmp_path / "a") == [".medclip_nb.json", "one", "two"]
-    assert (tmp_path / "a" / "one").read_text() == (tmp_path / "a" / "two").read_text()
-
-
 def test_two_runs_into_one_folder(command, stub, tmp_path):
     words = [command, "run", stub, "--out", tmp_path / "run"]
     both = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
