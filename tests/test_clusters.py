@@ -1,6 +1,7 @@
 "Suites on a Dask cluster of several processes, and on one that is made of jobs, with a stand-in for Slurm"
 import json
 import os
+import re
 import signal
 import socketserver
 import subprocess
@@ -136,6 +137,27 @@ def test_jobs_of_slurm_are_workers(suite, command, tmp_path, monkeypatch):
     jobs = [int(line) for line in (tmp_path / "jobs").read_text().split()]
     assert len(jobs) >= 2
     until(lambda: not any(map(alive, jobs)))
+
+
+@pytest.mark.parametrize("job, message", [
+    ("exit 0", "has ended before a worker of it joined"),
+    ("", "The queue did not take a job: .*Invalid account")], ids=["dies", "refused"])
+def test_jobs_that_never_become_workers(suite, command, job, message, tmp_path, monkeypatch):
+    "They are not waited for"
+    (tmp_path / "bin").mkdir()
+    sbatch = "echo Submitted batch job 7" if job else "echo 'sbatch: error: Invalid account' >&2; exit 1"
+    for name, text in (("sbatch", sbatch), ("scancel", "true"), ("squeue", "true")):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({
+        "type": "slurm", "jobs": 2, "cores": 1, "memory": "8GB",
+        "scheduler_options": {"host": "127.0.0.1", "dashboard_address": None}}))
+    path = suite(one={})
+    process = subprocess.Popen([command, "suite", path, "--out", "reports", "--executor", "dask", "--cluster",
+                                "small.yaml"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _, errors = ended(process, code=2)
+    assert re.search(message, errors.replace("\n", " ")) and "Traceback" not in errors, errors
 
 
 @pytest.mark.parametrize("words, message", [

@@ -10,8 +10,8 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "clusters": [
-        "DaskPlace", "INSTALL", "THREADS", "call_there", "cluster_classes", "cores_of_a_thread", "dask_place",
-        "glimpse", "look", "profile_threads", "read_profile",
+        "ASK_QUEUE", "DaskPlace", "INSTALL", "QUEUES", "THREADS", "call_there", "cluster_classes", "cores_of_a_thread",
+        "dask_place", "glimpse", "look", "profile_threads", "queued", "read_profile",
     ],
     "comparable": [
         "MAPS", "POSITIVE", "SAME", "SEARCH", "best_cells", "blocks", "column_names", "conditions", "definition",
