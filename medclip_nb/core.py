@@ -569,19 +569,19 @@ def _names(folder: Path, kind: FolderKind | None) -> tuple[set[str], tuple[str, 
 def _raise(error: OSError) -> None: raise error
 
 # %% ../nbs/00_core.ipynb #e716f729
-def _foreign(folder: Path, kind: FolderKind) -> Iterator[str]:
-    "The files in a folder of this kind that are not its own"
-    own, patterns = _names(folder, kind)
+def _foreign(folder: Path, kind: FolderKind, own: tuple[set[str], tuple[str, ...]]) -> Iterator[str]:
+    "The files in a folder of this kind that are not its own, which `_names` gives"
+    names, patterns = own
     for where, folders, files in os.walk(folder, onerror=_raise):
         links = [name for name in folders if Path(where, name).is_symlink()]
         nested = [name for name in folders if folder_mark(Path(where, name)).get("kind") in kind.holds]
         folders[:] = [n for n in folders if n not in (*links, *nested, *LITTER) and not TEMPORARY.fullmatch(n)]
         for name in (n for n in files + links if n not in LITTER and not TEMPORARY.fullmatch(n)):
             path = Path(where, name).relative_to(folder).as_posix()
-            if path not in own and not any(fnmatch(path, p) for p in patterns): yield path
+            if path not in names and not any(fnmatch(path, p) for p in patterns): yield path
         for name in nested:
             inner = Path(where, name)
-            for path in _foreign(inner, FolderKind(folder_mark(inner)["kind"])):
+            for path in _foreign(inner, FolderKind(folder_mark(inner)["kind"]), _names(inner, None)):
                 yield (inner/path).relative_to(folder).as_posix()
 
 # %% ../nbs/00_core.ipynb #5886b429
@@ -593,39 +593,54 @@ def replaceable(
     path = Path(path)
     path = path.resolve() if path.name in ("", "..") else path.parent.resolve()/path.name
     if path.is_symlink(): raise InputError(f"{path}: is a link, which is not replaced. Give the folder it leads to.")
-    if not path.exists(): return path
-    if not path.is_dir(): raise InputError(f"{path}: is a file. Give a folder.")
+    try: mode = path.stat().st_mode
+    except FileNotFoundError: return path
+    if not stat.S_ISDIR(mode): raise InputError(f"{path}: is a file. Give a folder.")
     for here, name in ((Path.cwd(), "the current folder"), (Path(os.path.expanduser("~")).resolve(), "a home")):
         if path in (here, *here.parents):
             raise InputError(f"{path}: is or holds {name}, which is not replaced. Give a new folder in it.")
     if os.path.ismount(path):
         raise InputError(f"{path}: is a whole file system, which is not replaced. Give a new folder in it.")
-    for last in (False, False, False, True): # Another process may replace it while it is looked at
-        before = _inode(path)
-        try: _refuse_foreign(path, kind)
-        except PermissionError as error:
-            raise InputError(f"{path}: not replaced ({error.filename} cannot be read). Give a new folder.") from None
-        except (InputError, FileNotFoundError):
-            if last or _inode(path) == before: raise
-        else: break
+    before = _version(path)
+    try: _refuse_foreign(path, kind, path)
+    except (InputError, FileNotFoundError):
+        if _version(path) == before: raise # Else another process replaces it now; `_set_aside` looks again
     return path
 
-def _inode(path: Path) -> int:
-    "Tells a folder from another of its name; 0 for none"
-    try: return path.stat().st_ino
-    except FileNotFoundError: return 0
+def _version(path: Path) -> tuple[int, int]:
+    "Tells a folder from another of its name, and from itself before a change"
+    try: found = path.stat()
+    except FileNotFoundError: return 0, 0
+    return found.st_ino, found.st_ctime_ns
 
-def _refuse_foreign(path: Path, kind: FolderKind) -> None:
+def _refuse_foreign(folder: Path, kind: FolderKind, path: Path) -> None: # `path` names it in messages
     "Raise for a folder that is neither empty nor one of this kind alone"
-    if not path.exists() or not any(path.iterdir()): return
-    if _names(path, kind) is None:
-        there = folder_mark(path).get("kind")
+    try:
+        if not folder.exists() or not any(folder.iterdir()): return
+        own = _names(folder, kind)
+        other = own and next(_foreign(folder, kind, own), None)
+    except PermissionError as error:
+        raise InputError(f"{path}: not replaced ({error.filename} cannot be read). Give a new folder.") from None
+    if own is None:
+        there = folder_mark(folder).get("kind")
         if there: made, hint = f"is a folder of the kind {there!r}, not", ""
         else: made, hint = "is not a folder of medclip_nb of the kind", kind.begun
         raise InputError(f"{path}: {made} {kind.name!r}, so it is not replaced. {hint}Give a new folder.")
-    if other := next(_foreign(path, kind), None):
+    if other:
         raise InputError(f"{path}: holds {other}, which does not belong to it. {kind.begun}Move that away, or give a "
                          "new folder.")
+
+def _set_aside(path: Path, old: Path, kind: FolderKind) -> None:
+    "Rename a folder if there is one, and look at it where no other process does; one of another kind goes back"
+    try: os.replace(path, old)
+    except FileNotFoundError: return
+    try: _refuse_foreign(old, kind, path)
+    except InputError:
+        try: os.replace(old, path)
+        except OSError: # Another process has written there meanwhile
+            os.replace(old, kept := path.with_name(f"{path.name}.kept-{uuid.uuid4().hex[:8]}"))
+            raise InputError(f"{path}: held what does not belong there, which is now in {kept}.") from None
+        raise
 
 def remove_folder(
     path: str | Path, # A folder, or nothing
@@ -634,8 +649,12 @@ def remove_folder(
     "Remove a folder of this kind; any other stays"
     try: path = replaceable(path, kind)
     except InputError: return False
-    if not path.exists() or not any(path.iterdir()): return False
-    shutil.rmtree(path, ignore_errors=True)
+    aside = path.with_name(_temporary_name(path.name, ".old"))
+    try:
+        if not path.exists() or not any(path.iterdir()): return False
+        _set_aside(path, aside, kind)
+    except (InputError, FileNotFoundError): return False
+    shutil.rmtree(aside, ignore_errors=True)
     return True
 
 # %% ../nbs/00_core.ipynb #fdf98c14
@@ -665,7 +684,7 @@ def _exchange(new: Path, path: Path, old: Path, kind: FolderKind) -> None:
     for last in (*[False] * 99, True):
         replaceable(path, kind)
         shutil.rmtree(old, ignore_errors=True)
-        with suppress(FileNotFoundError): os.replace(path, old)
+        _set_aside(path, old, kind)
         try: return os.replace(new, path)
         except OSError as error:
             if last or error.errno not in (errno.ENOTEMPTY, errno.EEXIST): raise

@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from medclip_nb.core import FolderKind, alive, atomic_folder, atomic_path, clear_leftovers, machine, temporary_folder
+from medclip_nb.core import (
+    FolderKind,
+    InputError,
+    alive,
+    atomic_folder,
+    atomic_path,
+    clear_leftovers,
+    machine,
+    temporary_folder,
+)
 
 PARAMETERS = 'mode: str = ""\nout_dir: str = "out"'
 BODY = """import json, os, pathlib, time
@@ -131,6 +140,33 @@ def test_temporary_folders_of_killed_processes_go(tmp_path, monkeypatch):
     with temporary_folder() as folder: assert left(tmp_path) == [folder.name]
     clear_leftovers(tmp_path)
     assert left(tmp_path) == []
+
+
+AGAIN = """import sys
+from medclip_nb.core import FolderKind, atomic_folder
+for i in range(100):
+    with atomic_folder(sys.argv[1], FolderKind("notes")) as new:
+        for name in ("one", "two"): (new / name).write_text(sys.argv[2])"""
+
+
+def test_two_processes_write_the_same_folder(tmp_path):
+    "Both succeed each time, and what is there is whole and of one of them"
+    writers = [subprocess.Popen([sys.executable, "-c", AGAIN, tmp_path / "a", who], stderr=subprocess.PIPE, text=True)
+               for who in "xy"]
+    for writer in writers:
+        _, errors = writer.communicate(timeout=120)
+        assert writer.returncode == 0, errors
+    assert left(tmp_path) == ["a"] and left(tmp_path / "a") == [".medclip_nb.json", "one", "two"]
+    assert (tmp_path / "a" / "one").read_text() == (tmp_path / "a" / "two").read_text()
+
+
+def test_what_is_put_into_a_folder_while_it_is_written_anew_stays(tmp_path):
+    with atomic_folder(tmp_path / "a", FolderKind("notes")) as new: (new / "one").touch()
+    with pytest.raises(InputError, match="holds mine, which does not belong"):
+        with atomic_folder(tmp_path / "a", FolderKind("notes")) as new:
+            (new / "two").touch()
+            (tmp_path / "a" / "mine").touch()
+    assert left(tmp_path) == ["a"] and left(tmp_path / "a") == [".medclip_nb.json", "mine", "one"]
 
 
 def test_two_runs_into_one_folder(command, stub, tmp_path):
