@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core import InputError, close_matches, content_hash, read_yaml
+from ..core import FIGURES, InputError, close_matches, content_hash, read_yaml
 from .runs import code_hash
 from .workers import LOGS, RunPlace, apart
 
@@ -196,7 +196,8 @@ class DaskPlace(RunPlace):
         *args: Any, # What pickle can hold
     ) -> Future:
         "Call a function on one of the workers; on another one if that dies"
-        return self._pool.submit(call_there, self.home, self._own, function, args)
+        own = self._own | {FIGURES: os.environ.get(FIGURES)}
+        return self._pool.submit(call_there, self.home, own, function, args)
 
     def shutdown(
         self, wait: bool = True, # As all executors have it

@@ -199,7 +199,8 @@ def result_hash(
 ) -> str: # Changes when what the run produced does
     "Identify the products of a run, for the runs that build on it"
     return content_hash(
-        {k: v for k, v in read_json(Path(folder) / "run.json")["artefacts"].items() if k != "report.html"}
+        {k: v for k, v in read_json(Path(folder) / "run.json")["artefacts"].items()
+         if k != "report.html" and not k.startswith("figures/")}
     )
 
 # %% ../../nbs/experiments/02_runs.ipynb #4143c44e

@@ -25,8 +25,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "study_grid",
     ],
     "results": ["comparison", "confusion_matrices", "confusion_matrix", "metric_intervals"],
-    "runs": ["FIGURE_FORMATS", "NARROW", "forest", "learning_curves", "save_figures"],
+    "runs": ["NARROW", "forest", "learning_curves"],
     "search": ["trial_dots"],
-    "style": ["CHANCE", "PALETTE", "RIGHT", "SPELLED", "WRONG", "metric_words", "use_style", "wrapped"],
+    "style": [
+        "CHANCE", "FIGURE_FORMATS", "PALETTE", "RIGHT", "SPELLED", "WRONG", "metric_words", "save_figures", "use_style",
+        "wrapped",
+    ],
     "training": ["TERMS", "training_curves"],
 })
