@@ -18,6 +18,7 @@ import nbformat
 import papermill
 import pytest
 import tqdm.auto
+from planted import plant
 
 from medclip_nb import experiments
 from medclip_nb.core import InputError, is_watched, seed_everything
@@ -224,18 +225,30 @@ def lab(tmp_path_factory):
         server.wait(20)
 
 
-def test_start_page_runs_and_answers_a_query(lab):
-    browser, address, root = lab
+def run_all(lab, path=""):
+    "Open a page of JupyterLab and run all cells of its notebook; the page, and what it complained of"
+    browser, address, _ = lab
     heard, tab = [], browser.new_page(viewport={"width": 1280, "height": 900})
     tab.on("console", lambda m: heard.append(m.text) if m.type == "error" else None)
     tab.on("pageerror", lambda e: heard.append(str(e)))
     tab.set_default_timeout(60_000)
-    tab.goto(address) # Leads to the start page
+    tab.goto(address + path)
     tab.wait_for_selector(".jp-Notebook .jp-Cell")
     accept = tab.locator(".jp-Dialog .jp-mod-accept") # JupyterLab asks which kernel where it has not started one yet
     tab.add_locator_handler(accept, lambda: accept.click())
     tab.wait_for_function("() => document.body.innerText.includes('Python 3 | Idle')")
     tab.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+    return tab, heard
+
+
+def until_done(tab):
+    "Wait for the last cell"
+    tab.wait_for_function("() => document.querySelector('.jp-Notebook-ExecutionIndicator[data-status=idle]') &&"
+                          " ![...document.querySelectorAll('.jp-InputPrompt')].some(one => one.innerText == '[*]:')")
+
+
+def test_start_page_runs_and_answers_a_query(lab):
+    tab, heard = run_all(lab) # Leads to the start page
     search = tab.locator(".widget-text:has(label:text-is('text')) input").first
     search.wait_for()
     page = tab.locator(".jp-OutputArea-output:has(.widget-upload)").first
@@ -247,12 +260,63 @@ def test_start_page_runs_and_answers_a_query(lab):
     tab.wait_for_function("([now, old]) => { const found = [...now.querySelectorAll('img')].map(one => one.src);"
                           " return found.length == 12 && found.join() != old }",
                           arg=[page.element_handle(), ",".join(before)])
-    tab.wait_for_function("() => document.querySelector('.jp-Notebook-ExecutionIndicator[data-status=idle]') &&"
-                          " ![...document.querySelectorAll('.jp-InputPrompt')].some(one => one.innerText == '[*]:')")
+    until_done(tab)
     shown = tab.locator(".jp-Notebook").inner_text()
     assert "Traceback" not in shown and "trained 3 epochs" in shown and "images by PCA" in shown
     assert tab.locator(".progress-bar-danger, .bg-danger").count() == 0
     if folder := os.environ.get("MEDCLIP_NB_SCREENSHOTS"):
         for n, cell in enumerate(tab.locator(".jp-Notebook .jp-CodeCell").all()):
             cell.screenshot(path=f"{folder}/cell-{n}.png")
+    assert heard == []
+
+
+HOSTILE = """import json
+from pathlib import Path
+from IPython.display import HTML, display
+from medclip_nb.datasets import load_manifest
+from medclip_nb.experiments import run
+from medclip_nb.explorers import AttentionExplorer, EmbeddingMap, ErrorGallery, SearchExplorer
+from medclip_nb.models import load_model
+folder = Path("planted")
+rows = load_manifest("csv", folder/"data"/"table.csv", labels=["kind", "source"])
+clip = load_model("starter")
+display(rows)
+---
+params = dict(dataset="csv", data_root=str(folder/"data"/"table.csv"), model="starter", labels=["kind"], n_boot=20)
+found = run("zero_shot", params, folder/"run", quiet=True).path
+---
+display(ErrorGallery(found, rows, task="kind"))
+---
+text = rows["caption"].iloc[1]
+search = SearchExplorer(clip, rows, text=text)
+display(search)
+---
+display(EmbeddingMap(clip, rows, search.found, color="kind"))
+---
+display(AttentionExplorer(clip, rows, text))
+---
+load_manifest("csv", folder/"data"/rows["caption"].iloc[1][:40].replace("/", ""))
+---
+display(HTML("<img src='data:,' onerror='window.trusted = 1'>"))
+print("that was all")"""
+
+
+def test_planted_script_does_not_run_in_jupyterlab(lab):
+    "What a cell shows is trusted there, so that what is shown must be harmless"
+    root = lab[2]
+    (root / "nbs" / "planted").mkdir()
+    plant(root / "nbs" / "planted" / "data")
+    v4 = nbformat.v4
+    cells = [v4.new_code_cell(code) for code in HOSTILE.split("\n---\n")]
+    cells[-2].metadata["tags"] = ["raises-exception"]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), root / "nbs" / "planted.ipynb")
+    tab, heard = run_all(lab, "/lab/tree/nbs/planted.ipynb")
+    tab.wait_for_function("() => document.querySelector('.jp-Notebook').innerText.includes('that was all')")
+    until_done(tab)
+    shown = tab.locator(".jp-Notebook").inner_text()
+    assert tab.locator(".widget-text, .widget-dropdown").count() > 3 and "window.ran" in shown and "no such" in shown
+    assert tab.evaluate("() => window.trusted") == 1, "script of a cell does run there"
+    assert tab.evaluate("() => window.ran") is None
+    assert tab.locator(".jp-OutputArea-output #planted, .jp-OutputArea-output [src=x]").count() == 0
     assert heard == []
