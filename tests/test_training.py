@@ -221,6 +221,31 @@ def test_a_tracker_hears_every_epoch(squares, model, tmp_path):
     assert tracker.told[0] == "start" and tracker.told[-1] == "finish"
 
 
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_training_killed_before_an_epoch_is_closed(squares, model, tmp_path, epoch, monkeypatch):
+    "All steps of the epoch are in the stored state: the epoch is validated when the training goes on, the last one too"
+    from medclip_nb.core import seed_everything
+    from medclip_nb.models import load_model
+    from medclip_nb.trainers import loop as trainers
+    rows = [squares.part(s) for s in ("train", "valid")]
+    options = {"epochs": 2, "batch_size": 14, "augment": None, "lr": 1e-3, "save_every": 1}
+    def fresh():
+        seed_everything(0)
+        return load_model(str(model), device="cpu")
+    expected = trainers.train(fresh(), *rows, tmp_path / "whole", **options)
+    close = trainers.close_epoch
+    def killed(run):
+        if run.progress.epoch == epoch: raise KeyboardInterrupt
+        close(run)
+    with monkeypatch.context() as meanwhile, pytest.raises(KeyboardInterrupt):
+        meanwhile.setattr(trainers, "close_epoch", killed)
+        trainers.train(fresh(), *rows, tmp_path / "out", **options)
+    found = trainers.train(fresh(), *rows, tmp_path / "out", **options, resume=True)
+    pd.testing.assert_frame_equal(found.history, expected.history)
+    for name in ("checkpoint/open_clip_model.safetensors", "history.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 @pytest.mark.parametrize("tracker, files",
                          [("wandb", "wandb/offline-run-*/*.wandb"), ("mlflow", "mlflow.db"),
                           ("trackio", "trackio/medclip_nb.db")])

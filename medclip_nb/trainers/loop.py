@@ -250,8 +250,9 @@ def log_epoch(
     print(f"{start}  validation: {values}", flush=True)
 
 def is_over(run: Run) -> bool:
-    "Whether all steps are taken, or `patience` epochs have passed without improvement"
+    "Whether all steps are taken and their epoch is closed, or `patience` epochs have passed without improvement"
     p, patience = run.progress, run.config.patience
+    if p.losses: return False # Killed between the last step of an epoch and its validation
     return p.step >= run.steps or bool(patience and p.history and p.history[-1]["epoch"] - p.best_epoch >= patience)
 
 # %% ../../nbs/trainers/01_loop.ipynb #e674125f
