@@ -329,9 +329,8 @@ def check_recipe(
             raise InputError(f"The starter dataset's {name} is a least and a largest number, not {recipe[name]}.")
 
 # %% ../../nbs/datasets/15_starter.ipynb #ed1dd318
-def _end_with_parent() -> None:
-    "Watch the process that started this one, and end with it: a worker of joblib waits for minutes after a kill"
-    parent = os.getppid()
+def _end_with(parent: int) -> None: # The number of the process that started this one, which may be gone already
+    "End when another process does: a worker of joblib waits for minutes after a kill"
     def watch() -> None:
         while os.getppid() == parent: time.sleep(0.5)
         os._exit(1)
@@ -341,7 +340,7 @@ def _each_study(task: Callable, recipe: PhantomConfig, folder: Path, workers: in
     "Do a task for every study, in order, on several processes"
     from joblib import Parallel, delayed
     studies = range(len(recipe.splits))
-    pool = Parallel(n_jobs=workers, return_as="generator", initializer=_end_with_parent)
+    pool = Parallel(n_jobs=workers, return_as="generator", initializer=_end_with, initargs=(os.getpid(),))
     made = pool(delayed(task)(recipe, i, folder) for i in studies)
     return list(progress(made, total=len(studies), desc=desc, unit="study"))
 
