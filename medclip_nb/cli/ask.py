@@ -17,6 +17,7 @@ from typing import Annotated, Any, Optional
 import typer
 from typer.core import TyperCommand
 
+from .cache import load_seeded
 from .completion import complete_checkpoint, complete_model, complete_pack
 from .data import text_table
 from ..core import InputError, to_jsonable
@@ -80,15 +81,7 @@ def _load_model(images: list[Path] | None, model: str, checkpoint: str, device: 
         raise InputError(
             "No image is given. Images stand before the options, as in `medclip-nb classify slice.png --pack kather`."
         )
-    from medclip_nb.core import seed_everything
-    from medclip_nb.models.loading import load_model
-    seed_everything(0)
-    if not checkpoint and (model == "starter" or not ("/" in model or ":" in model or Path(model).exists())):
-        _note(
-            f"model {model!r} has random weights here; give a --checkpoint, or a model with weights, for meaningful "
-            "answers"
-        )
-    return load_model(model, checkpoint or None, device, precision)
+    return load_seeded(model, checkpoint, device, precision)
 
 # %% ../../nbs/cli/04_ask.ipynb #49303459
 def encode_files(
