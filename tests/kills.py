@@ -26,7 +26,8 @@ import forks
 import numpy as np
 
 TRAINING = ("dataset=json-pairs", "device=cpu", "epochs=2", "batch_size=8", "lr=1e-3", "n_boot=20", "save_every=1")
-IGNORED = re.compile(r"run\.json|\.complete|suite\.json|index\.html|costs\..*|.*\.log")  # They tell times, or machines
+# They tell times, or machines
+IGNORED = re.compile(r"run\.json|\.complete|suite\.json|index\.html|costs\..*|.*\.log")
 LASTS = 10.0  # Seconds that processes have to follow the one that was killed
 
 
@@ -57,7 +58,7 @@ COMMANDS: dict[str, Callable[[Path, Path], list]] = {
     "make": lambda made, out: ["data", "make", "cytopath", "--out", out/"cytopath"],
     "starter": lambda made, out: ["data", "validate", "starter", "--root", out/"starter", "-o", "n_studies=[2, 1, 1]"],
     "shard": lambda made, out: ["data", "shard", "json-pairs", "--root", made/"rows.json", "--out", out/"shards",
-                                "--per-shard", 8],
+                                "--per-shard", 8, "--overwrite"],
     "embed": embed,
     "full": finetune("full"),
     "lora": finetune("lora"),
@@ -121,7 +122,9 @@ def results(found: dict[str, bytes]) -> dict[str, bytes]:
     "What must be the same: everything but what tells times, and how rows lie in a cache"
     chosen = {k: v for k, v in found.items() if k.startswith("out/") and not k.startswith("out/cache/")}
     chosen = {k: v for k, v in chosen.items() if not hidden(k) and not IGNORED.fullmatch(Path(k).name)}
-    if "out/runs.csv" in chosen: chosen["out/runs.csv"] = re.sub(rb"(?m)^\d{4}-[^,]+", b"", chosen["out/runs.csv"])
+    chosen = {k: v for k, v in chosen.items() if not k.startswith("out/reports/two/beside/report.")} # Tells times
+    if table := chosen.get("out/runs.csv"): # Tells when each run was finished, and in which folder
+        chosen["out/runs.csv"] = re.sub(rb"(?m)^\d{4}-[^,]+,[^,]+", b"", table)
     return chosen
 
 
