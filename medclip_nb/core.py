@@ -594,7 +594,7 @@ def replaceable(
     path = path.resolve() if path.name in ("", "..") else path.parent.resolve()/path.name
     if path.is_symlink(): raise InputError(f"{path}: is a link, which is not replaced. Give the folder it leads to.")
     try: mode = path.stat().st_mode
-    except FileNotFoundError: return path
+    except (FileNotFoundError, NotADirectoryError): return path
     if not stat.S_ISDIR(mode): raise InputError(f"{path}: is a file. Give a folder.")
     for here, name in ((Path.cwd(), "the current folder"), (Path(os.path.expanduser("~")).resolve(), "a home")):
         if path in (here, *here.parents):

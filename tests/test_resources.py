@@ -8,7 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from medclip_nb.core import (
     FolderKind,
@@ -23,6 +25,9 @@ from medclip_nb.core import (
 
 PARAMETERS = 'mode: str = ""\nout_dir: str = "out"'
 BODY = """import json, os, pathlib, time
+if mode == "loud":
+    for i in range(30): print(f"{i:02d}" * 500_000)
+if mode == "exit": os._exit(3)
 if mode == "home": print(len(os.environ.get("HOME", "")))
 if mode.startswith("wait "):
     pathlib.Path(mode[5:]).write_text(str(os.getpid()))
@@ -176,3 +181,54 @@ def test_two_runs_into_one_folder(command, stub, tmp_path):
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0 and "Traceback" not in errors, errors
     assert left(tmp_path) == ["run"] and (tmp_path / "run" / ".complete").is_file()
+
+
+def picture(path): Image.fromarray(np.arange(4096, dtype=np.uint8).reshape(64, 64)).save(path)
+
+
+def test_few_open_files(installed, stub, tmp_path):
+    "A run says so before it begins, and does with a hundred and twenty-eight"
+    words, files = ["run", stub, "--out", tmp_path / "run"], resource.RLIMIT_NOFILE
+    _, errors = call(installed, *words, code=2, preexec_fn=limited(files, 64))
+    assert "may have 64 files open here" in errors and left(tmp_path) == []
+    call(installed, *words, preexec_fn=limited(files, 128))
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_what_a_cell_prints_is_kept_within_limits(command, stub, tmp_path):
+    call(command, "run", stub, "-p", "mode=loud", "--out", tmp_path / "run")
+    for name in ("report.ipynb", "report.html"):
+        text = (tmp_path / "run" / name).read_text()
+        assert len(text) < 300_000 and "0000" in text and "2929" in text
+        assert "29,800,030 characters are left out here" in text
+
+
+def test_a_kernel_that_ends_itself(command, stub, tmp_path):
+    "It has not run out of memory"
+    _, errors = call(command, "run", stub, "-p", "mode=exit", "--out", tmp_path / "run", code=1)
+    assert "The kernel ended with 3." in errors and "memory" not in errors
+
+
+def test_random_weights_are_the_same_at_each_call(command, tmp_path):
+    "So that the cache serves, and a note says that they are random"
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.csv").write_text("image,caption\n" + "".join(f"a.png,a spot {i}\n" for i in range(9)))
+    words = ["embed", "csv", tmp_path / "a.csv", "--model", "starter", "--cache", tmp_path / "cache", "--only", "texts"]
+    found = [call(command, *words) for _ in range(2)]
+    assert [re.search(r"texts +9 +128 +(\d+) +(\d+)", out).groups() for out, _ in found] == [("0", "9"), ("9", "0")]
+    assert all("has random weights here" in errors for _, errors in found)
+
+
+def test_other_languages_and_clocks(command, tmp_path):
+    "A plain locale, and files from the future"
+    words = ["embed", "csv", tmp_path / "a.csv", "--model", "starter", "--cache", tmp_path / "größe",
+             "--only", "texts"]
+    picture(tmp_path / "Füße.png")
+    text = "image,caption\nFüße.png,ein großer Herd\nFüße.png,小さな病変\n"
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8")
+    for name in ("a.csv", "Füße.png"): os.utime(tmp_path / name, (2 ** 31 - 10, 2 ** 31 - 10))
+    plain = {**os.environ, "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0"}
+    out, _ = call(command, *words, environment=plain)
+    assert re.search(r"texts +2 +128 +0 +2", out)
+    out, _ = call(command, *words, environment=plain)
+    assert re.search(r"texts +2 +128 +2 +0", out)

@@ -68,7 +68,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "read_published",
     ],
     "reports": [
-        "ANSI", "ATTRIBUTES", "NOISE", "TAGS", "clean_report", "markdown_html", "report_title", "safe_html", "scrub",
+        "ANSI", "ATTRIBUTES", "LONGEST", "NOISE", "TAGS", "clean_report", "markdown_html", "report_title", "safe_html",
+        "scrub",
     ],
     "resuming": [
         "ASKED", "MACHINE", "STATE", "differences", "has_state", "left_behind", "state_folder",
@@ -78,10 +79,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "idle_message", "idle_parameters", "split_uses",
     ],
     "runs": [
-        "FAILED_FOLDER", "FOLLOWED", "INPUTS", "MAX_SECONDS", "RUN_FOLDER", "RUN_NAME", "RunError", "RunRecord",
-        "STAMP", "Status", "TABLES", "artefacts", "asked_for", "check_timeout", "code_hash", "data_identity",
-        "input_identities", "is_complete", "note_parameters", "record_notebook", "result_hash", "run", "run_folder",
-        "run_key", "run_record", "threads", "training_processes",
+        "FAILED_FOLDER", "FOLLOWED", "INPUTS", "LEAST_FILES", "MAX_SECONDS", "RUN_FOLDER", "RUN_NAME", "RunError",
+        "RunRecord", "STAMP", "Status", "TABLES", "artefacts", "asked_for", "check_timeout", "code_hash",
+        "data_identity", "enough_files", "input_identities", "is_complete", "note_parameters", "record_notebook",
+        "result_hash", "run", "run_folder", "run_key", "run_record", "threads", "training_processes",
     ],
     "scales": [
         "CHANGE_KEYS", "MADE", "SCALE_KEYS", "make_data", "scaled_suite",

@@ -343,6 +343,7 @@ class KernelStart:
     ) -> None:
         self.imports, self.ignore_cwd = imports, ignore_cwd
         self.made, self.why = "fresh", obstacle() or ("" if alone else "several processes train together")
+        self.kernel: Any = None # Its process, once it runs
 
     def prepare(self) -> None:
         "Let the server import while this process does other things; call it in the environment of the kernel"
@@ -367,9 +368,14 @@ class KernelStart:
         try: server = _warm.serve(command[:place], environment, self.ignore_cwd)
         except OSError as e: found, self.why = None, f"no server could be started: {e.strerror}"
         else: found, self.why = server.fork(command[place + len(LAUNCHER):], self.imports, own)
-        if found: self.made = "forked"
+        if found: self.made, self.kernel = "forked", found
         else: _warm.close()
         return found
+
+    @property
+    def status(self) -> int | None:
+        "With what the kernel has ended: a status, minus a signal, or None where nobody knows"
+        return self.kernel.poll() if self.kernel else None
 
     def options(self) -> dict[str, Any]: # Arguments for papermill
         "How papermill starts the kernel"
@@ -380,7 +386,10 @@ class KernelStart:
                 local = self.provisioner
                 usual = type(local) is LocalProvisioner and not how.get("cwd")
                 found = start.launch(kernel_cmd, how["env"]) if usual else None
-                if found is None: return await super()._async_launch_kernel(kernel_cmd, **how)
+                if found is None:
+                    await super()._async_launch_kernel(kernel_cmd, **how)
+                    start.kernel = getattr(local, "process", None)
+                    return
                 local.process, local.pid, local.pgid, local.cwd = found, found.pid, found.pid, os.getcwd()
                 self._reconcile_connection_info(local.connection_info)
         return {"kernel_manager_class": Warm}

@@ -45,6 +45,7 @@ from medclip_nb.experiments.runs import (
     _record,
     check_timeout,
     data_identity,
+    enough_files,
     input_identities,
     is_complete,
     result_hash,
@@ -579,6 +580,7 @@ def run_suite(
 ) -> list[RunRecord]: # One a run, in the order of the suite
     "Execute a suite; raises `InputError` if its file is wrong, never because a run fails"
     check_timeout(timeout)
+    enough_files()
     if launched().several_machines:
         raise InputError("A suite runs on one machine; on several, launch each of its runs (medclip-nb run).")
     suite, only, place = load_suite(path, scale), set(only or ()), place or Here()

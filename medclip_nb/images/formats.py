@@ -6,6 +6,7 @@
 __all__ = ['MAGIC', 'BY_NAME', 'VOLUMES', 'is_nifti', 'file_format', 'reading_file', 'check_png', 'check_archive']
 
 # %% ../../nbs/images/07_formats.ipynb #e639784e
+import errno
 import gzip
 import stat
 import struct
@@ -70,7 +71,9 @@ def file_format(
     try:
         with open(path, "rb") as file: return _by_content(file) or named
     except OSError as error:
-        raise InputError(f"{path}: cannot be opened ({error.strerror}). Check its permissions.") from None
+        remedy = "Check its permissions." if error.errno in (errno.EACCES, errno.EPERM) else "Try again."
+        if error.errno == errno.EMFILE: remedy = "Allow more with ulimit -n."
+        raise InputError(f"{path}: cannot be opened ({error.strerror}). {remedy}") from None
 
 def _by_content(file: BinaryIO) -> str:
     "The format, or nothing where the bytes are not conclusive"
