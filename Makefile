@@ -77,8 +77,8 @@ browser:  ## Install Chromium, in which pages are tested, if there is no browser
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
 	  chromium fonts-dejavu-core >/dev/null
 
-bench: setup  ## Run every benchmark
-	@set -e; for f in benchmarks/*.py; do echo "== $$f"; $(BIN)/python $$f; done
+bench: setup  ## Measure the speed of everything against what one would use instead: one table, benchmarks/results.json
+	@$(BIN)/python benchmarks/table.py
 
 lock: setup  ## Resolve the requirements of settings.ini anew into requirements.lock
 	@$(BIN)/uv pip compile setup.py --extra dev --universal --python-version 3.11 --upgrade --no-annotate --quiet \

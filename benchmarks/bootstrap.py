@@ -13,6 +13,7 @@ import statistics
 import time
 
 import numpy as np
+from noted import note
 from sklearn.metrics import f1_score, roc_auc_score
 from threadpoolctl import threadpool_limits
 
@@ -65,6 +66,8 @@ def main():
           f"resamples)"
           f"  ratio: min {min(theirs) / min(ours):5.1f}  median "
           f"{statistics.median(theirs) / statistics.median(ours):5.1f}")
+    note("bootstrap intervals", "a loop over scikit-learn", ours, theirs, 20,
+         size=f"{args.rows} rows, {args.classes} classes, {args.resamples} resamples")
 
 
 if __name__ == "__main__": main()

@@ -20,6 +20,7 @@ import time
 import numpy as np
 import pandas as pd
 import torch
+from noted import note
 from PIL import Image
 
 from medclip_nb.datasets import load_manifest
@@ -31,7 +32,7 @@ WORDS = ("axial t2 weighted slice of the brain with a small ring enhancing lesio
 READER = """
 import sys, time
 import numpy as np
-from medclip_nb.feature_store import FeatureCache
+from medclip_nb.embeddings import FeatureCache
 folder, rows, plain = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 keys = [f"key {i}" for i in np.random.default_rng(0).permutation(rows)]
 peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
@@ -74,6 +75,8 @@ def against_computing(args, folder):
         print(f"{name:10s} min {min(t) * 1e3:9.1f} ms  median {statistics.median(t) * 1e3:9.1f} ms  slowest/fastest "
               f"{max(t) / min(t):.2f}"
               f"  compute over it: min {ratio[0]:6.1f}  median {ratio[1]:6.1f}")
+    note("features from the cache", "computing them", times["warm"], times["compute"], 50,
+         size=f"{args.model}, {args.n} pictures and captions")
     least = {name: min(t) for name, t in times.items()}
     print(f"a row more: {least['compute'] / max(least['warm'] - least['identity'], 1e-9):.0f}")
 

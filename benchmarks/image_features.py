@@ -23,6 +23,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from noted import note
 
 from medclip_nb.evaluators import zero_shot_classifier
 from medclip_nb.models import load_model
@@ -112,6 +113,13 @@ def main():
         print(f"{name:24s} min {min(t) * 1e3:8.1f} ms  median {statistics.median(t) * 1e3:8.1f} ms  slowest/fastest "
               f"{max(t) / min(t):.2f}"
               f"  open_clip over it: min {ratio[0]:5.2f}  median {ratio[1]:5.2f}")
+
+    task = f"{args.model}, batch {args.batch}"
+    theirs = times["open_clip fp32"]
+    note("image features, fp32", "a loop over open_clip's model", times["ours fp32"], theirs, size=task,
+         bound=times.get("GEMM fp32", ()))
+    note("image features, bf16", "a loop over open_clip's model, fp32", times["ours bf16"], theirs, goal=1.8, size=task,
+         bound=times.get("GEMM bf16", ()), needs="bf16")
 
     batches = [pictures(2, size, generator) for _ in range(args.per_class)]
     exact = torch.cat([loop(x).cpu() for x, _ in batches])

@@ -15,6 +15,7 @@ import warnings
 
 import numpy as np
 import torch
+from noted import note
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
@@ -93,6 +94,10 @@ def main():
         print(f"{name:12s} min {min(t):7.2f} s  median {statistics.median(t):7.2f} s  ratio to medclip_nb: min "
               f"{min(t) / min(times['medclip_nb']):5.2f}"
               f"  median {statistics.median(t) / statistics.median(times['medclip_nb']):5.2f}")
+    task = f"{args.n} rows, {args.classes} classes, {len(C_GRID)} values of C"
+    note("linear probe, a path of C", "scikit-learn, each from nothing", times["medclip_nb"], times["from scratch"], 3,
+         size=task)
+    note("linear probe, a path of C", "scikit-learn, warm start", times["medclip_nb"], times["warm start"], size=task)
 
 
 if __name__ == "__main__": main()
