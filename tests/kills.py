@@ -329,6 +329,7 @@ def main() -> int:
     if not options.installed:
         program = forks.forked("medclip-nb")
         os.environ |= {"PYTHON_EXEC": forks.forked(), "JUPYTER_PATH": str(folder/"forks")}
+        subprocess.run([program, "--version"], check=True, capture_output=True) # Starts the server here, not in a trial
     counts: dict[str, list[int]] = {}
     for name, moment, faults in campaign(options.moments, options.seed, options.what.split(","), program, folder):
         kills = counts.setdefault(name, [0, 0])
