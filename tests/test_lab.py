@@ -311,8 +311,9 @@ def test_planted_script_does_not_run_in_jupyterlab(lab):
     cells[-2].metadata["tags"] = ["raises-exception"]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), root / "nbs" / "planted.ipynb")
-    tab, heard = run_all(lab, "/lab/tree/nbs/planted.ipynb")
-    tab.wait_for_function("() => document.querySelector('.jp-Notebook').innerText.includes('that was all')")
+    tab, heard = run_all(lab, "/lab/workspaces/planted/tree/nbs/planted.ipynb") # Without the other notebook
+    tab.wait_for_function("() => document.querySelector('.jp-Notebook').innerText.includes('that was all')",
+                          timeout=180_000)
     until_done(tab)
     shown = tab.locator(".jp-Notebook").inner_text()
     assert tab.locator(".widget-text, .widget-dropdown").count() > 3 and "window.ran" in shown and "no such" in shown
