@@ -635,7 +635,7 @@ def _set_aside(path: Path, old: Path, kind: FolderKind) -> None:
     try: os.replace(path, old)
     except FileNotFoundError: return
     try: _refuse_foreign(old, kind, path)
-    except InputError:
+    except (InputError, OSError):
         try: os.replace(old, path)
         except OSError: # Another process has written there meanwhile
             os.replace(old, kept := path.with_name(f"{path.name}.kept-{uuid.uuid4().hex[:8]}"))
@@ -653,7 +653,7 @@ def remove_folder(
     try:
         if not path.exists() or not any(path.iterdir()): return False
         _set_aside(path, aside, kind)
-    except (InputError, FileNotFoundError): return False
+    except (InputError, OSError): return False
     shutil.rmtree(aside, ignore_errors=True)
     return True
 
