@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -161,7 +162,9 @@ def look_at_images(
     if upsample == "shifted":
         half = [max(1, round(side / tokens / 2)) for side, tokens in zip(pixels.shape[-2:], maps.maps.shape[1:])]
         by = [(half[0], 0), (-half[0], 0), (0, half[1]), (0, -half[1])]
-        views |= {shift: item_maps(clip, moved(pixels, *shift), prompts, method, of=of).maps for shift in by}
+        shown, about = torch.cat([moved(pixels, *shift) for shift in by]), torch.arange(4)[:, None] * len(pixels)
+        more = item_maps(clip, shown, prompts * 4, method, of=(about + torch.tensor(of)).flatten().tolist())
+        views |= dict(zip(by, more.maps.chunk(4)))
     how, spacing = "spline" if len(views) > 1 else upsample, [(pixel_mm, pixel_mm)] if pixel_mm else []
     fine = _enlarged(views, [images[i].size[::-1] for i in of], clip, how)
     numbers = zip(fine, maps.zero_mass.tolist(), maps.similarity.tolist())

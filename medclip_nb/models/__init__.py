@@ -54,7 +54,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "OWN_MODELS", "PUBLISHED", "STAND_INS", "STARTER_NAMES", "published_state", "text_files",
     ],
     "relevance": [
-        "on_grid", "relevance_maps", "shown_attention", "similarity_maps", "token_grid",
+        "on_grid", "pair_relevance", "pair_similarities", "relevance_maps", "shown_attention", "similarity_maps",
+        "token_grid",
     ],
     "similarity": [
         "PER", "item_similarity", "pair_maps", "top_candidates",

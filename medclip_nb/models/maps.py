@@ -18,7 +18,7 @@ from torch import Tensor
 from ..core import InputError, close_matches
 from ..images.studies import StudyBatch
 from .clip import ClipModel
-from .relevance import on_grid, relevance_maps, similarity_maps
+from .relevance import on_grid, pair_relevance, pair_similarities
 from .similarity import pair_maps
 
 # %% ../../nbs/models/17_maps.ipynb #0ed1772f
@@ -82,14 +82,17 @@ def _attention(clip: ClipModel, images: Tensor | StudyBatch, texts: Sequence[str
     return ItemMaps(on_grid(clip, images, maps), zero_mass, similarity)
 
 # %% ../../nbs/models/17_maps.ipynb #37a7a539
-def _similarity(clip: ClipModel, images: Tensor | StudyBatch, texts: Sequence[str]) -> Tensor:
-    "Cosines of tokens and texts above the lowest of each map; 0 where a study has no scan"
-    maps = similarity_maps(clip, images, texts)
+def _above_lowest(
+    clip: ClipModel, images: Tensor | StudyBatch, text_features: Tensor, of: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    "Cosines of tokens and texts above the lowest of each map, 0 where a study has no scan; cosines of the pairs"
+    maps, cosines = pair_similarities(clip, images, text_features, of)
     flat = maps.flatten(1)
     known = images.token_mask(flat.shape[1]) if isinstance(images, StudyBatch) else None
-    if known is None: return maps - flat.amin(1).view(-1, *[1] * (maps.ndim - 1))
-    known = known.cpu()
-    return ((flat - flat.masked_fill(~known, torch.inf).amin(1, keepdim=True)) * known).view_as(maps)
+    if known is None: return (flat - flat.amin(1, keepdim=True)).view_as(maps), cosines
+    known = known.cpu()[list(of)]
+    lowest = flat.masked_fill(~known, torch.inf).amin(1, keepdim=True)
+    return ((flat - lowest) * known).view_as(maps), cosines
 
 def item_maps(
     clip: ClipModel, # A StudyModel for studies
@@ -104,10 +107,11 @@ def item_maps(
         raise InputError(f"{len(images)} images and {len(texts)} texts; say with `of` which image each text is about.")
     of, texts = list(range(len(texts)) if of is None else of), list(texts)
     if method == "attention": return _attention(clip, images, texts, of)
-    make = {"relevance": relevance_maps, "similarity": _similarity}[method]
-    chunk = 1 if isinstance(images, StudyBatch) else 32
-    maps = torch.cat([make(clip, images[of[i:i + chunk]], texts[i:i + chunk]) for i in range(0, len(of), chunk)])
-    cosines = (clip.encode_images(images)[of] * clip.encode_texts(texts)).sum(1)
+    distinct = list(dict.fromkeys(texts))
+    place = {text: j for j, text in enumerate(distinct)}
+    text_features = clip.encode_texts(distinct)[[place[text] for text in texts]]
+    make = {"relevance": pair_relevance, "similarity": _above_lowest}[method]
+    maps, cosines = make(clip, images, text_features, of)
     return ItemMaps(maps, torch.full_like(cosines, torch.nan), cosines)
 
 # %% ../../nbs/models/17_maps.ipynb #43811f81
