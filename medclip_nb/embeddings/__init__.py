@@ -13,7 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "Embeddings", "embed", "feature_identity", "tower_hash",
     ],
     "maintenance": [
-        "STORE_COLUMNS", "STORE_FILE", "prune", "stores",
+        "CHECKED_FILES", "STORE_COLUMNS", "STORE_FILE", "prune", "stores",
     ],
     "store": [
         "DAMAGE", "FeatureCache", "INDEX", "SETTLED", "SHARD_BYTES", "file_hashes", "fill", "index_of", "key_numbers",
