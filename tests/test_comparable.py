@@ -1,6 +1,7 @@
 "Runs that cannot be compared, tables and figures of those that can, and what they have cost"
 import json
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -130,7 +131,7 @@ def test_the_command_keeps_apart_and_saves(tmp_path):
         write_run(runs / name, ["balanced_accuracy"], skill=skill, manifest=("1" if name != "elsewhere" else "2") * 16)
     (runs / "b|c" / "history.jsonl").write_text('{"epoch": 1, "train_loss": 2.0}\n{"epoch": 2, "train_loss": 1.0}\n')
     code, said = call("compare", runs, "--tables", "latex", "--tables", "markdown", "--tables", "csv", "--figures",
-                      "svg", "--figures", "pdf")
+                      "svg,pdf")
     assert code == 0 and said.count("zero_shot · d · test · rows") == 2
     assert {p.name for p in (runs / "figures").iterdir()} == {f"{n}.{f}" for n in ("metrics-1", "curves-1")
                                                              for f in ("svg", "pdf")}
@@ -142,6 +143,11 @@ def test_the_command_keeps_apart_and_saves(tmp_path):
     assert data["told_apart"].tolist() == [True, False] and data["value"].between(0, 1).all()
     svg = (runs / "figures" / "metrics-1.svg").read_text()
     assert re.search(r">balanced accuracy</text>", svg), "text stays text"
+    written = {path: path.read_bytes() for path in (runs / "figures").iterdir()}
+    for given in (["svg", "pdf"], ["svg", "--figures", "pdf"]):
+        shutil.rmtree(runs / "figures")
+        assert call("compare", runs, "--figures", *given)[0] == 0
+        assert {path: path.read_bytes() for path in (runs / "figures").iterdir()} == written
     code, said = call("compare", runs, "--figures", "svg")
     assert code == 2 and "is there already" in said
     assert call("compare", runs, "--figures", "svg", "--overwrite")[0] == 0
@@ -149,6 +155,7 @@ def test_the_command_keeps_apart_and_saves(tmp_path):
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--figures", "svgg"], "no format 'svgg'. Did you mean 'svg'?"),
+    (["--figures", "pdf,svgg"], "no format 'svgg'. Did you mean 'svg'?"),
     (["--tables", "latx"], "no format 'latx'. Did you mean 'latex'?"),
     (["--tables", "csv", "--metric", "mcc"], "No run has the metric mcc"),
     (["--tables", "csv", "--out", "runs/one"], "is the folder of a run"),

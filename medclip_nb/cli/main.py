@@ -166,9 +166,8 @@ FiguresOption = Annotated[
 def _figures(formats: list[str]) -> dict[str, str]:
     "The environment in which reports save their figures"
     if not formats: return {}
-    from medclip_nb import experiments, plots
-    wanted = [one.strip() for given in formats for one in given.split(",")]
-    return {FIGURES: ",".join(experiments.check_formats(wanted, plots.FIGURE_FORMATS, "figures"))}
+    from medclip_nb.plots import figure_formats
+    return {FIGURES: ",".join(figure_formats(formats))}
 
 ForeignOption = Annotated[
     str,
@@ -366,7 +365,7 @@ def compare(
         list[str], typer.Option(metavar="FORMAT", help="Save the tables: csv, latex, markdown; repeat for more.")
     ] = [],
     figures: Annotated[
-        list[str], typer.Option(metavar="FORMAT", help="Save the figures: svg, pdf, png, eps; repeat for more.")
+        list[str], typer.Option(metavar="FORMATS", help="Save the figures, as in svg,pdf (svg, pdf, png or eps).")
     ] = [],
     out: Annotated[
         Optional[Path],
@@ -386,7 +385,7 @@ def compare(
 ) -> None:
     "Show the metrics of all runs below a folder; what cannot be compared stands apart."
     from medclip_nb.experiments import comparable, overview
-    if tables or figures: _check_formats(tables, figures)
+    tables, figures = _known_formats(tables, figures)
     table = overview.compare(folder)
     beside, scaled = overview.published_beside(folder, table)
     if csv is not None:
@@ -409,11 +408,11 @@ def compare(
         logged, there, address = log_to_mlflow(folder, mlflow)
         typer.echo(f"\nmlflow: {logged} run(s) logged, {there} already there: {address}")
 
-def _check_formats(tables: list[str], figures: list[str]) -> None:
+def _known_formats(tables: list[str], figures: list[str]) -> tuple[list[str], list[str]]: # Without repetitions
     "Raise `InputError` for a format that cannot be written, before anything is said"
+    if not (tables or figures): return [], []
     from medclip_nb import experiments, plots
-    experiments.check_formats(tables, experiments.TABLE_FORMATS)
-    experiments.check_formats(figures, plots.FIGURE_FORMATS, "figures")
+    return experiments.check_formats(tables), plots.figure_formats(figures)
 
 def _save(
     folder: Path, table: Any, tables: list[str], figures: list[str], out: Path, metric: list[str], overwrite: bool

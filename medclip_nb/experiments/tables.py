@@ -107,13 +107,12 @@ TABLE_FORMATS = {"csv": ".csv", "latex": ".tex", "markdown": ".md"} # Format -> 
 
 def check_formats(
     formats: Iterable[str], # As given by a user
-    known: Iterable[str], # Those that there are
-    what: str = "tables", # For the message
-) -> list[str]: # Without repetitions
-    "Raise `InputError` for a format that there is not"
+) -> list[str]: # Of `TABLE_FORMATS`, without repetitions
+    "Raise `InputError` for a format that no table is written in"
     found = list(dict.fromkeys(formats))
     for one in found:
-        if one not in known: raise InputError(f"{what}: there is no format {one!r}. {close_matches(one, list(known))}")
+        if one not in TABLE_FORMATS:
+            raise InputError(f"tables: there is no format {one!r}. {close_matches(one, TABLE_FORMATS)}")
     return found
 
 def save_tables(
@@ -123,7 +122,7 @@ def save_tables(
 ) -> list[Path]: # The files
     "Write tables; raises `InputError` for an unknown format"
     found = []
-    for form in check_formats(formats, TABLE_FORMATS):
+    for form in check_formats(formats):
         for name, table in tables.items():
             path = Path(folder)/f"{name}{TABLE_FORMATS[form]}"
             text = table.latex(f"tab:{name}") if form == "latex" else getattr(table, form)()

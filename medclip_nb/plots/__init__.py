@@ -28,8 +28,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "runs": ["NARROW", "forest", "learning_curves"],
     "search": ["trial_dots"],
     "style": [
-        "CHANCE", "FIGURE_FORMATS", "PALETTE", "RIGHT", "SPELLED", "WRONG", "metric_words", "save_figures", "use_style",
-        "wrapped",
+        "CHANCE", "FIGURE_FORMATS", "PALETTE", "RIGHT", "SPELLED", "WRONG", "figure_formats", "metric_words",
+        "save_figures", "use_style", "wrapped",
     ],
     "training": ["TERMS", "training_curves"],
 })
