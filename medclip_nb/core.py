@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['RENAMED', 'DEVICES', 'PRECISIONS', 'TEMPORARY', 'MAX_DEPTH', 'MAX_YAML', 'MAX_VALUES', 'HALF', 'MARK', 'LITTER',
-           'FIGURES', 'InputError', 'close_matches', 'looks_like_path', 'absent', 'unknown_name', 'seed_everything',
-           'spend', 'note_cost', 'metered', 'peak_memory', 'spent', 'repository_root', 'setup_experiment',
-           'reuse_memory', 'pick_device', 'pick_precision', 'content_hash', 'file_hash', 'alive', 'machine',
-           'clear_leftovers', 'atomic_path', 'temporary_folder', 'parse_json', 'parse_yaml', 'read_yaml', 'to_jsonable',
-           'write_json', 'spreadsheet_cell', 'plain_file', 'read_json', 'FolderKind', 'folder_mark', 'replaceable',
-           'remove_folder', 'atomic_folder', 'rounded', 'time_text', 'is_batch', 'is_watched', 'progress']
+           'RUN_NAME', 'FIGURES', 'InputError', 'close_matches', 'looks_like_path', 'absent', 'unknown_name',
+           'seed_everything', 'spend', 'note_cost', 'metered', 'peak_memory', 'spent', 'repository_root',
+           'setup_experiment', 'reuse_memory', 'pick_device', 'pick_precision', 'content_hash', 'file_hash', 'alive',
+           'machine', 'clear_leftovers', 'atomic_path', 'temporary_folder', 'parse_json', 'parse_yaml', 'read_yaml',
+           'to_jsonable', 'write_json', 'spreadsheet_cell', 'plain_file', 'read_json', 'FolderKind', 'folder_mark',
+           'replaceable', 'remove_folder', 'atomic_folder', 'rounded', 'time_text', 'is_batch', 'is_watched',
+           'progress']
 
 # %% ../nbs/00_core.ipynb #2a317ea4
 import ctypes
@@ -712,6 +713,7 @@ def time_text(
     return f"{rounded(seconds / size)} {unit}"
 
 # %% ../nbs/00_core.ipynb #2f03cb77
+RUN_NAME = "MEDCLIP_NB_RUN" # Environment variable: name of the run whose report is being made, if one is
 FIGURES = "MEDCLIP_NB_FIGURES" # Environment variable: formats in which reports save their figures too, as in svg,pdf
 
 def is_batch() -> bool:

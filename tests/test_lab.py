@@ -21,10 +21,9 @@ import tqdm.auto
 from planted import plant
 
 from medclip_nb import experiments
-from medclip_nb.core import InputError, is_watched, seed_everything
+from medclip_nb.core import RUN_NAME, InputError, is_watched, seed_everything
 from medclip_nb.datasets import load_manifest, make_squares, manifest
 from medclip_nb.embeddings import embed, encoded_images
-from medclip_nb.experiments import runs
 from medclip_nb.models import load_model
 from medclip_nb.trainers import loop, train
 
@@ -120,7 +119,7 @@ def test_nobody_looks_at_a_batch_run_or_a_shell(monkeypatch):
 def test_a_run_of_a_notebook_and_the_command_line_share_a_folder(tmp_path, monkeypatch):
     "What a notebook has begun is not replaced before it is done, and its end leaves no report of the run before"
     asked = {name: one.default for name, one in experiments.read_template("data_audit").parameters.items()}
-    monkeypatch.delenv(runs.RUN_NAME, raising=False)
+    monkeypatch.delenv(RUN_NAME, raising=False)
     monkeypatch.setattr("IPython.get_ipython", lambda: SimpleNamespace(user_ns=asked))
     out = tmp_path / "run"
 

@@ -79,7 +79,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "idle_message", "idle_parameters", "split_uses",
     ],
     "runs": [
-        "FAILED_FOLDER", "FOLLOWED", "INPUTS", "LEAST_FILES", "MAX_SECONDS", "RUN_FOLDER", "RUN_NAME", "RunError",
+        "FAILED_FOLDER", "FOLLOWED", "INPUTS", "LEAST_FILES", "MAX_SECONDS", "RUN_FOLDER", "RunError",
         "RunRecord", "STAMP", "Status", "TABLES", "artefacts", "asked_for", "check_timeout", "code_hash",
         "data_identity", "enough_files", "input_identities", "is_complete", "note_parameters", "record_notebook",
         "result_hash", "run", "run_folder", "run_key", "run_record", "threads", "training_processes",

@@ -26,6 +26,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..core import RUN_NAME
 from .resuming import STATE
 
 # %% ../../nbs/experiments/19_kernels.ipynb #f67010a4
@@ -280,7 +281,7 @@ class KernelServer:
         self.process.wait()
 
 # %% ../../nbs/experiments/19_kernels.ipynb #9de89fe0
-EACH = ("MEDCLIP_NB_RUN", STATE, "JPY_SESSION_NAME", "JPY_PARENT_PID") # Variables that differ from run to run
+EACH = (RUN_NAME, STATE, "JPY_SESSION_NAME", "JPY_PARENT_PID") # Variables that differ from run to run
 
 class _Warm:
     "The server of this process"

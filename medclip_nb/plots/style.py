@@ -16,6 +16,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from ..core import FIGURES, InputError, atomic_path, close_matches
+from ..core import FIGURES, RUN_NAME, InputError, atomic_path, close_matches
 
 # %% ../../nbs/plots/01_style.ipynb #f7a84041
 FIGURE_FORMATS = ("svg", "pdf", "png", "eps")
@@ -86,24 +87,23 @@ def _shows_images(figure: Figure) -> bool:
     images = [image for ax in figure.axes for image in ax.images] + figure.images
     return any(np.size(image.get_array()) > 10_000 for image in images)
 
-def _save_also(figure: Figure, place: Bbox | str) -> str: # Path in the folder of the run; empty for none
+_numbers = count(1) # Of the figures that this process has saved beside a report
+
+def _save_also(figure: Figure, out_dir: str | Path, place: Bbox | str) -> str: # SVG in `out_dir`; empty for none
     "Save a figure of a report in the formats that `FIGURES` names"
-    import IPython
-    shell, formats = IPython.get_ipython(), figure_formats(filter(None, [os.environ.get(FIGURES)]))
-    if shell is None or not formats or not shell.user_ns.get("out_dir"): return ""
-    folder = Path(shell.user_ns["out_dir"], "figures")
-    name = f"figure-{1 + len(list(folder.glob(f'*.{formats[0]}'))):02d}"
-    save_figures({name: figure}, folder, formats, place)
-    return f"figures/{name}.svg" if "svg" in formats else ""
+    if not (formats := os.environ.get(FIGURES)): return ""
+    files = save_figures({f"figure-{next(_numbers):02d}": figure}, Path(out_dir, "figures"), [formats], place)
+    return next((f"figures/{path.name}" for path in files if path.suffix == ".svg"), "")
 
 def _picture(
     figure: Figure, # Any
     usual: Callable[[Figure], str | None], # IPython's way
+    names: Mapping[str, Any] = {}, # Variables of the notebook; `out_dir` says where its report is made
 ) -> tuple[str | None, dict[str, Any]]: # PNG in base 64, and what the page says of it
     "The picture of a figure for a notebook"
     from PIL import Image
     if not hasattr(figure.canvas, "buffer_rgba"): return usual(figure), {} # Closed
-    in_report, dpi = "MEDCLIP_NB_RUN" in os.environ, figure.dpi
+    in_report, dpi = RUN_NAME in os.environ, figure.dpi
     sharp = _SHARP if in_report and not _shows_images(figure) else 1
     figure.set_dpi(dpi * sharp)
     try:
@@ -115,7 +115,8 @@ def _picture(
     if drawn is None: return None, {}
     width, height = struct.unpack(">II", base64.b64decode(drawn[:64])[16:24])
     about = {"width": width // sharp, "height": height // sharp} if sharp > 1 else {}
-    if in_report and (path := _save_also(figure, found[1] if found else "tight")): about["svg"] = path
+    place = found[1] if found else "tight"
+    if in_report and names.get("out_dir") and (path := _save_also(figure, names["out_dir"], place)): about["svg"] = path
     return drawn, about
 
 def _picture_once() -> None:
@@ -127,7 +128,7 @@ def _picture_once() -> None:
     usual = png.type_printers.get(Figure)
     default = {"fmt": "png", "base64": True, "bbox_inches": "tight"}
     if getattr(usual, "func", None) is print_figure and usual.keywords == default:
-        png.for_type(Figure, partial(_picture, usual=usual))
+        png.for_type(Figure, partial(_picture, usual=usual, names=shell.user_ns))
 
 # %% ../../nbs/plots/01_style.ipynb #e0ca9357
 PALETTE = sns.color_palette("colorblind")

@@ -43,9 +43,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "refuse_other_state", "restore", "run_identity", "save_state", "share_state_folder", "state_file", "store",
         "store_best",
     ],
-    "trackers": [
-        "PROJECT", "RUN", "accelerator_of", "keep_local", "settings", "track", "tracker_options", "tracking",
-    ],
+    "trackers": ["PROJECT", "accelerator_of", "keep_local", "settings", "track", "tracker_options", "tracking"],
     "validation": [
         "COLLAPSE", "best_ranks", "collapse", "encode_pairs", "encode_with_items", "gallery_features",
         "item_values", "prompt_accuracy", "retrieval_values", "sentences_of", "sweep", "validate_model",
