@@ -55,3 +55,16 @@ def command():
 def installed():
     "The installed command `medclip-nb`"
     return str(Path(sys.executable).with_name("medclip-nb"))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    "Headless Chromium, where there is one: `make browser` installs it, and CHROMIUM names another one"
+    names = [os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
+    if not (path := next(filter(None, map(shutil.which, filter(None, names))), None)):
+        pytest.skip("no browser: pages were not looked at in one. `make browser` installs Chromium (Debian, Ubuntu)")
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        opened = p.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield opened
+        opened.close()

@@ -1,7 +1,4 @@
-"""JupyterLab: what notebooks show of data, models, errors and training, and the explorers in a real one
-
-`make browser` installs Chromium; CHROMIUM names another one.
-"""
+"JupyterLab: what notebooks show of data, models, errors and training, and the explorers in a real one"
 import json
 import os
 import re
@@ -167,11 +164,6 @@ def test_manifest_shows_itself_where_someone_looks(tmp_path, monkeypatch):
 
 # ---- a real JupyterLab
 
-def browser_path():
-    names = [os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
-    return next(filter(None, map(shutil.which, filter(None, names))), None)
-
-
 def make_lab_words():
     "The words with which `make lab` starts JupyterLab"
     done = subprocess.run(["make", "-n", "lab", "READY=Makefile"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -180,11 +172,8 @@ def make_lab_words():
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
+def lab(browser, tmp_path_factory):
     "JupyterLab on a copy of the start page, as `make lab` opens it, and a browser"
-    if not (path := browser_path()):
-        pytest.skip("no browser: JupyterLab was not looked at. `make browser` installs Chromium (Debian, Ubuntu)")
-    from playwright.sync_api import sync_playwright
     root = tmp_path_factory.mktemp("jupyter")
     (root / "nbs").mkdir()
     shutil.copy(ROOT / "nbs" / "start.ipynb", root / "nbs")
@@ -215,10 +204,7 @@ def lab(tmp_path_factory):
             except OSError: time.sleep(0.1)
             else: break
         else: pytest.fail((root / "log").read_text())
-        with sync_playwright() as p:
-            opened = p.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
-            yield opened, f"http://127.0.0.1:{port}", root
-            opened.close()
+        yield browser, f"http://127.0.0.1:{port}", root
     finally:
         server.terminate()
         server.wait(20)

@@ -1,6 +1,5 @@
 "Script that is planted in captions, labels, file names, prompts and descriptions does not run in any page"
 import os
-import shutil
 import subprocess
 
 import pytest
@@ -15,18 +14,6 @@ def made(command, tmp_path_factory):
                           env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "reports" / "planted"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    names = [os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
-    if not (path := next(filter(None, map(shutil.which, filter(None, names))), None)):
-        pytest.skip("no browser: pages were not looked at in one. `make browser` installs Chromium (Debian, Ubuntu)")
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        opened = p.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield opened
-        opened.close()
 
 
 @pytest.mark.parametrize("rule", ["with", "without"])

@@ -1,7 +1,4 @@
-"""The documentation site: built once, read as HTML, and looked at in a headless browser where there is one
-
-`make browser` installs Chromium; CHROMIUM names another one.
-"""
+"The documentation site: built once, read as HTML, and looked at in a headless browser where there is one"
 import ast
 import json
 import os
@@ -323,23 +320,6 @@ def test_formulas_of_the_glossary():
 
 
 # ---- in a browser
-
-def browser_path():
-    names = [os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
-    return next(filter(None, map(shutil.which, filter(None, names))), None)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    "Headless Chromium"
-    if not (path := browser_path()):
-        pytest.skip("no browser: pages were not looked at in one. `make browser` installs Chromium (Debian, Ubuntu)")
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        opened = p.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield opened
-        opened.close()
-
 
 @pytest.fixture
 def tab(browser, built):
