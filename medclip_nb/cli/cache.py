@@ -96,14 +96,14 @@ def load_seeded(
     from medclip_nb.core import seed_everything
     from medclip_nb.models.loading import load_model
     seed_everything(0)
-    named = "/" in model or ":" in model or Path(model).exists()
-    if not checkpoint and (model == "starter" or not named) and not quiet:
+    clip = load_model(model, checkpoint or None, device, precision)
+    if clip.untrained and not quiet:
         typer.echo(
             f"note: model {model!r} has random weights here; give a --checkpoint, or a model with weights, for "
             "meaningful answers",
             err=True,
         )
-    return load_model(model, checkpoint or None, device, precision)
+    return clip
 
 def embed(
     dataset: DatasetArgument,

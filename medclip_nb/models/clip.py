@@ -97,6 +97,7 @@ class ClipModel(Encoders):
     precision: str # fp32, bf16 or fp16
     config: dict # open_clip's configuration: model_cfg, preprocess_cfg; long_text unless it is truncate
     notes: list[str] = field(default_factory=list) # What was changed or assumed when weights were loaded
+    untrained: bool = False # Whether the weights that it was loaded with are random, save those of a text encoder
 
     @property
     def dim(self) -> int: return self.config["model_cfg"]["embed_dim"]
@@ -210,7 +211,7 @@ def weights_license(
     clip: ClipModel, # Any model
 ) -> str: # One phrase
     "The licence of the weights, as far as it is known: from the model card in a folder, else where to look"
-    if "random" in " ".join(clip.notes): return "none needed, the weights are random"
+    if clip.untrained: return "none needed, the weights are random"
     readme = Path(clip.spec)/"README.md"
     if readme.is_file():
         found = re.search(r"^license: *['\"]?([^\n'\"]+)", readme.read_text(encoding="utf-8", errors="replace"), re.M)

@@ -130,7 +130,7 @@ def _create(name: str, spec: str, device: torch.device, precision: str, **option
             raise InputError(f"Model {spec!r} could not be loaded: {reason(error)}{hint}") from error
     if options.get("force_quick_gelu"): model_cfg["quick_gelu"] = True
     config = {"model_cfg": model_cfg, "preprocess_cfg": model.visual.preprocess_cfg}
-    return ClipModel(model.eval(), tokenizer, preprocess, spec, device, precision, config)
+    return ClipModel(model.eval(), tokenizer, preprocess, spec, device, precision, config, untrained=True)
 
 # Key that open_clip does not know -> module whose `build` does
 _EXTENSIONS = {"volume_cfg": "medclip_nb.models.study_clip", "pooling_cfg": "medclip_nb.models.study_clip"}
@@ -178,22 +178,21 @@ def load_model(
     "Build a model and load its weights; raises `InputError` for unknown names and weights that do not fit"
     device = pick_device(device)
     precision = pick_precision(precision, device)
-    folder, untrained = Path(spec), not checkpoint or _is_adapter(Path(checkpoint))
+    folder, bare = Path(spec), not checkpoint or _is_adapter(Path(checkpoint))
     if spec in STARTERS: clip = _build(STARTERS[spec], spec, device, precision)
     elif spec in PUBLISHED:
         clip = _build(PUBLISHED[spec], spec, device, precision, text_files(checkpoint), pretrained_text=not checkpoint)
     elif spec in STAND_INS: clip = _build_stand_in(spec, checkpoint, device, precision)
     elif folder.is_dir():
         clip = _build(_folder_configuration(folder), spec, device, precision, folder)
-        if untrained and has_weights(folder): load_checkpoint(clip, folder)
-        untrained &= not has_weights(folder)
+        if bare and has_weights(folder): load_checkpoint(clip, folder)
     else:
         name, tag = _resolve(spec)
         quick = bool(tag and get_pretrained_cfg(name, tag).get("quick_gelu"))
         clip = _create(name, spec, device, precision, pretrained=tag, force_quick_gelu=quick)
-        untrained &= not tag and ":" not in name
+        clip.untrained = not tag and ":" not in name
     if checkpoint: load_checkpoint(clip, checkpoint)
-    if untrained: clip.notes = [*clip.notes, _UNTRAINED[spec in PUBLISHED]]
+    if clip.untrained: clip.notes = [*clip.notes, _UNTRAINED[spec in PUBLISHED]]
     return clip
 
 # %% ../../nbs/models/02_loading.ipynb #545e5e6a
@@ -327,7 +326,7 @@ def load_checkpoint(
         clip.config["model_cfg"]["init_logit_bias"] = bias.item()
         resized.append("the weights have a logit bias, which the model was given")
     clip.model.load_state_dict(state, strict=True)
-    clip.notes = [*notes, *resized]
+    clip.notes, clip.untrained = [*notes, *resized], False
     for note in clip.notes: _LOG.warning("%s: %s", path.name, note)
 
 def _own_configuration(path: Path) -> dict:
