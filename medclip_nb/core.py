@@ -682,8 +682,8 @@ def atomic_folder(
 
 def _exchange(new: Path, path: Path, old: Path, kind: FolderKind) -> None:
     "Put a folder in the place of another, which is moved aside; another process may do so at the same time"
+    replaceable(path, kind) # So that what does not belong there stays where it is
     for last in (*[False] * 99, True):
-        replaceable(path, kind)
         shutil.rmtree(old, ignore_errors=True)
         _set_aside(path, old, kind)
         try: return os.replace(new, path)
