@@ -11,6 +11,7 @@ __all__ = ['INPUTS', 'TABLES', 'STAMP', 'RUN_FOLDER', 'FAILED_FOLDER', 'FOLLOWED
 # %% ../../nbs/experiments/02_runs.ipynb #a4a6fafc
 import copy
 import logging
+import math
 import os
 import re
 import shutil
@@ -356,11 +357,11 @@ def enough_files() -> None:
     "Raise the limit of open files as far as the system lets us; raises `InputError` where a run would fail of it"
     try: resource = import_module("resource")
     except ImportError: return # Not on Windows
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    open_end = resource.RLIM_INFINITY
-    most = 4096 if hard == open_end else min(hard, 4096)
-    if soft != open_end and soft < most: resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    if max(soft, most) < LEAST_FILES and soft != open_end:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    most = max(soft, min(hard, 4096))
+    if soft < most: resource.setrlimit(resource.RLIMIT_NOFILE, (most, limits[1]))
+    if most < LEAST_FILES:
         raise InputError(f"A process may have {most} files open here, and a run needs {LEAST_FILES}. Start it from a "
                          "shell with a higher limit; ulimit -n tells and sets it.")
 
