@@ -376,7 +376,8 @@ class KernelStart:
     @property
     def status(self) -> int | None:
         "With what the kernel has ended: a status, minus a signal, or None where nobody knows"
-        return self.kernel.poll() if self.kernel else None
+        found = self.kernel.poll() if self.kernel else None
+        return found if found is None or found <= 128 else 128 - found # As a shell says it
 
     def options(self) -> dict[str, Any]: # Arguments for papermill
         "How papermill starts the kernel"

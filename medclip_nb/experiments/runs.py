@@ -446,9 +446,9 @@ def _explain(
         last = f" ({scrub(error.evalue, replace)})" if error.evalue else ""
         why = f"{other} died{last}; most likely it ran out of memory. Try a smaller batch or limit."
     elif kind == "DeadKernelError":
-        number = 0 if status is None else -status if status < 0 else max(0, status - 128) # As a shell says it
-        how = "died" if status is None else f"was killed by signal {number}" if number else f"ended with {status}"
-        likely = status is None or number == signal.SIGKILL
+        signaled = status is not None and status < 0
+        how = "died" if status is None else f"was killed by signal {-status}" if signaled else f"ended with {status}"
+        likely = status in (None, -signal.SIGKILL)
         why = f"The kernel {how}{'; most likely it ran out of memory. Try a smaller batch or limit' * likely}."
     elif kind == "CellTimeoutError" and timeout: why = f"The run took longer than its limit of {timeout:g} s."
     else: why = f"{kind}: {error}"
