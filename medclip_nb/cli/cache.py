@@ -84,7 +84,7 @@ def _outputs(out: Optional[Path], cache: Optional[Path], only: str) -> list[Path
         raise InputError(f"{out}: the name must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}.")
     return [out, *([out.with_suffix(".csv")] if out.suffix == ".npy" else [])]
 
-# %% ../../nbs/cli/03_cache.ipynb #c2f1cc44
+# %% ../../nbs/cli/03_cache.ipynb #aa3bf1ec
 def load_seeded(
     model: str, # As `load_model` takes it
     checkpoint: str | Path | None, # Weights, or an adapter
@@ -105,6 +105,7 @@ def load_seeded(
         )
     return clip
 
+# %% ../../nbs/cli/03_cache.ipynb #c2f1cc44
 def embed(
     dataset: DatasetArgument,
     root: Annotated[Path, typer.Argument(help="Folder or file that holds the data.")],

@@ -350,7 +350,7 @@ def _kernel_environment(team: Processes, **own: str) -> AbstractContextManager[N
     }
     return environment(wanted)
 
-# %% ../../nbs/experiments/02_runs.ipynb #938912ca
+# %% ../../nbs/experiments/02_runs.ipynb #eb200b06
 LEAST_FILES = 128 # That the process of a run has open at once, most of them sockets of its kernel
 
 def enough_files() -> None:
@@ -365,6 +365,7 @@ def enough_files() -> None:
         raise InputError(f"A process may have {most} files open here, and a run needs {LEAST_FILES}. Start it from a "
                          "shell with a higher limit; ulimit -n tells and sets it.")
 
+# %% ../../nbs/experiments/02_runs.ipynb #938912ca
 MAX_SECONDS = 10**8 # Three years
 
 def check_timeout(
