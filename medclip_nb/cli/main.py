@@ -7,7 +7,6 @@ __all__ = ['app', 'ProcessesOption', 'FiguresOption', 'ForeignOption', 'parse_pa
            'export']
 
 # %% ../../nbs/cli/01_main.ipynb #e6ebc655
-import errno
 import logging
 import signal
 import threading
@@ -35,27 +34,9 @@ from .doctor import doctor
 from .help import Grouped
 from .init import init
 from .slurm import slurm
-from ..core import FIGURES, InputError, time_text
+from ..core import FIGURES, REMEDIES, InputError, time_text
 
 # %% ../../nbs/cli/01_main.ipynb #82a850b0
-_ROOM = "Make room on that disk, or write elsewhere."
-_ALLOWED = "Give a place that may be written."
-_REMEDIES = {
-    errno.ENOSPC: _ROOM,
-    errno.EDQUOT: _ROOM,
-    errno.EFBIG: _ROOM,
-    errno.EROFS: _ALLOWED,
-    errno.EACCES: _ALLOWED,
-    errno.EPERM: _ALLOWED,
-    errno.ENOTDIR: "A file stands where a folder is wanted: move it, or give another place.",
-    errno.EEXIST: "A file stands where a folder is wanted: move it, or give another place.",
-    errno.ENAMETOOLONG: "Give a shorter name.",
-    errno.EMFILE: "Raise the limit on open files, as with ulimit -n 1024.",
-    errno.ENFILE: "Close other programs, which have too many files open.",
-    errno.ENOMEM: "Close other programs, or take a smaller batch.",
-    errno.EIO: "Look at the disk.",
-}  # What the machine refuses -> what to do about it
-
 @contextmanager
 def _signals_as_interruption() -> Iterator[list[int]]: # The one that came
     "SIGTERM and SIGHUP end the block as Ctrl-C does, so that nothing half is left; a second one ends the process"
@@ -82,9 +63,9 @@ class _Group(Grouped):
                 typer.echo(f"error: {e}", err=True)
                 raise typer.Exit(2 if isinstance(e, InputError) else 1) from None
             except OSError as e:
-                if e.errno not in _REMEDIES: raise
+                if not (remedy := REMEDIES.get(e.errno)): raise
                 where = f"{e.filename}: " if e.filename else ""
-                typer.echo(f"error: {where}{e.strerror}. {_REMEDIES[e.errno]}", err=True)
+                typer.echo(f"error: {where}{e.strerror}. {remedy}", err=True)
                 raise typer.Exit(2) from None
             except KeyboardInterrupt:
                 logging.getLogger("asyncio").setLevel(logging.CRITICAL) # It would report kernels that also ended
