@@ -157,6 +157,7 @@ ForeignOption = Annotated[
     ),
 ]
 
+# %% ../../nbs/cli/01_main.ipynb #c987ffef
 @app.command()
 def run(
     template: Annotated[
@@ -260,6 +261,7 @@ def _place(workers: int, threads: int, executor: str, scheduler: str, cluster: P
     place = experiments.dask_place(scheduler, cluster or "", threads)
     return place, place.threads
 
+# %% ../../nbs/cli/01_main.ipynb #9a223029
 @app.command()
 def suite(
     file: Annotated[
@@ -389,6 +391,7 @@ def compare(
         logged, there, address = log_to_mlflow(folder, mlflow)
         typer.echo(f"\nmlflow: {logged} run(s) logged, {there} already there: {address}")
 
+# %% ../../nbs/cli/01_main.ipynb #10f0548f
 def _known_formats(tables: list[str], figures: list[str]) -> tuple[list[str], list[str]]: # Without repetitions
     "Raise `InputError` for a format that cannot be written, before anything is said"
     if not (tables or figures): return [], []
@@ -423,6 +426,7 @@ def _save(
         done += plots.save_figures(drawn, out/"figures", figures)
     typer.echo("\n" + "\n".join(f"written: {path}" for path in done))
 
+# %% ../../nbs/cli/01_main.ipynb #1d3b961b
 @app.command()
 def params(
     template: Annotated[
