@@ -232,3 +232,83 @@ def test_other_languages_and_clocks(command, tmp_path):
     assert re.search(r"texts +2 +128 +0 +2", out)
     out, _ = call(command, *words, environment=plain)
     assert re.search(r"texts +2 +128 +2 +0", out)
+
+
+IN_A_DISK = """options=$1; folder=$2; shift 2
+mount -t tmpfs -o "${options%,ro}" tmpfs "$folder" || exit 99
+case $options in *,ro) mount -o remount,ro "$folder";; esac
+"$@"; code=$?
+find "$folder" -type f
+exit $code"""
+ALONE = ["unshare", "--mount", "--map-root-user"]
+
+
+@pytest.fixture
+def disk(tmp_path):
+    "Words that begin a command with a small disk in the place of a folder; what it leaves there is printed at its end"
+    (folder := tmp_path / "disk").mkdir()
+    def words(options): return ["sh", "-c", IN_A_DISK, "sh", options, folder]
+    if subprocess.run([*ALONE, *words("size=64k"), "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a file system")
+    return lambda options: ("unshare", [*ALONE[1:], *words(options)], folder)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.csv").write_text("image,caption\n" + "".join(f"a.png,a spot {i}\n" for i in range(9)))
+    return tmp_path / "a.csv"
+
+
+@pytest.mark.parametrize("options, why", [("size=256k", "No space left on device"), ("size=8m,ro", "Read-only file")])
+def test_a_disk_that_takes_nothing(installed, disk, options, why):
+    "Data: one line, and nothing half; the disk is larger than the first files of these data"
+    first, words, folder = disk(options)
+    out, errors = call(first, *words, installed, "data", "make", "medpix", "--out", folder / "made", code=2)
+    assert len(errors.strip().splitlines()) == 1 and why in errors and out == ""
+
+
+@pytest.mark.parametrize("options, why", [
+    ("size=8k", "No space left on device|the disk took a part of them"), ("size=8m,ro", "Read-only file system"),
+])
+def test_a_cache_that_takes_nothing(installed, disk, rows, options, why):
+    "The features are computed, and a note says that they are not kept"
+    first, words, folder = disk(options)
+    embed = ["embed", "csv", rows, "--model", "starter", "--cache", folder / "cache", "--only", "texts"]
+    out, errors = call(first, *words, installed, *embed)
+    assert re.search(r"texts +9 +128 +0 +9", out)
+    assert re.search(rf"^note: .*9 rows could not be kept \(({why})", errors, re.MULTILINE), errors
+
+
+@pytest.mark.parametrize("options, code, why", [
+    ("size=8m,ro", 2, "cannot be written: Read-only file system"), ("size=12k", 1, "No space left on device"),
+])
+def test_a_run_on_a_disk_that_takes_nothing(installed, stub, disk, options, code, why):
+    first, words, folder = disk(options)
+    out, errors = call(first, *words, installed, "run", stub, "--out", folder / "run", code=code)
+    assert why in errors and "/run/" not in out, out + errors
+
+
+def test_a_home_that_takes_nothing(installed, stub, disk, tmp_path):
+    first, words, folder = disk("size=8m,ro")
+    own = {**os.environ, "HOME": str(folder)}
+    call(first, *words, installed, "run", stub, "--out", tmp_path / "run", environment=own)
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_model_by_name_without_a_network(installed, rows, tmp_path):
+    "A word about the network, not a wait for it"
+    if subprocess.run(["unshare", "--net", "--map-root-user", "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody leave its network")
+    embed = ["embed", "csv", rows, "--model", "hf-hub:nobody/nothing", "--cache", tmp_path / "cache"]
+    _, errors = call("unshare", "--net", "--map-root-user", installed, *embed, code=2)
+    assert "the hub cannot be reached" in errors and len(errors.strip().splitlines()) == 1
+
+
+def test_nobody_reads_the_output(installed):
+    "A closed output, and a reader that leaves after a line"
+    done = subprocess.run(["sh", "-c", '"$0" data list >&-', installed], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    done = subprocess.run(["bash", "-c", '"$0" data list | head -1; echo "${PIPESTATUS[0]}"', installed],
+                          capture_output=True, text=True)
+    assert done.stdout.splitlines()[0].startswith("name ") and "Traceback" not in done.stderr, done.stderr

@@ -10,6 +10,7 @@ __all__ = ['app', 'ProcessesOption', 'FiguresOption', 'ForeignOption', 'parse_pa
 import logging
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -87,12 +88,16 @@ def _version(asked: bool) -> None:
         typer.echo(f"medclip-nb {__version__}")
         raise typer.Exit()
 
+def _show_note(message: Warning | str, category: type[Warning], *where: Any, **to: Any) -> None:
+    "A warning without the place in the code that gave it"
+    typer.echo(f"note: {message}", err=True)
+
 @app.callback()
 def _main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
-) -> None: pass
+) -> None: warnings.showwarning = _show_note
 
 app.add_typer(data, name="data")
 app.add_typer(cache, name="cache")

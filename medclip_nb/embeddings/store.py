@@ -133,7 +133,8 @@ class FeatureCache:
             write_shard(self.folder, numbers, np.asarray(rows, self.dtype))
             os.utime(self.folder/"meta.json")
         except OSError as error:
-            why = f"{len(numbers)} rows could not be kept ({error.strerror or error})"
+            said = error.strerror or "the disk took a part of them; is it full?" # An incomplete write has no number
+            why = f"{len(numbers)} rows could not be kept ({said})"
             warnings.warn(f"{self.folder}: {why}; they are computed again next time.", stacklevel=2)
 
 # %% ../../nbs/embeddings/03_store.ipynb #7c675f79
