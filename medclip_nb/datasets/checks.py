@@ -269,7 +269,7 @@ def _needed(
     kept: str | Path | None = None,
 ) -> pd.DataFrame:
     "Issues with the columns that an experiment uses; raises for a missing one"
-    needs = ["series" if c == "image" and c not in manifest and "series" in manifest else c for c in [*needs, *labels]]
+    needs = ["series" if c == "image" and "series" in manifest else c for c in [*needs, *labels]]
     for column in needs:
         if column not in manifest:
             raise InputError(f"{_name(manifest)}: no column {column!r}. {close_matches(column, manifest.columns)}")

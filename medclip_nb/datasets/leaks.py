@@ -42,8 +42,9 @@ def _named_files(manifest: pd.DataFrame) -> pd.DataFrame:
     "row, series and path of every file that the manifest names"
     if not manifest.index.is_unique:
         raise InputError(f"{_name(manifest)}: row numbers occur twice; use manifest.reset_index(drop=True) first.")
-    if "image" in manifest: return pd.DataFrame({"row": manifest.index, "series": "", "path": manifest["image"].array})
-    rows = [(row, name, path) for row, series in zip(manifest.index, manifest.get("series", []))
+    if "series" not in manifest: # Of studies the image, if there is one, is a name
+        return pd.DataFrame({"row": manifest.index, "series": "", "path": manifest["image"].array})
+    rows = [(row, name, path) for row, series in zip(manifest.index, manifest["series"])
             for name, path in (series.items() if isinstance(series, Mapping) and series else [("", None)])]
     return pd.DataFrame(rows, columns=["row", "series", "path"])
 
@@ -111,7 +112,7 @@ def file_facts(
     if images not in DEPTHS: raise InputError(f"images={images!r}: use 'header', 'decode' or 'none'.")
     named, root = _named_files(manifest), str(getattr(manifest, "root", "."))
     codes, paths = pd.factorize(named["path"], use_na_sentinel=False)
-    linked, folders = _linked_folders(root, paths), "image" not in manifest
+    linked, folders = _linked_folders(root, paths), "series" in manifest
     read = getattr(manifest, "read", {})
     seen = _Seen(kept if images == "decode" and not hashes else None, max_pixels, dict(read))
     def look(path: Any) -> ImageFacts:
