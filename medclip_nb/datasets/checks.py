@@ -329,7 +329,8 @@ def drop_unusable(
     whole = ~errors["kind"].isin(ROW_KINDS)
     _raise_first(manifest, errors[whole])
     bad = errors[~whole].drop_duplicates("row")
-    if len(bad) > allowed_bad(len(manifest), max_bad): raise InputError(_too_many(manifest, bad, max_bad))
+    if len(bad) > allowed_bad(len(manifest), max_bad) or 0 < len(bad) == len(manifest):
+        raise InputError(_too_many(manifest, bad, max_bad))
     kept = manifest.drop(index=bad["row"])
     skipped = [*(getattr(manifest, "skipped", None) or []), *bad[["row", "kind", "message"]].to_dict("records")]
     object.__setattr__(kept, "skipped", skipped)
@@ -342,7 +343,7 @@ def _too_many(manifest: pd.DataFrame, bad: pd.DataFrame, max_bad: float) -> str:
     n = len(manifest)
     few = allowed_bad(n, max_bad)
     most = f"{few} row(s)" if few > max_bad * n else f"{max_bad:.1%}"
-    share = f"{len(bad) / n:.1%}, at most {most} may be left out"
+    share = f"{len(bad) / n:.1%}, at most {most} may be left out" if len(bad) < n else "no row is left"
     remedy = f", or raise max_bad, as in max_bad={more_bad(len(bad), n)}" if len(bad) < n else ""
     return (f"{_name(manifest)}: {len(bad)} of {n} rows cannot be used ({share}). Rows count from 0:\n{lines}{more}\n"
             f"Fix or remove them{remedy}.")
