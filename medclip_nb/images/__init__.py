@@ -14,7 +14,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "ANY_IMAGE", "CORRUPTIONS", "Corrupt", "SEVERITIES", "STAINS", "Scale", "corrupt",
         "corrupted_preprocess", "corruption_table", "is_gray", "stain_matrix", "stained",
     ],
-    "formats": ["BY_NAME", "MAGIC", "VOLUMES", "check_archive", "check_png", "file_format", "is_nifti", "reading_file"],
+    "formats": [
+        "BY_NAME", "MAGIC", "VOLUMES", "check_archive", "check_deflated", "check_png", "file_format", "is_nifti",
+        "reading_file",
+    ],
     "loading": ["ImageDataset", "prefetched"],
     "reading": ["FORMATS", "READING", "read_image"],
     "studies": [

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from ..core import InputError
-from .formats import VOLUMES, check_png, file_format, reading_file
+from .formats import VOLUMES, check_deflated, check_png, file_format, reading_file
 from .volumes import Window, apply_window, dicom_slice, find_window, stretch, volume_pixels
 
 # %% ../../nbs/images/01_reading.ipynb #6bc3474b
@@ -44,7 +44,7 @@ def read_image(
         if frame: _seek(path, image, frame)
         if draft: image.draft(None, (draft, draft))
         _load(image, truncated)
-        if image.format == "PNG" and not truncated: _check_png(path, image)
+        if isinstance(path, (str, Path)) and not truncated: _check_sums(path, image)
         inverted = _white_is_zero(image)
         ImageOps.exif_transpose(image, in_place=True)
         return _to_rgb(image, window, inverted)
@@ -74,10 +74,13 @@ def _load(image: Image.Image, truncated: bool) -> None:
         try: image.load()
         finally: ImageFile.LOAD_TRUNCATED_IMAGES = before
 
-def _check_png(path: Any, image: Image.Image) -> None:
-    "Compare the checksums of a PNG and, where pixels may be missing, the number of its pixels"
-    last = image.crop((0, image.height - 1, *image.size))
-    if isinstance(path, (str, Path)): check_png(path, bool(image.info.get("interlace")) or not any(last.tobytes()))
+def _check_sums(path: str | Path, image: Image.Image) -> None:
+    "Compare the checksums of a PNG or a deflated TIFF and, where pixels of a PNG may be missing, their number"
+    if image.format == "PNG":
+        last = image.crop((0, image.height - 1, *image.size))
+        check_png(path, bool(image.info.get("interlace")) or not any(last.tobytes()))
+    if image.format == "TIFF" and (tags := image.tag_v2).get(259) in (8, 32946):
+        check_deflated(path, zip(tags.get(273) or tags[324], tags.get(279) or tags[325]))
 
 # %% ../../nbs/images/01_reading.ipynb #6e3be252
 def _square(pixels: np.ndarray, spacing: tuple[float, float]) -> Image.Image:
