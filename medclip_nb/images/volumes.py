@@ -143,14 +143,18 @@ def through_plane_first(
 # %% ../../nbs/images/02_volumes.ipynb #7622ef9d
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
+def _quiet_pydicom() -> None:
+    "Ignore its warnings by a filter; where threads read, `catch_warnings` could leave all others ignored for good"
+    warnings.filterwarnings("ignore", module="pydicom")
+
 def read_dicom(
     path: str | Path, # DICOM file
     pixels: bool = True, # Whether the image is needed; False reads the header only
 ) -> Any: # pydicom.Dataset
     "Open a DICOM file; raises `InputError` naming it"
     import pydicom
-    with reading_file(path, "DICOM"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    _quiet_pydicom()
+    with reading_file(path, "DICOM"):
         try: ds = pydicom.dcmread(path, stop_before_pixels=not pixels)
         except pydicom.errors.InvalidDicomError:
             ds = pydicom.dcmread(path, stop_before_pixels=not pixels, force=True)
@@ -180,10 +184,8 @@ def _frame(ds: Any, path: Any, frame: int | None = None) -> np.ndarray:
     if not 0 <= frame < count: raise InputError(f"{path}: has no frame {frame}. It has {count}, counted from 0.")
     if (channels := ds.get("SamplesPerPixel", 1)) not in (1, 3):
         raise InputError(f"{path}: {channels} channels are neither grey nor RGB. Remove its row.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return pixel_array(ds, index=frame)
+    _quiet_pydicom()
+    try: return pixel_array(ds, index=frame)
     except Exception as error:
         name = ds.file_meta.TransferSyntaxUID.name if "TransferSyntaxUID" in ds.file_meta else "unknown"
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
