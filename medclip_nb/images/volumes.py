@@ -643,6 +643,19 @@ def _check(volume: Volume, path: Path) -> None:
             "Convert it again from its source, or remove its row."
         )
 
+_WIDEST = 3000 # mm; no scanner sees more of a patient
+
+def _check_extent(volume: Volume, path: Any) -> None:
+    "Refuse a volume that is larger than a patient, of which steps in mm would make billions of voxels"
+    if volume.affine is None: return
+    widest = max(n * mm for n, mm in zip(volume.array.shape[-3:], volume.spacing))
+    if widest <= _WIDEST: return
+    spacing = " x ".join(f"{mm:.4g}" for mm in volume.spacing)
+    raise InputError(
+        f"{path}: its spacing cannot be right: with {spacing} mm it is {widest / 1000:.3g} m across. "
+        "Convert it again from its source, or remove its row."
+    )
+
 def load_volume(
     path: str | Path, # NIfTI, DICOM file or folder of a series, .pt, .npy, .npz
     frame: int | None = None, # Of a 4-D file: volume (None for the first), or channel of a tensor (None for all)
@@ -690,6 +703,7 @@ def read_volume( # noqa: PLR0913 (one option per step; callers pass them by name
         d, h, w = file_spacing
         affine = np.array([[0, 0, -w, 0], [0, -h, 0, 0], [d, 0, 0, 0], [0, 0, 0, 1.0]])
         volume = replace(volume, affine=affine, notes=[*volume.notes, "spacing as given, orientation SPL assumed"])
+    _check_extent(volume, path)
     if volume.affine is not None:
         if orientation: volume = _each_channel(volume, lambda one: orient(one, orientation))
         if thick_first: volume = _each_channel(volume, through_plane_first)
