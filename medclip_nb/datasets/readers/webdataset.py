@@ -52,10 +52,12 @@ def _open_tar(source: str) -> Iterator[tuple[tarfile.TarFile, bool]]:
             yield tar, not source.endswith(".tar")
 
 def _check_end(tar: tarfile.TarFile, stream: bool) -> None:
-    "Raise `EOFError` unless the archive ends with the blocks of zeros that every writer appends"
+    "Raise `EOFError` unless the archive ends with the blocks of zeros that every writer appends, and nothing follows"
     if not stream: tar.fileobj.seek(tar.offset)
     elif tar.fileobj.tell() < tar.offset + 512: raise EOFError("the end mark is missing")
     if any(last := tar.fileobj.read(512)) or not stream and not last: raise EOFError("the end mark is missing")
+    while part := tar.fileobj.read(2**20):
+        if part.strip(b"\0"): raise EOFError("more follows what reads as its end mark")
 
 # %% ../../../nbs/datasets/readers/04_webdataset.ipynb #5dd1a776
 Span = tuple[int, int] # Where a file lies in a shard: offset and size in bytes
