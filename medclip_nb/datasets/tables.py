@@ -101,6 +101,16 @@ def _check_unpacked(path: Path) -> None:
                              "If it is one, unpack it yourself and give the result.")
 
 # %% ../../nbs/datasets/03_tables.ipynb #7ffdd4b5
+def _check_zeros(path: Path, opener: Callable) -> None:
+    "Raise `InputError` for a zero byte, which is no text, but what a disk returns where the end was never written"
+    lines = 1
+    with opener(path, "rb") as file:
+        while part := file.read(2**20):
+            if (at := part.find(b"\0")) >= 0:
+                lines += part.count(b"\n", 0, at)
+                raise InputError(f"{path}, line {lines}: holds a zero byte, so the file is damaged. Copy it again.")
+            lines += part.count(b"\n")
+
 _SPELLED = {"\\t": "\t", "tab": "\t"} # A tab as a shell or a YAML file hands it on
 
 def _elsewhere(path: Path) -> str:
@@ -131,6 +141,7 @@ def read_table(
     try:
         if packed: _check_unpacked(path)
         with opener(path, "rb") as file: form = table_form(file.read(2**16), sep, usual, skip, encoding)
+        if b"\0" not in "a".encode(form.encoding): _check_zeros(path, opener)
         sep, skip = form.sep, form.skip
         table = _parse(path, dtype, sep=sep, skiprows=skip, keep_default_na=False, na_values=[""],
                        encoding=form.encoding, quotechar=form.quote, compression="gzip" if packed else None)
@@ -142,7 +153,7 @@ def read_table(
         reason = str(error).strip().removeprefix("Error tokenizing data. C error: ")
         if opened := re.match(r"EOF inside string starting at row (\d+)", reason):
             reason = f"a quotation mark that is opened in line {int(opened[1]) + 1} is never closed"
-        expected = f"It should be {form.encoding.upper().removesuffix('-SIG')} text separated by {sep!r}."
+        expected = f"It should be {form.encoding.upper().removesuffix('-SIG')} text separated by {form.sep!r}."
         raise InputError(f"{path}: cannot be read as a table ({reason}). {expected}") from None
     if not isinstance(table.index, pd.RangeIndex):
         raise InputError(
