@@ -16,7 +16,18 @@ from typing import Any
 
 import pandas as pd
 
-from ...core import InputError, atomic_path, close_matches, content_hash, plain_file, progress, read_json
+from medclip_nb.core import (
+    HALF,
+    InputError,
+    _is_half,
+    atomic_path,
+    close_matches,
+    content_hash,
+    parse_json,
+    plain_file,
+    progress,
+    read_json,
+)
 from ..paths import safe_path, safe_paths
 from .basic import _find_table, _items, image_paths
 from .common import image_store, join_items, listed_items, split_of, store_image
@@ -26,16 +37,23 @@ from ..tables import read_table
 # %% ../../../nbs/datasets/readers/03_generic.ipynb #f64f024a
 LINES = (".jsonl", ".ndjson")
 
+def _parsed(text: str) -> Any:
+    "Parse JSON; raises `ValueError` for whatever cannot be read, half a character included"
+    try: found = json.loads(text)
+    except RecursionError: raise ValueError("nested too deeply") from None
+    if ("\\ud" in text or "\\uD" in text) and _is_half(json.dumps(found, ensure_ascii=False)): raise ValueError(HALF)
+    return found
+
 def _parse_lines(path: Path, lines: dict[int, str]) -> list[Any]:
     "Parse numbered lines of JSON: all at once, which is faster, and one by one if that fails"
     try:
-        if len(found := json.loads(f"[{','.join(lines.values())}]")) == len(lines): return found
-    except (json.JSONDecodeError, RecursionError): pass
+        if len(found := _parsed(f"[{','.join(lines.values())}]")) == len(lines): return found
+    except ValueError: pass
     found = []
     for number, line in lines.items():
-        try: found.append(json.loads(line))
-        except (json.JSONDecodeError, RecursionError) as error:
-            fault = getattr(error, "msg", "nested too deeply")
+        try: found.append(_parsed(line))
+        except ValueError as error:
+            fault = getattr(error, "msg", str(error))
             raise InputError(f"{path}, line {number}: is not JSON ({fault}). Correct or remove the line.") from None
     return found
 
@@ -75,7 +93,7 @@ def read_records(
 def _is_json(text: str) -> bool:
     "Whether a text is a complete JSON value"
     try: json.loads(text)
-    except (json.JSONDecodeError, RecursionError): return False
+    except (ValueError, RecursionError): return False
     return True
 
 def _place(path: Path, n: int, lines: list[int] | None) -> str:
@@ -342,8 +360,13 @@ def _safe_cells(root: Path, cells: list) -> list[str | None]:
 
 def _series(cells: list, root: Path) -> list[dict[str, str]]:
     "Series out of JSON text, as `medclip-nb data convert` writes them, with paths below the root"
-    series = enumerate(map(json.loads, cells), 1)
-    return [{name: safe_path(root, path, f"{root}, row {n}") for name, path in s.items()} for n, s in series]
+    found = []
+    for n, cell in enumerate(cells, 1):
+        series = parse_json(cell or "", where := f"{root}, row {n}")
+        if not isinstance(series, dict):
+            raise InputError(f"{where}: its series are no object of name -> path. Write the table again.")
+        found.append({name: safe_path(root, path, where) for name, path in series.items()})
+    return found
 
 # %% ../../../nbs/datasets/readers/03_generic.ipynb #315587ec
 def arrow_rows(
@@ -430,12 +453,13 @@ def read_parquet(
         facts = part.stat()
         key = content_hash(part.relative_to(base).as_posix(), facts.st_size, facts.st_mtime_ns, str(image))
         try:
-            with pq.ParquetFile(plain_file(part)) as file:
+            with pq.ParquetFile(plain_file(part), page_checksum_verification=True) as file:
                 classes |= arrow_class_names(file.schema_arrow)
                 batches = (pa.Table.from_batches([b]) for b in file.iter_batches(batch_size=512))
                 data = arrow_rows(batches, base, image_store(base), key, image)
         except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{part}: cannot be read as parquet ({error}). Download it again.") from None
+            why = " ".join(str(error).split()).rstrip(".")
+            raise InputError(f"{part}: cannot be read as parquet ({why}). Download it again.") from None
         tables.append(data.assign(split=splits[n]) if any(splits) and "split" not in data else data)
     data = _without_image(_rename(pd.concat(tables, ignore_index=True), columns, path), path)
     data.attrs |= {"root": str(base), "classes": _named_so(classes, columns)}
