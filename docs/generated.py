@@ -1,6 +1,7 @@
 """Pages that no notebook is: home, overviews, templates with an example, results, data sets, prompt packs, commands"""
 import json
 import re
+import runpy
 import shutil
 from collections.abc import Iterable
 from functools import cache
@@ -23,7 +24,8 @@ from notebooks import (
 
 SHORT = {"start": "Start", "tutorials/index": "Tutorials", "howto": "How-to", "reference/index": "Reference",
          "experiments/index": "Experiments", "results": "Results", "datasets/index": "Datasets",
-         "coming_from/index": "Coming from …", "scaling": "Scaling", "glossary": "Glossary of metrics", "faq": "FAQ",
+         "coming_from/index": "Coming from …", "scaling": "Scaling", "speed": "Speed",
+         "glossary": "Glossary of metrics", "faq": "FAQ",
          "changelog": "Changelog", "cite": "Cite", "contributing": "Contributing"}
 CARDS = [("start", "Start in five minutes", "Install, run one experiment on the embedded data, read its report."),
          ("tutorials/index", "Tutorials", "Step by step, executed, small enough for a laptop."),
@@ -33,7 +35,8 @@ CARDS = [("start", "Start in five minutes", "Install, run one experiment on the 
          ("datasets/index", "Datasets", "How to get them, their licence, their layout, their problems."),
          ("reference/index", "Reference", "The library: prose, examples, every function and parameter."),
          ("coming_from/index", "Coming from …", "Commands of five public systems beside ours."),
-         ("scaling", "Scaling", "Several processes, Slurm, Dask, GPUs.")]
+         ("scaling", "Scaling", "Several processes, Slurm, Dask, GPUs."),
+         ("speed", "Speed", "Measured ratios to what one would use instead.")]
 
 
 def write(out: Path, page: str, text: str) -> None:
@@ -374,6 +377,39 @@ works, and are worth nothing as evidence about patients.
     write(out, "results", "\n\n".join(parts))
 
 
+MEASURED = ROOT / "benchmarks" / "results.json"
+
+
+def speed(out: Path, measured: Path = MEASURED) -> None:
+    "The figures that benchmarks/table.py has saved"
+    parts = ["""# Speed
+
+How long parts of this library take, beside what one would use instead."""]
+    if measured.exists(): parts.append(figures(read(measured)))
+    else: parts.append("No figures are kept here yet: `make bench` measures them, and the next `make docs` shows them.")
+    write(out, "speed", "\n\n".join(parts))
+
+
+def figures(found: dict) -> str:
+    "What was measured, how, and on what machine"
+    about = found["machine"]
+    shown = runpy.run_path(str(ROOT / "benchmarks" / "table.py"))["as_table"](found["results"], about["bf16"])
+    rows = [[escape(cell) for cell in row] for row in shown.itertuples(index=False)]
+    lower = f"{'arithmetic' if about['bf16'] else 'no arithmetic'} in bfloat16"
+    versions = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
+    return f"""A ratio is the time of the other way divided by ours, the median over rounds in which both were timed in
+turn, with the least and the largest; above 1, ours takes less time. *bound* is the share of our time that no way can do
+without, such as the matrix products alone. *memory* is the most that each way takes, ours first. Where a goal needs
+instructions that the processor lacks, it stands in parentheses. The results of both ways are compared before anything
+is timed.
+
+Measured on {about["date"]} on {markdown_safe(about["processor"])} ({about["cores"]} cores, {about["instructions"]},
+{lower}), Python {about["python"]}: {markdown_safe(versions)}. On another machine other ratios hold;
+`make bench` measures them there.
+
+""" + sortable(list(map(str, shown.columns)), rows, "Speed")
+
+
 def copy_reports(site: Path) -> None:
     "The committed reports beside the pages that link to them"
     left_out = shutil.ignore_patterns("checkpoint", ".*", "*.failed", "*.partial")
@@ -482,4 +518,4 @@ def plain_pages(out: Path) -> None:
         write(out, pages()[name], prose(path.read_text(encoding="utf-8"), path, pages()[name]))
 
 
-PAGES = (home, datasets, prompts, reference, experiments, results, overviews, plain_pages)
+PAGES = (home, datasets, prompts, reference, experiments, results, speed, overviews, plain_pages)

@@ -39,7 +39,7 @@ from medclip_nb.metrics import (
 ROOT = Path(__file__).resolve().parent.parent
 TUTORIAL = min((ROOT / "nbs" / "tutorials").glob("*.ipynb")).stem[3:]
 TYPES = ["index", "start", "howto", f"tutorials/{TUTORIAL}", "reference/index", "reference/api", "reference/commands",
-         "reference/metrics/localization", "reference/plots/grids", "experiments/zero_shot", "results",
+         "reference/metrics/localization", "reference/plots/grids", "experiments/zero_shot", "results", "speed",
          "datasets/index", "datasets/kather", "prompts/chexpert-1", "coming_from/ipclip", "glossary", "search"]
 
 
@@ -206,6 +206,23 @@ def test_results_list_every_committed_report(parsed, built):
             assert at in page and (built[0] / at).exists()
             listed += 1
     assert listed > 10
+
+
+def test_speed_shows_what_was_measured_or_how_to_measure(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    from generated import speed
+    speed(tmp_path, tmp_path / "none.json")
+    assert "`make bench` measures" in (tmp_path / "speed.md").read_text(encoding="utf-8")
+    one = {"path": "a < b", "rival": "scikit-learn", "size": "n=7", "seconds": 2.0, "rival_seconds": 5.0, "ratio": 2.5,
+           "low": 2.0, "high": 3.0, "goal": 3.0, "needs": "bf16", "bound_seconds": 1.0, "memory_mb": None}
+    about = {"processor": "A_1 <CPU>", "cores": 2, "instructions": "AVX2", "bf16": False, "python": "3.11.1",
+             "packages": {"torch": "2.0"}, "date": "2026-01-02"}
+    (tmp_path / "found.json").write_text(json.dumps({"machine": about, "results": [one]}), encoding="utf-8")
+    speed(tmp_path, tmp_path / "found.json")
+    page = (tmp_path / "speed.md").read_text(encoding="utf-8")
+    row = ["a &lt; b", "n=7", "scikit-learn", "2", "5", "2.50 (2.00 to 3.00)", "(3, needs bf16)", "50%", ""]
+    assert "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" in page
+    assert r"A\_1 \<CPU\> (2 cores, AVX2" in page and "no arithmetic in bfloat16" in page.replace("\n", " ")
 
 
 def test_a_dead_link_stops_the_build(monkeypatch):

@@ -57,7 +57,7 @@ html_theme_options = {
     "back_to_top_button": True,
 }
 html_sidebars = {page: [] for page in ("index", "start", "howto", "scaling", "glossary", "faq", "changelog", "cite",
-                                       "contributing", "results")}
+                                       "contributing", "results", "speed")}
 templates_path = ["templates"]
 
 
