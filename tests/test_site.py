@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,6 +25,7 @@ from medclip_nb.experiments import (
     check_parameters,
     load_suite,
     make_project,
+    report_html,
     template_parameters,
     with_defaults,
 )
@@ -372,6 +374,17 @@ def test_no_page_type_is_wider_than_a_phone(tab):
     box = page.evaluate("""() => { const t = [...document.querySelectorAll('table.sortable')].at(-1).parentElement;
                            return [t.clientWidth, t.scrollWidth, getComputedStyle(t).overflowX] }""")
     assert box[0] <= 390 < box[1] and box[2] == "auto"
+
+
+def test_tables_of_a_comparison_fit_a_laptop_and_scroll_on_a_phone(browser):
+    report = nbformat.read(ROOT / "reports" / "starter" / "compare" / "report.ipynb", 4)
+    for width, fits in ((1200, True), (390, False)):
+        page = browser.new_page(viewport={"width": width, "height": 844})
+        page.set_content(report_html(report), wait_until="domcontentloaded")
+        wide = page.evaluate("""() => [...document.querySelectorAll('.scroll')]
+                                .filter(t => t.scrollWidth > t.clientWidth).length""")
+        assert (wide == 0) == fits and page.evaluate("document.documentElement.scrollWidth") <= width
+        page.close()
 
 
 @pytest.mark.parametrize(("words", "target"), [

@@ -41,7 +41,7 @@ nav{font-size:.9rem;margin:.6rem 0}nav ul{list-style:none;display:flex;flex-wrap
 margin:.3rem 0;max-width:none}
 .scroll{overflow-x:auto;margin:.8rem 0 0}table{border-collapse:collapse;font-size:.88rem;
 font-variant-numeric:tabular-nums}
-th,td{padding:.28rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;
+th,td{padding:.28rem .45rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;
 overflow-wrap:normal}
 thead th{border-bottom-width:2px;vertical-align:bottom}tbody th{font-weight:500}
 table th:first-child,table td:first-child{position:sticky;left:0;background:var(--back);padding-left:.1rem}
