@@ -754,4 +754,7 @@ def progress(
 ) -> Any: # A tqdm object
     "A progress bar for people, silence for logs"
     from tqdm.auto import tqdm
-    return tqdm(iterable, total=total, desc=desc, unit=unit, disable=is_batch(), mininterval=0.5, leave=False)
+    file = sys.stdout if is_watched() else None # A notebook has a red ground for standard error
+    return tqdm(
+        iterable, total=total, desc=desc, unit=unit, file=file, disable=is_batch(), mininterval=0.5, leave=False
+    )

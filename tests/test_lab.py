@@ -249,6 +249,7 @@ def test_start_page_runs_and_answers_a_query(lab):
     shown = tab.locator(".jp-Notebook").inner_text()
     assert "Traceback" not in shown and "trained 3 epochs" in shown and "images by PCA" in shown
     assert tab.locator(".progress-bar-danger, .bg-danger").count() == 0
+    assert tab.locator(".jp-OutputArea-output[data-mime-type$=stderr]").count() == 0, "text on a red ground"
     if folder := os.environ.get("MEDCLIP_NB_SCREENSHOTS"):
         for n, cell in enumerate(tab.locator(".jp-Notebook .jp-CodeCell").all()):
             cell.screenshot(path=f"{folder}/cell-{n}.png")
