@@ -2,8 +2,17 @@
 file that the environment variable MEDCLIP_NB_BENCH names. Without it nothing is kept, and a benchmark only prints."""
 import json
 import os
+import platform
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
+
+
+def bf16_is_computed() -> bool:
+    "Whether this processor multiplies numbers in bfloat16 by instructions of its own"
+    try: flags = Path("/proc/cpuinfo").read_text()
+    except OSError: return platform.machine() == "arm64"
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
 
 
 def note(

@@ -1,12 +1,13 @@
 """Every comparison of speed in one table, saved with the machine that it was measured on.
 
-    python benchmarks/table.py [--only retrieval] [--scaling] [--out benchmarks/results.json]
+    python benchmarks/table.py [--only retrieval_metrics] [--scaling] [--out benchmarks/results.json]
 
 Each benchmark runs in a process of its own, one after the other, and times its ways in turn. A ratio is the time of the
 rival over ours: the median over the rounds, with the least and the largest. "bound" is the share of our time that no
 way can do without, such as the matrix products alone. A goal that needs instructions which this processor lacks is
 shown in parentheses. `--scaling` adds other sizes of the same tasks. An idle machine is needed: the load before each
-benchmark is kept with its figures.
+benchmark is kept with its figures. `--only` measures some benchmarks again and keeps the figures of the others, if they
+are of the same machine and packages.
 """
 import argparse
 import importlib.metadata
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from noted import bf16_is_computed
 
 HERE = Path(__file__).resolve().parent
 STANDARD = {
@@ -29,7 +31,7 @@ STANDARD = {
     "probe": ["--rounds", "3", "--n", "5000"],
     "lora_step": ["--rounds", "3"],
     "itemized_loss": ["--rounds", "3"],
-    "item_similarity": ["--rounds", "3", "--images", "40", "--texts", "500"],
+    "item_similarity": ["--rounds", "3"],
     "bootstrap": ["--rounds", "3"],
     "embedding_cache": ["--rounds", "3", "--rows", "10000"],
     "training_step": ["--rounds", "3", "--batch", "8"],
@@ -37,18 +39,11 @@ STANDARD = {
 }  # Benchmark -> its options
 SCALING = {
     "retrieval_metrics": ["--n", ("1000", "2500", "10000")],
-    "item_similarity": ["--texts", ("250", "500", "2000")],
+    "item_similarity": ["--texts", ("250", "500", "1000")],
     "itemized_loss": ["--items", ("2", "4", "12")],
     "bootstrap": ["--rows", ("1000", "100000")],
     "probe": ["--classes", ("2", "30")],
 }  # Benchmark -> an option, and its other values
-
-
-def bf16_is_computed() -> bool:
-    "Whether this processor multiplies numbers in bfloat16 by instructions of its own"
-    try: flags = Path("/proc/cpuinfo").read_text()
-    except OSError: return platform.machine() == "arm64"
-    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
 
 
 def machine() -> dict[str, object]:
@@ -78,7 +73,15 @@ def measure(name: str, options: list[str]) -> list[dict]:
                               text=True)
         if done.returncode: print(f"{name} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}", file=sys.stderr)
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        return [json.loads(line) | {"load": round(load, 2)} for line in lines]
+        return [json.loads(line) | {"benchmark": name, "load": round(load, 2)} for line in lines]
+
+
+def kept(file: Path, about: dict[str, object], anew: set[str]) -> list[dict]:
+    "Earlier results of the same machine, but for the benchmarks that are measured anew"
+    if not file.exists(): return []
+    earlier = json.loads(file.read_text(encoding="utf-8"))
+    if any(earlier["machine"][name] != value for name, value in about.items() if name != "date"): return []
+    return [found for found in earlier["results"] if found["benchmark"] not in anew]
 
 
 def as_table(results: list[dict], bf16: bool) -> pd.DataFrame:
@@ -112,8 +115,10 @@ def main() -> None:
     if options.scaling:
         wanted += [(name, [*words, SCALING[name][0], value]) for name, words in list(wanted) if name in SCALING
                    for value in SCALING[name][1]]
-    about, results = machine(), []
+    about, order = machine(), list(STANDARD)
+    results = kept(options.out, about, {name for name, _ in wanted}) if options.only else []
     for name, words in wanted: results += measure(name, words)
+    results.sort(key=lambda found: order.index(found["benchmark"]))
     with pd.option_context("display.width", 250, "display.max_colwidth", 50, "display.max_columns", 20):
         print(as_table(results, about["bf16"]).to_string(index=False))
     text = json.dumps({"machine": about, "results": results}, indent=1, ensure_ascii=False)

@@ -44,3 +44,23 @@ def test_goals_are_judged(table):
     assert list(table["as_table"](found, bf16=True)["goal"])[2] == "3 missed"
     assert shown.loc[0, "ratio"] == "2.50 (2.00 to 3.00)" and shown.loc[0, "bound"] == "50%"
     assert shown.loc[0, "memory (MB)"] == "1 / 4"
+
+
+def test_some_benchmarks_are_measured_again(table, tmp_path):
+    "The figures of the others stay, unless they are of another machine"
+    about = {"processor": "a", "cores": 2, "date": "today"}
+    earlier = {"machine": about | {"date": "yesterday"}, "results": [{"benchmark": "probe"}, {"benchmark": "loss"}]}
+    text = json.dumps(earlier)
+    (tmp_path / "r.json").write_text(text)
+    assert table["kept"](tmp_path / "r.json", about, {"loss"}) == [{"benchmark": "probe"}]
+    assert table["kept"](tmp_path / "r.json", about | {"cores": 4}, {"loss"}) == []
+    assert table["kept"](tmp_path / "none.json", about, {"loss"}) == []
+
+
+def test_the_kept_table(table):
+    "It names its machine, and holds every benchmark"
+    kept = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))
+    assert kept["machine"]["processor"] and kept["machine"]["packages"]["torch"]
+    assert {one["benchmark"] for one in kept["results"]} == set(table["STANDARD"])
+    assert len([one for one in kept["results"] if one["goal"]]) >= 11
+    assert len(table["as_table"](kept["results"], kept["machine"]["bf16"])) == len(kept["results"])
