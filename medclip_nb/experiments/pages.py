@@ -195,7 +195,9 @@ def _once(rows: list[list[_Cell]]) -> list[list[_Cell]]:
         first[0].markup += f" = {html.escape(short)}"
     return list(found.values())
 
-_NUMBER = re.compile(r"[-+−–]?(\d[\d.,]*(e[-+]?\d+)?)?\s?[%sMkG]?(\s?[(\[].*[)\]])?(\s(to|s|m|min|GB)\b.*)?$")
+_NUMBER = re.compile(
+    r"(<\s)?[-+−–]?(\d[\d.,]*(e[-+]?\d+)?)?\s?[%sMkG]?(\s?[(\[].*[)\]])?(\s(to|s|m|min|GB)\b.*)?$"
+)
 
 def _distinct(names: Iterable[str]) -> list[str]:
     "Names of columns, none of them twice; a table of two without a head has names and values"
