@@ -62,7 +62,7 @@ class LiveView:
         spent, taken = time.perf_counter() - self.start, last["step"] - self.done
         left = spent / taken * (self.steps - last["step"]) if taken > 0 else math.nan
         facts = [f"epoch {last['epoch']} of {self.epochs}", f"{time_text(spent)} so far"]
-        if over: facts = [f"trained {last['epoch']} epochs", f"{time_text(spent)} in all"]
+        if over: facts = [f"trained {last['epoch']} epoch{'s' * (last['epoch'] != 1)}", f"{time_text(spent)} in all"]
         elif math.isfinite(left): facts.append(f"about {time_text(left)} left")
         if best: facts.append(f"best so far: epoch {best}" if not over else f"kept: epoch {best}")
         value = lambda column: [row.get(column, math.nan) for row in history]
