@@ -161,3 +161,9 @@ def test_tables(command, tmp_path):
         words = ["embed", one.dataset, folder / one.path, "--model", "starter", "--out", tmp_path / "f.npz"]
         code, said = ended(command, *words)
         assert code == 2 and str(folder / one.path) in said and len(said.splitlines()) == 1, (one, said)
+        given = [f"dataset={one.dataset}", f"data_root={folder / one.path}"]
+        code, said = ended(command, "run", "zero_shot", *(x for each in given for x in ("-p", each)), "--out",
+                           tmp_path / "run")
+        last = said.splitlines()[-1]
+        assert code in (1, 2) and last.startswith("error: ") and str(folder / one.path) in last, (one, said)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "f.npz").exists()
