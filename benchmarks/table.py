@@ -22,7 +22,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from noted import bf16_is_computed
 
 HERE = Path(__file__).resolve().parent
 STANDARD = {
@@ -48,6 +47,7 @@ SCALING = {
 
 def machine() -> dict[str, object]:
     "What the figures were measured on"
+    from noted import bf16_is_computed  # Beside this file; the documentation takes other functions from elsewhere
     try: cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
     except (OSError, StopIteration): cpu = platform.processor()
     packages = ("medclip_nb", "torch", "open_clip_torch", "scikit-learn", "peft", "numpy")
