@@ -141,10 +141,10 @@ def read_table(
     try:
         if packed: _check_unpacked(path)
         with opener(path, "rb") as file: form = table_form(file.read(2**16), sep, usual, skip, encoding)
-        if b"\0" not in "a".encode(form.encoding): _check_zeros(path, opener)
         sep, skip = form.sep, form.skip
         table = _parse(path, dtype, sep=sep, skiprows=skip, keep_default_na=False, na_values=[""],
                        encoding=form.encoding, quotechar=form.quote, compression="gzip" if packed else None)
+        if b"\0" not in "a".encode(form.encoding): _check_zeros(path, opener)
     except InputError: raise
     except UnicodeError:
         what = _not_utf8(path, opener) if form.encoding == "utf-8-sig" else f"it is not {form.encoding}"
