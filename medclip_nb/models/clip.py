@@ -266,7 +266,10 @@ def encode_image_tokens(
     self: ClipModel,
     batch: Tensor | Sequence, # Preprocessed pixels (n, 3, h, w), PIL images or image files
 ) -> tuple[Tensor, Tensor]: # Global features (n, d) and tokens (n, l, d), float32 on the CPU, not normalised
-    "Global features and tokens, projected into the space of the texts"
-    with self.inference(): return tuple(x.float().cpu() for x in forward_image_tokens(self, self.pixels(batch)))
+    "Global features and tokens, projected into the space of the texts; at most 32 images are computed at once"
+    images = self.pixels(batch)
+    parts = images.split(32) if isinstance(images, Tensor) else [images]
+    with self.inference(): found = [[x.float().cpu() for x in forward_image_tokens(self, part)] for part in parts]
+    return tuple(map(torch.cat, zip(*found)))
 
 ClipModel.encode_image_tokens = encode_image_tokens

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core import InputError
 from ..images.studies import StudyBatch
 from .adapters import SplitAttention
-from .clip import ClipModel, forward_image_tokens
+from .clip import ClipModel
 from .study_clip import StudyModel
 from .volume_encoder import SlicePatches, VolumeEncoder
 
@@ -50,8 +50,7 @@ def pair_similarities(
     of: Sequence[int], # Which image each text is about
 ) -> tuple[Tensor, Tensor]: # Maps (p, rows, columns), or (p, scans, slabs, rows, columns); cosines of the pairs (p,)
     "The cosine of each token of an image and of a text; each image is encoded once"
-    with clip.inference(): found = forward_image_tokens(clip, images)
-    features, tokens = (F.normalize(x.float(), dim=-1).cpu() for x in found)
+    features, tokens = (F.normalize(x, dim=-1) for x in clip.encode_image_tokens(images))
     maps = torch.stack([tokens[image] @ text for image, text in zip(of, text_features)])
     return on_grid(clip, images, maps), (features[list(of)] * text_features).sum(1)
 
