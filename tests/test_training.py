@@ -50,6 +50,7 @@ def table(tmp_path_factory):
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
         rows.append({"image": f"{i}.png",
                      "caption": f"a {['dark', 'bright'][i % 2]} square on the {['left', 'right'][i // 2 % 2]}",
+                     "items": json.dumps([f"{['Dark', 'Bright'][i % 2]}.", f"{['Left', 'Right'][i // 2 % 2]} side."]),
                      "label": ["dark", "bright"][i % 2], "group": i // 4, "split": "train" if i < 28 else "valid"})
     pd.DataFrame(rows).to_csv(folder / "table.csv", index=False)
     return folder / "table.csv"
@@ -142,15 +143,15 @@ def test_killed_and_continued(table, model, whole, tmp_path, moment):
     assert sorted(p.name for p in out.iterdir()) == ["checkpoint", "history.jsonl"]
 
 
-@pytest.mark.parametrize("processes, objective, launcher",
-                         [(2, "clip", "accelerate"), (3, "clip", "accelerate"), (2, "prompts", "torchrun"),
-                          (2, "labels", "torchrun")])
-def test_processes_share_a_batch(table, steady, tmp_path, processes, objective, launcher):
+@pytest.mark.parametrize("processes, objective, texts, launcher",
+                         [(2, "clip", "caption", "accelerate"), (3, "clip", "each", "accelerate"),
+                          (2, "prompts", "caption", "torchrun"), (2, "labels", "both", "torchrun")])
+def test_processes_share_a_batch(table, steady, tmp_path, processes, objective, texts, launcher):
     """However they are started: the same rows, texts, mirrors and variations, the same losses and gradients, whatever
     the number of processes"""
     from medclip_nb.models import load_model
     options = {"epochs": 2, "batch_size": 7, "lr": 1e-3, "flip": 0.5, "objective": objective, "label": "label",
-               "clip_grad": 1e9}
+               "texts": texts, "clip_grad": 1e9}
     found = {}
     for n in (1, processes):
         said = ended(start(table, steady, tmp_path / str(n), options, processes=n, launcher=launcher))

@@ -50,7 +50,8 @@ class DataConfig:
     # clip, siglip, labels (rows with the same label are no negatives), prompts (classes as texts), itemized or own
     objective: str = "clip"
     image_weight: float = 0.5 # Weight of the image-to-text direction, see `clip_loss`
-    texts: str = "caption" # Text of a pair: caption, items (joined), or both (one of the two, drawn for each batch)
+    # Text of a pair: caption, items (joined), both (one of the two, drawn for each batch), or each (the two of them)
+    texts: str = "caption"
     # Texts longer than the context: truncate, chunks or interpolate, see `LONG_TEXT`; stored with the model
     long_text: str = "truncate"
     label: str = "" # Label column, for the objectives labels and prompts and the metric valid_balanced_accuracy

@@ -105,6 +105,7 @@ def draw_batch(
     positions, mine, pairs, device = torch.tensor(rows), run.mine, run.pairs, run.clip.device
     images = images.to(device)
     tokens, ids, mirrored = pairs.draw(positions, run.generator)
+    own = slice(mine.start * pairs.texts_per_image, mine.stop * pairs.texts_per_image)
     if mirrored.any(): flip_images(images, mirrored[mine], pairs.axis)
     if isinstance(images, Tensor) and run.config.augment and images.ndim > 2:
         images = varied(run.config.augment, images, len(rows), mine, run.generator)
@@ -112,8 +113,8 @@ def draw_batch(
         positions=positions,
         rows=positions[mine],
         images=images,
-        texts=None if tokens is None else tokens[mine],
-        ids=ids[mine].to(device),
+        texts=None if tokens is None else tokens[own],
+        ids=ids[own].to(device),
         labels=pairs.labels[positions][mine].to(device),
         groups=run.groups[positions][mine].to(device),
         mirrored=mirrored[mine],

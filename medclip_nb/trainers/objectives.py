@@ -34,8 +34,8 @@ class Batch:
     positions: Tensor # (n,) rows of the whole batch
     rows: Tensor # (m,) rows of this share
     images: Tensor | StudyBatch # (m, 3, h, w), studies, or features (m, d) of a frozen tower
-    texts: Tensor | Parts | None # (m, context) tokens, parts, or features (m, d) of a frozen tower
-    ids: Tensor # (m,) equal where texts are the same
+    texts: Tensor | Parts | None # (m k, context) tokens, parts, or features (m k, d) of a frozen tower, k of each image
+    ids: Tensor # (m k,) equal where texts are the same
     labels: Tensor # (m,) classes, -1 for unknown
     groups: Tensor # (m,) groups, -1 for unknown
     mirrored: Tensor # (m,) whether left and right of an image are exchanged
@@ -72,9 +72,11 @@ class Objective(nn.Module):
         texts: Tensor | None, # What `encode_texts` returned
     ) -> dict[str, Tensor]: # loss, and terms to log; their means over processes are the values of one process
         "The loss of the whole batch from what this process has encoded"
-        texts = gather(texts) if self.reads == "pairs" else texts
-        numbers = [gather_ids(ids) for ids in (batch.ids, batch.labels, batch.groups)]
-        return {"loss": self(gather(images), texts, *numbers)}
+        images, labels, groups = gather(images), gather_ids(batch.labels), gather_ids(batch.groups)
+        if self.reads != "pairs": return {"loss": self(images, texts, gather_ids(batch.ids), labels, groups)}
+        k = len(batch.ids) // len(batch.labels) # Texts of an image: the loss is the mean of theirs
+        kinds = [(gather(texts[i::k]), gather_ids(batch.ids[i::k])) for i in range(k)]
+        return {"loss": sum(self(images, *kind, labels, groups) for kind in kinds) / k}
 
     def forward(self, images: Tensor, texts: Tensor | None, ids: Tensor, labels: Tensor, groups: Tensor) -> Tensor:
         "The loss (scalar) of a whole batch: features (n, d), ids of texts, labels and groups (n,), -1 for unknown"
@@ -92,7 +94,7 @@ class Contrastive(Objective):
         config: TrainConfig, # Fields objective (clip, siglip or labels), image_weight, soft and same_group
     ) -> None:
         super().__init__()
-        self.parts, self.config = [clip.model], config
+        self.parts, self.config, self.texts_per_image = [clip.model], config, 1 + (config.texts == "each")
         if config.objective == "siglip": give_bias(clip)
 
     def forward(self, images: Tensor, texts: Tensor, ids: Tensor, labels: Tensor, groups: Tensor) -> Tensor:

@@ -53,12 +53,12 @@ def label_ids(
     return torch.tensor([number[name] for name in names])
 
 # %% ../../nbs/trainers/04_pairs.ipynb #533791df
-TEXTS = ("caption", "items", "both", "none")
+TEXTS = ("caption", "items", "both", "each", "none")
 
 def _pair_texts(rows: Manifest, texts: str) -> list[list[str]]:
     "The texts of every row, one list for each kind"
     if texts not in TEXTS: raise InputError(f"texts={texts!r}. {close_matches(texts, TEXTS)}")
-    columns = {"both": ["caption", "items"], "none": []}.get(texts, [texts])
+    columns = {"both": ["caption", "items"], "each": ["caption", "items"], "none": []}.get(texts, [texts])
     for column in columns:
         if column not in rows:
             raise InputError(f"{rows.dataset}: no column {column!r} to take texts from. "
@@ -71,7 +71,7 @@ class Pairs(Dataset):
     def __init__(self,
         clip: ClipModel, # Its preprocessing and tokenizer
         rows: Manifest, # Images or studies with captions, items or both
-        texts: str = "caption", # caption, items, both or none
+        texts: str = "caption", # caption, items, both (one of them, drawn for a batch), each (both of them) or none
         memory_mb: int = 0, # Megabytes of decoded images to keep in memory
         flip: float = 0.0, # Share of images that `draw` marks to be mirrored; rows whose `plane` is sagittal never are
         labels: Tensor | None = None, # (rows,) from `label_ids`; None for no labels
@@ -85,7 +85,10 @@ class Pairs(Dataset):
         if flip and self.axis is None:
             raise InputError(f"flip={flip:g}, but the preprocessing does not say which axis runs from left to right. "
                              "Give it an orientation without thick_first, or set flip to 0.")
-        words = [w + [swap_sides(t) for t in w] if flip else w for w in _pair_texts(rows, texts)]
+        kinds = _pair_texts(rows, texts)
+        self.texts_per_image = len(kinds) if texts == "each" else 1
+        if texts == "each": kinds = [[text for own in zip(*kinds) for text in own]] # The texts of an image together
+        words = [w + [swap_sides(t) for t in w] if flip else w for w in kinds]
         self.rows, self.flip, self.num_series, self.seed, self.epoch = rows.index, flip, num_series, seed, 1
         self.tokens = [tokenize(clip, w, long_text or clip.long_text) for w in words]
         self.cut_share = cut_share(clip, sorted({text for w in words for text in w}))
@@ -105,12 +108,13 @@ class Pairs(Dataset):
     def draw(self,
         positions: Tensor, # (n,) rows of a batch
         generator: torch.Generator, # Source of randomness
-    ) -> tuple[Tensor | Parts | None, Tensor, Tensor]: # Tokens and ids of the texts; (n,) images to mirror
+    ) -> tuple[Tensor | Parts | None, Tensor, Tensor]: # Tokens and ids of the texts, by image; (n,) images to mirror
         "Draw the kind of text for a whole batch, and which of its images to mirror"
         kind = int(torch.randint(len(self.tokens), (1,), generator=generator)) if self.tokens else None
         mirrored = (torch.rand(len(positions), generator=generator) < self.flip) & self.has_sides[positions]
         if kind is None: return None, positions, mirrored
-        chosen = positions + len(self) * mirrored
+        first = self.texts_per_image * (positions + len(self) * mirrored)
+        chosen = (first[:, None] + torch.arange(self.texts_per_image)).flatten()
         return self.tokens[kind][chosen], self.ids[kind][chosen], mirrored
 
 # %% ../../nbs/trainers/04_pairs.ipynb #566af2fe
