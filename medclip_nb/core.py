@@ -755,6 +755,5 @@ def progress(
     "A progress bar for people, silence for logs"
     from tqdm.auto import tqdm
     file = sys.stdout if is_watched() else None # A notebook has a red ground for standard error
-    return tqdm(
-        iterable, total=total, desc=desc, unit=unit, file=file, disable=is_batch(), mininterval=0.5, leave=False
-    )
+    hidden = is_batch() or "VOILA_BASE_URL" in os.environ # Voilà reports an error where a bar has been
+    return tqdm(iterable, total=total, desc=desc, unit=unit, file=file, disable=hidden, mininterval=0.5, leave=False)

@@ -200,6 +200,15 @@ def test_completion(installed, tmp_path):
     assert done.stdout.split() == ["ViT-B-32/openai", "light"], done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("shell, more, shown", [
+    ("zsh", {}, """_arguments '*: :(("{}"))'"""), ("fish", {"_TYPER_COMPLETE_FISH_ACTION": "get-args"}, "{}")])
+def test_completion_in_other_shells(installed, tmp_path, shell, more, shown):
+    for line, expected in [("medclip-nb run lin", "linear_probe"), ("medclip-nb suite starter-", "starter-more")]:
+        env = {**os.environ, "_MEDCLIP_NB_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_ARGS": line, **more}
+        done = subprocess.run([installed], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.stdout.strip() == shown.format(expected), done.stdout + done.stderr
+
+
 def test_the_wheel_away_from_the_repository(tmp_path):
     "Built, unpacked and called elsewhere: completion, a project with its dry run, and the demo's settings"
     source = tmp_path / "source"

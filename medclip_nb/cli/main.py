@@ -94,10 +94,13 @@ def _show_note(message: Warning | str, category: type[Warning], *where: Any, **t
 
 @app.callback()
 def _main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
-) -> None: warnings.showwarning = _show_note
+) -> None:
+    context.with_resource(warnings.catch_warnings()) # Ends with the command
+    warnings.showwarning = _show_note
 
 app.add_typer(data, name="data")
 app.add_typer(cache, name="cache")

@@ -31,6 +31,7 @@ from typing import Any
 
 import medclip_nb
 from medclip_nb.core import (
+    REMEDIES,
     RUN_NAME,
     FolderKind,
     InputError,
@@ -431,6 +432,12 @@ def _execute(
             )
         except Exception as error: raise others.cause(error) from None
 
+def _with_remedy(message: str) -> str:
+    "What the machine refused, and what to do about it"
+    refused = re.match(r"\[Errno (\d+)\]", message)
+    remedy = REMEDIES.get(int(refused[1])) if refused else None
+    return f"{message}. {remedy}" if remedy else message
+
 def _explain(
     error: Exception, replace: Mapping[str, str], kept: Path, timeout: float | None, status: int | None = None
 ) -> Exception:
@@ -440,6 +447,7 @@ def _explain(
     if getattr(error, "ename", ""):
         message = scrub(ANSI.sub("", error.evalue), replace)
         if error.ename == "InputError": return InputError(message)
+        message = _with_remedy(message)
         if other: message = f"{message} ({other.lower()})"
         cell = "\n".join("    " + line for line in error.source.strip().splitlines())
         return RunError(f"{error.ename}: {message}\nin this cell:\n{cell}\nThe notebook so far: {kept}")
@@ -452,7 +460,7 @@ def _explain(
         likely = status in (None, -signal.SIGKILL)
         why = f"The kernel {how}{'; most likely it ran out of memory. Try a smaller batch or limit' * likely}."
     elif kind == "CellTimeoutError" and timeout: why = f"The run took longer than its limit of {timeout:g} s."
-    else: why = f"{kind}: {error}"
+    else: why = f"{kind}: {_with_remedy(str(error))}"
     return RunError(f"{why}\nThe notebook so far: {kept}")
 
 # %% ../../nbs/experiments/02_runs.ipynb #40775409
