@@ -7,10 +7,10 @@ __all__ = ['RENAMED', 'REMEDIES', 'DEVICES', 'PRECISIONS', 'TEMPORARY', 'MAX_DEP
            'LITTER', 'RUN_NAME', 'FIGURES', 'InputError', 'close_matches', 'looks_like_path', 'absent', 'unknown_name',
            'seed_everything', 'spend', 'note_cost', 'metered', 'peak_memory', 'spent', 'repository_root',
            'setup_experiment', 'reuse_memory', 'pick_device', 'pick_precision', 'content_hash', 'file_hash', 'alive',
-           'machine', 'clear_leftovers', 'atomic_path', 'temporary_folder', 'parse_json', 'parse_yaml', 'read_yaml',
-           'to_jsonable', 'write_json', 'spreadsheet_cell', 'plain_file', 'read_json', 'FolderKind', 'folder_mark',
-           'replaceable', 'remove_folder', 'atomic_folder', 'rounded', 'time_text', 'is_batch', 'is_watched',
-           'progress']
+           'machine', 'temporary_name', 'clear_leftovers', 'atomic_path', 'temporary_folder', 'parse_json',
+           'parse_yaml', 'read_yaml', 'to_jsonable', 'write_json', 'spreadsheet_cell', 'plain_file', 'read_json',
+           'FolderKind', 'folder_mark', 'replaceable', 'remove_folder', 'atomic_folder', 'rounded', 'time_text',
+           'is_batch', 'is_watched', 'progress']
 
 # %% ../nbs/00_core.ipynb #2a317ea4
 import ctypes
@@ -322,7 +322,10 @@ def machine() -> str: # 6 hexadecimal digits
     space = Path("/proc/self/ns/pid")
     return content_hash(platform.node(), os.readlink(space) if space.is_symlink() else "")[:6]
 
-def _temporary_name(name: str, ending: str = "") -> str:
+def temporary_name(
+    name: str, # Of what it is made for
+    ending: str = "", # As of a file
+) -> str: # Hidden; `clear_leftovers` knows it
     "A name of this process, with as much of another name as there is room for"
     own = f".{os.getpid()}-{machine()}-{uuid.uuid4().hex[:8]}{ending}"
     return f".{os.fsencode(name)[:_NAME_BYTES - 1 - len(own.encode())].decode(errors='ignore')}{own}"
@@ -358,7 +361,7 @@ def atomic_path(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear_once(path.parent.resolve())
-    temporary = path.with_name(_temporary_name(path.name, path.suffix if len(path.suffix) <= 16 else ""))
+    temporary = path.with_name(temporary_name(path.name, path.suffix if len(path.suffix) <= 16 else ""))
     try:
         yield temporary
         os.replace(temporary, path)
@@ -369,7 +372,7 @@ def temporary_folder() -> Iterator[Path]: # Empty, for this user alone
     "A folder for the length of a block, among the temporary ones of the system; a killed process leaves none for long"
     where = Path(tempfile.gettempdir())
     _clear_once(where)
-    folder = where/_temporary_name("medclip-nb")
+    folder = where/temporary_name("medclip-nb")
     folder.mkdir(mode=0o700)
     try: yield folder
     finally: shutil.rmtree(folder, ignore_errors=True)
@@ -669,7 +672,7 @@ def remove_folder(
     "Remove a folder of this kind; any other stays"
     try: path = replaceable(path, kind)
     except InputError: return False
-    aside = path.with_name(_temporary_name(path.name, ".old"))
+    aside = path.with_name(temporary_name(path.name, ".old"))
     try:
         if not path.exists() or not any(path.iterdir()): return False
         _set_aside(path, aside, kind)

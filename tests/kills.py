@@ -3,6 +3,7 @@
 
 Each moment starts a command in an empty folder, ends it with SIGKILL (the process alone, or all of its group), and
 looks at what is left: every result is absent or whole, and no process lives on. Then the same command runs to its end.
+Of a suite on a Dask cluster, a worker is killed as well: the command then has to come to its end without help.
 Its results, and the names of all files, hidden and temporary ones included, are those of an undisturbed run, and what
 was whole before is not computed again. One line tells of each kill, a table of all; the status is 1 after any fault.
 """
@@ -20,7 +21,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import forks
 import numpy as np
@@ -29,6 +32,7 @@ TRAINING = ("dataset=json-pairs", "device=cpu", "epochs=2", "batch_size=8", "lr=
 # They tell times, or machines
 IGNORED = re.compile(r"run\.json|\.complete|suite\.json|index\.html|costs\..*|.*\.log")
 LASTS = 10.0  # Seconds that processes have to follow the one that was killed
+WAITS = 70.0  # The same for the processes of a Dask worker, which wait a minute for another run
 
 
 def finetune(mode: str) -> Callable[[Path, Path], list]:
@@ -54,6 +58,25 @@ def suite(made: Path, out: Path) -> list:
     return ["suite", made/"two.yaml", "--out", out/"reports", "--workers", 2]
 
 
+@cache
+def cluster() -> Any:
+    "A client of a Dask cluster of two processes, which are started again where they are killed"
+    from distributed import Client, LocalCluster
+    return Client(LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None))
+
+
+def busy_worker() -> int:
+    "The process of a worker, one that executes a run where there is one"
+    numbers = cluster().run(os.getpid)
+    busy = [worker for worker, runs in cluster().processing().items() if runs and worker in numbers]
+    return numbers[(busy or [*numbers])[0]]
+
+
+def on_dask(made: Path, out: Path) -> list:
+    return ["suite", made/"two.yaml", "--out", out/"reports", "--threads", 1, "--executor", "dask",
+            "--scheduler", cluster().scheduler.address]
+
+
 COMMANDS: dict[str, Callable[[Path, Path], list]] = {
     "make": lambda made, out: ["data", "make", "cytopath", "--out", out/"cytopath"],
     "starter": lambda made, out: ["data", "validate", "starter", "--root", out/"starter", "-o", "n_studies=[2, 1, 1]"],
@@ -65,6 +88,7 @@ COMMANDS: dict[str, Callable[[Path, Path], list]] = {
     "head": finetune("head"),
     "itemized": itemized,
     "suite": suite,
+    "dask": on_dask,
     "compare": lambda made, out: ["compare", made/"reports", "--csv", out/"table.csv", "--tables", "csv", "--tables",
                                   "latex", "--figures", "svg", "--out", out/"page", "--overwrite"],
     "report": lambda made, out: ["run", "compare", made/"reports", "--out", out/"run"],
@@ -193,21 +217,23 @@ class Trial:
                 except OSError: continue
         return hash(tuple(found))
 
-    def kill(self, process: subprocess.Popen, after: float, changes: int, whole_group: bool) -> bool:
-        "Kill after some seconds or changes, whichever comes first; whether it still ran"
+    def kill(self, process: subprocess.Popen, after: float, changes: int, victim: str) -> bool:
+        "Kill the process, its group or a worker after some seconds or changes; whether the command still ran"
         end, seen, last = time.monotonic() + after, 0, self.changes()
         while time.monotonic() < end and process.poll() is None:
             if (now := self.changes()) != last: seen, last = seen + 1, now
             if changes and seen >= changes: break
             time.sleep(0.002)
         ran = process.poll() is None
-        (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL) if ran else None
-        process.wait()
+        if ran and victim == "worker": os.kill(busy_worker(), signal.SIGKILL)
+        elif ran: (os.killpg if victim == "group" else os.kill)(process.pid, signal.SIGKILL)
+        if victim == "worker": self.finish(process)
+        else: process.wait()
         return ran
 
     def alone(self) -> None:
         "Nothing that the killed process has started lives on"
-        end = time.monotonic() + LASTS
+        end = time.monotonic() + (WAITS if self.what == "dask" else LASTS)
         while (left := living(self.folder)) and time.monotonic() < end: time.sleep(0.05)
         for number in left:
             words = Path(f"/proc/{number}/cmdline").read_bytes().replace(b"\0", b" ")[:80].decode(errors="replace")
@@ -236,7 +262,7 @@ def rows_kept(before: dict[str, bytes]) -> int:
 
 def check_kept(trial: Trial, whole: set[str], before: dict[str, bytes]) -> None:
     "What was whole is not computed again"
-    if trial.what == "suite":
+    if trial.what in ("suite", "dask"):
         again = [name for name in whole if f"{Path(name).name}: begun" in trial.said]
         if again: trial.faults.append(f"executed again: {again}")
     if trial.what == "embed":
@@ -282,14 +308,15 @@ def once(
     what: str, program: str, made: Path, folder: Path, reference: Reference, rng: random.Random
 ) -> tuple[str, list[str]]:
     "Kill a command at one moment; the moment, and what was wrong"
-    trial, group = Trial(what, program, made, folder), rng.random() < 0.5
+    victim = rng.choice(["group", "process", *["worker"] * 2 * (what == "dask")])
+    trial = Trial(what, program, made, folder)
     changes = rng.randint(1, reference.changes) if rng.random() < 0.7 and reference.changes else 0
     after = reference.seconds * (3 if changes else rng.uniform(0.2, 1.0))
     begun = time.monotonic()
-    ran = trial.kill(trial.start(), after, changes, group)
+    ran = trial.kill(trial.start(), after, changes, victim)
     moment = f"{time.monotonic() - begun:5.2f} s, " + (f"change {changes}" if changes else "by the clock")
-    moment += f", {'group' if group else 'process'}" + ("" if ran else ", already over")
-    trial.alone()
+    moment += f", {victim}" + ("" if ran else ", already over")
+    if what != "dask": trial.alone() # The second call goes on with the processes of the workers
     before = files(folder)
     whole = whole_units(trial, reference.expected, before)
     more = ["--resume"] if "run" == COMMANDS[what](made, folder)[0] and rng.random() < 0.5 else []

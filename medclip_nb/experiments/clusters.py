@@ -15,14 +15,21 @@ import os
 import re
 import subprocess
 import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core import FIGURES, InputError, close_matches, content_hash, read_yaml
+from medclip_nb.core import (
+    FIGURES,
+    InputError,
+    clear_leftovers,
+    close_matches,
+    content_hash,
+    read_yaml,
+    temporary_name,
+)
 from .runs import code_hash
 from .workers import LOGS, RunPlace, apart
 
@@ -135,8 +142,9 @@ class DaskPlace(RunPlace):
         paths: Iterable[str] = (), # Of data and weights
     ) -> None:
         "Start jobs, and ask the workers what they see; raises `InputError` where one does not see all"
-        self._marker = Path(folder, LOGS, f"marker-{uuid.uuid4().hex}")
+        self._marker = Path(folder, LOGS, temporary_name("marker"))
         self._marker.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(self._marker.parent)
         self._marker.touch()
         self._asked = self.home, str(self._marker), {p: glimpse(p) for p in dict.fromkeys(paths)}, code_hash()
         if self.jobs: self._submit_jobs()
