@@ -41,7 +41,7 @@ SCALING = {
     "item_similarity": ["--texts", ("250", "500", "1000")],
     "itemized_loss": ["--items", ("2", "4", "12")],
     "bootstrap": ["--rows", ("1000", "100000")],
-    "probe": ["--classes", ("2", "30")],
+    "probe": ["--classes", ("3", "30")],
 }  # Benchmark -> an option, and its other values
 
 
@@ -112,12 +112,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE/"results.json")
     options = parser.parse_args()
     wanted = [(name, words) for name, words in STANDARD.items() if not options.only or name in options.only]
-    if options.scaling:
-        wanted += [(name, [*words, SCALING[name][0], value]) for name, words in list(wanted) if name in SCALING
-                   for value in SCALING[name][1]]
+    scaled = [(name, [*words, SCALING[name][0], value]) for name, words in wanted if name in SCALING
+              for value in SCALING[name][1]] if options.scaling else []
     about, order = machine(), list(STANDARD)
     results = kept(options.out, about, {name for name, _ in wanted}) if options.only else []
     for name, words in wanted: results += measure(name, words)
+    for name, words in scaled: results += [found | {"goal": None} for found in measure(name, words)] # Of one size
     results.sort(key=lambda found: order.index(found["benchmark"]))
     with pd.option_context("display.width", 250, "display.max_colwidth", 50, "display.max_columns", 20):
         print(as_table(results, about["bf16"]).to_string(index=False))

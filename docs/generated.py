@@ -380,12 +380,57 @@ works, and are worth nothing as evidence about patients.
 MEASURED = ROOT / "benchmarks" / "results.json"
 
 
+def curves(results: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    "Results of one task in three sizes and more, by task and by what is counted, smallest first"
+    found = {}
+    for path in dict.fromkeys(r["path"] for r in results):
+        own = [(re.split(r"(\d+)", r["size"]), r) for r in results if r["path"] == path]
+        parts = [column for column in zip(*(words for words, _ in own)) if len(set(column)) > 2]
+        if len(parts) != 1 or len({len(words) for words, _ in own}) > 1: continue
+        at = [*zip(*(words for words, _ in own))].index(parts[0])
+        what = own[0][0][at + 1].split(",")[0].strip()
+        found[path, what] = sorted((r | {"n": int(words[at])} for words, r in own), key=lambda r: r["n"])
+    return found
+
+
+def growth(out: Path, results: list[dict]) -> str:
+    "A figure of the time that each task takes by its size, and the words that show it; empty without such tasks"
+    if not (tasks := curves(results)): return ""
+    import matplotlib.pyplot as plt
+
+    from medclip_nb import plots
+    with plt.rc_context():
+        plots.use_style()
+        columns = min(3, len(tasks))
+        rows = -(-len(tasks) // columns)
+        figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.9 * rows), squeeze=False)
+        for ax in axes.flat[len(tasks):]: ax.set_axis_off()
+        for ax, ((path, what), own) in zip(axes.flat, tasks.items()):
+            ours = {r["n"]: r["seconds"] for r in own}
+            ax.plot(ours.keys(), ours.values(), "o-", color=plots.PALETTE[0], label="here")
+            for rival, color in zip(dict.fromkeys(r["rival"] for r in own), plots.PALETTE[1:]):
+                theirs = {r["n"]: r["rival_seconds"] for r in own if r["rival"] == rival}
+                ax.plot(theirs.keys(), theirs.values(), "s--", color=color, label=rival)
+            ax.set(xscale="log", yscale="log", title=plots.wrapped(path, 28), xlabel=what, ylabel="time, s")
+            ax.set_xticks(list(ours), [f"{n:,}" for n in ours])
+            ax.minorticks_off()
+            ax.legend(fontsize=7)
+        figure.savefig(out / "speed.png", dpi=150)
+        plt.close(figure)
+    told = "; ".join(f"{path} by {what}" for path, what in tasks)
+    return f"""## How it grows
+
+![Time by size, both axes logarithmic: {told}](speed.png)
+
+Each task in several sizes, all else as in the table. Parallel lines mean that the ratio holds at any size."""
+
+
 def speed(out: Path, measured: Path = MEASURED) -> None:
     "The figures that benchmarks/table.py has saved"
     parts = ["""# Speed
 
 How long parts of this library take, beside what one would use instead."""]
-    if measured.exists(): parts.append(figures(read(measured)))
+    if measured.exists(): parts += [figures(found := read(measured)), growth(out, found["results"])]
     else: parts.append("No figures are kept here yet: `make bench` measures them, and the next `make docs` shows them.")
     write(out, "speed", "\n\n".join(parts))
 

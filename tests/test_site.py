@@ -212,7 +212,7 @@ def test_results_list_every_committed_report(parsed, built):
 
 def test_speed_shows_what_was_measured_or_how_to_measure(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    from generated import speed
+    from generated import curves, speed
     speed(tmp_path, tmp_path / "none.json")
     assert "`make bench` measures" in (tmp_path / "speed.md").read_text(encoding="utf-8")
     one = {"path": "a < b", "rival": "scikit-learn", "size": "n=7", "seconds": 2.0, "rival_seconds": 5.0, "ratio": 2.5,
@@ -225,6 +225,15 @@ def test_speed_shows_what_was_measured_or_how_to_measure(tmp_path, monkeypatch):
     row = ["a &lt; b", "n=7", "scikit-learn", "2", "5", "2.50 (2.00 to 3.00)", "(3, needs bf16)", "50%", ""]
     assert "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" in page
     assert r"A\_1 \<CPU\> (2 cores, AVX2" in page and "no arithmetic in bfloat16" in page.replace("\n", " ")
+    assert "How it grows" not in page and not (tmp_path / "speed.png").exists()
+    sizes = [one | {"size": f"4 rows, {n} classes", "rival": rival, "seconds": n / 9, "rival_seconds": n * n / 9}
+             for n in (30, 2, 9) for rival in ("scikit-learn", "warm")]
+    (tmp_path / "found.json").write_text(json.dumps({"machine": about, "results": sizes}), encoding="utf-8")
+    speed(tmp_path, tmp_path / "found.json")
+    assert "a < b by classes](speed.png)" in (tmp_path / "speed.md").read_text(encoding="utf-8")
+    assert (tmp_path / "speed.png").stat().st_size > 10_000
+    [((path, what), own)] = curves(sizes).items()
+    assert (path, what, [r["n"] for r in own]) == ("a < b", "classes", [2, 2, 9, 9, 30, 30])
 
 
 def test_a_dead_link_stops_the_build(monkeypatch):
