@@ -439,6 +439,7 @@ def figures(found: dict) -> str:
     "What was measured, how, and on what machine"
     about = found["machine"]
     shown = runpy.run_path(str(ROOT / "benchmarks" / "table.py"))["as_table"](found["results"], about["bf16"])
+    shown["ratio"] = [text.replace(" to ", "\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}") for text in shown["ratio"]]
     rows = [[escape(cell) for cell in row] for row in shown.itertuples(index=False)]
     lower = f"{'arithmetic' if about['bf16'] else 'no arithmetic'} in bfloat16"
     versions = ", ".join(f"{name} {version}" for name, version in about["packages"].items())

@@ -222,7 +222,8 @@ def test_speed_shows_what_was_measured_or_how_to_measure(tmp_path, monkeypatch):
     (tmp_path / "found.json").write_text(json.dumps({"machine": about, "results": [one]}), encoding="utf-8")
     speed(tmp_path, tmp_path / "found.json")
     page = (tmp_path / "speed.md").read_text(encoding="utf-8")
-    row = ["a &lt; b", "n=7", "scikit-learn", "2", "5", "2.50 (2.00 to 3.00)", "(3, needs bf16)", "50%", ""]
+    ratio = "2.50 (2.00\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}3.00)"
+    row = ["a &lt; b", "n=7", "scikit-learn", "2", "5", ratio, "(3, needs bf16)", "50%", ""]
     assert "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" in page
     assert r"A\_1 \<CPU\> (2 cores, AVX2" in page and "no arithmetic in bfloat16" in page.replace("\n", " ")
     assert "How it grows" not in page and not (tmp_path / "speed.png").exists()
