@@ -120,6 +120,7 @@ def draw_batch(
         mirrored=mirrored[mine],
         epoch=run.progress.epoch,
         generator=run.generator,
+        texts_per_image=pairs.texts_per_image,
     )
     batch.drawn = run.objective.draw(batch)
     return batch

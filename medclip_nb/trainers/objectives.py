@@ -42,6 +42,7 @@ class Batch:
     epoch: int # Current epoch, counted from 1
     generator: torch.Generator # For further random draws; in the same state on every process
     drawn: Any = None # What the objective's `draw` returned
+    texts_per_image: int = 1 # k
 
 # %% ../../nbs/trainers/03_objectives.ipynb #bc473fa3
 class Objective(nn.Module):
@@ -74,7 +75,7 @@ class Objective(nn.Module):
         "The loss of the whole batch from what this process has encoded"
         images, labels, groups = gather(images), gather_ids(batch.labels), gather_ids(batch.groups)
         if self.reads != "pairs": return {"loss": self(images, texts, gather_ids(batch.ids), labels, groups)}
-        k = len(batch.ids) // len(batch.labels) # Texts of an image: the loss is the mean of theirs
+        k = batch.texts_per_image # The loss is the mean of theirs
         kinds = [(gather(texts[i::k]), gather_ids(batch.ids[i::k])) for i in range(k)]
         return {"loss": sum(self(images, *kind, labels, groups) for kind in kinds) / k}
 
