@@ -235,3 +235,14 @@ app(sys.argv[1:], prog_name="medclip-nb")"""
     assert (place / "reports" / "demo" / "report.html").is_file()
     assert len(load_manifest("csv", place / "mine" / "example" / "table.csv")) == 48
     assert set(template_parameters("finetune")) > set(demonstration.demo_parameters())
+
+
+def test_warnings_are_shown_as_before_when_a_command_has_ended():
+    import warnings
+
+    from typer.testing import CliRunner
+
+    from medclip_nb.cli.main import app
+    before = warnings.showwarning
+    assert CliRunner().invoke(app, ["data", "info", "starter"]).exit_code == 0
+    assert warnings.showwarning is before
