@@ -144,8 +144,8 @@ def _interpret(words: list[str]) -> None:
 
 def _kernel(words: list[str]) -> None:
     "Be a kernel"
-    from ipykernel.kernelapp import launch_new_instance
-    launch_new_instance()
+    from medclip_nb.experiments.kernels import become_kernel
+    become_kernel()
 
 
 def _end(status: int) -> None:

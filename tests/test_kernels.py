@@ -73,6 +73,19 @@ _ = pathlib.Path(out_dir, "metrics.json").write_text(json.dumps({"schema": 1, "t
         assert (one/name).read_bytes() == (two/name).read_bytes(), name
 
 
+def test_a_kernel_ends_without_a_word(make_template, tmp_path, usual, capfd):
+    "Though its control thread is about to write out what was printed when the main thread closes the sockets"
+    template = make_template(tmp_path/"slow.ipynb", 'out_dir: str = "out"', """
+import threading, time
+from ipykernel.iostream import IOPubThread
+def late(self, pipe=IOPubThread._event_pipe.fget, current=threading.current_thread, wait=time.sleep):
+    if current().name == "Control": wait(0.2)
+    return pipe(self)
+IOPubThread._event_pipe = property(late)""")
+    run(template, {}, tmp_path/"run", quiet=True)
+    assert "Error" not in capfd.readouterr().err
+
+
 def test_runs_of_a_block_share_a_server_and_nothing_else(facts):
     with warm_kernels(): (one, about), (two, _) = facts("one"), facts("two")
     assert about["kernel"] == {"start": "forked", "why": ""}

@@ -28,8 +28,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     ],
     "kernels": [
         "BACKEND", "EACH", "ForkedKernel", "IMPORT_LIMIT", "KernelServer", "KernelStart", "LAUNCHER", "LIBRARIES",
-        "Phases", "SWITCH", "cell_phase", "connected_in", "notebook_imports", "obstacle", "serve", "warm_kernels",
-        "without",
+        "Phases", "SWITCH", "become_kernel", "cell_phase", "connected_in", "notebook_imports", "obstacle", "serve",
+        "warm_kernels", "without",
     ],
     "ledger": [
         "ABOUT", "HOW", "append_run", "check_ledger", "run_line",
