@@ -21,7 +21,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 HERE = Path(__file__).resolve().parent
 STANDARD = {
@@ -47,6 +46,7 @@ SCALING = {
 
 def machine() -> dict[str, object]:
     "What the figures were measured on"
+    import torch
     from noted import bf16_is_computed  # Beside this file; the documentation takes other functions from elsewhere
     try: cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
     except (OSError, StopIteration): cpu = platform.processor()

@@ -564,4 +564,4 @@ def plain_pages(out: Path) -> None:
         write(out, pages()[name], prose(path.read_text(encoding="utf-8"), path, pages()[name]))
 
 
-PAGES = (home, datasets, prompts, reference, experiments, results, speed, overviews, plain_pages)
+PAGES = (speed, datasets, reference, home, prompts, experiments, results, overviews, plain_pages)  # Slow ones first

@@ -1,6 +1,7 @@
 """Sphinx's settings for the site; docs/make_site.py writes the pages and calls it"""
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -8,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from docutils import nodes  # noqa: E402
 from latex2mathml.converter import convert  # noqa: E402
 from notebooks import repository, settings, source_link  # noqa: E402
+from sphinx.search.en import SearchEnglish  # noqa: E402
 
 project = settings()["lib_name"]
 author = settings()["author"]
@@ -21,6 +23,7 @@ nb_execution_mode, nb_merge_streams = "off", True
 nb_code_prompt_show, nb_code_prompt_hide = "Show the code", "Hide the code"
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "attrs_inline", "attrs_block", "deflist"]
 myst_heading_anchors = 4
+myst_ref_domains = ["std", "py"]
 myst_dmath_double_inline = True
 # Outputs may have headings of any level; a report in a browser needs no static twin of its widgets
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
@@ -83,4 +86,5 @@ def plain_titles(app, pagename, templatename, context, doctree):
 def setup(app):
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
     app.connect("html-page-context", plain_titles)
+    SearchEnglish.stem = cache(SearchEnglish.stem)  # Pages share most of their words
     return {"parallel_read_safe": True, "parallel_write_safe": True}
