@@ -124,6 +124,10 @@ def test_unknown_names(words, message, tmp_path):
     ({"scales": {"tiny": {"default": {}}}}, "scale tiny: unknown key 'default'. Did you mean 'defaults'?"),
     ({"scales": {"tiny": 3}}, "scale tiny must be a mapping"),
     ({"runs": [SMALL["runs"][0] | {"search": ["lr"]}]}, "search is a mapping, as in {method: grid, metric: accuracy,"),
+    ({"runs": [*SMALL["runs"], {"name": "train", "template": "finetune", "params": {"texts": "captions"}}]},
+     "texts='captions'. Did you mean 'caption'?"),
+    ({"runs": [*SMALL["runs"], {"name": "maps", "template": "attention_maps", "params": {"methods": ["atention"]}}]},
+     "methods='atention'. Did you mean 'attention'?"),
     ({"scales": {"tiny": {"runs": {"words": {"epochs": 1}}}}}, "scale tiny, run words: unknown key 'epochs'"),
 ])
 def test_broken_files(changes, message, tmp_path):

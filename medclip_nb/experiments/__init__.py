@@ -75,8 +75,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "ASKED", "MACHINE", "STATE", "differences", "has_state", "left_behind", "state_folder",
     ],
     "rules": [
-        "EFFECTS", "Effect", "LOOP", "SENTENCES", "SLOTTED", "USES", "Use", "check_prompts", "check_split",
-        "idle_message", "idle_parameters", "split_uses",
+        "ALL_TEMPLATES", "EFFECTS", "Effect", "LOOP", "SENTENCES", "SLOTTED", "USES", "Use", "WORDS", "check_prompts",
+        "check_split", "idle_message", "idle_parameters", "split_uses", "unknown_words",
     ],
     "runs": [
         "FAILED_FOLDER", "FOLLOWED", "INPUTS", "LEAST_FILES", "MAX_SECONDS", "RUN_FOLDER", "RunError",

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import medclip_nb
 from ..core import InputError, close_matches, parse_json, parse_yaml, read_yaml, unknown_name
-from .rules import check_prompts, check_split, idle_message, idle_parameters
+from .rules import check_prompts, check_split, idle_message, idle_parameters, unknown_words
 
 # %% ../../nbs/experiments/01_parameters.ipynb #3b3e5aab
 @cache
@@ -298,6 +298,8 @@ def check_parameters(
         else:
             try: values[name] = _checked(name, value, specs[name])
             except InputError as e: problems.append(str(e))
+    own = template.path.resolve().parent == template_folder().resolve()
+    problems += unknown_words(template.path.stem, values) if own else [] # A changed copy may know others
     missing = [n for n, s in specs.items() if complete and s.default is ... and n not in params and n != "out_dir"]
     problems += [
         f"parameter {n!r} ({specs[n].type}) has to be given: {specs[n].help or 'it has no default'}." for n in missing
