@@ -75,6 +75,7 @@ def which_rows(
 def _check_data(template: Template, value: Mapping[str, Any]) -> None:
     "Raise `InputError` for options that the reader lacks, and for what is wrong in a small table"
     dataset, root, options = value["dataset"], value.get("data_root"), value.get("data_options") or {}
+    from medclip_nb.datasets.classes import class_column
     from medclip_nb.datasets.loading import check_option_names, check_options, load_manifest
     from medclip_nb.datasets.registry import _find_reader
     reader, how = _find_reader(dataset), {k: v for k, v in options.items() if k not in _SPLITTING}
@@ -82,6 +83,8 @@ def _check_data(template: Template, value: Mapping[str, Any]) -> None:
     check_options(dataset, reader, how)
     if dataset != "csv" or not root or not os.path.isfile(root) or os.path.getsize(root) > SMALL_TABLE: return
     rows, split = load_manifest(dataset, root, **how, split_by=None, split="all"), value.get("split")
+    for label in (*value.get("labels", ()), *value.get("findings", ()), value.get("label")):
+        if label: class_column(rows, label)
     measures = any("measured=split" in source for _, source, _ in template.cells) and split not in (None, "", "all")
     unsplit = rows.split_source.startswith("none:") and not {"split", "splits", "split_by"} & {*options}
     if measures and unsplit: raise InputError(which_rows(rows, split))
