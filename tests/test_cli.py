@@ -1,6 +1,7 @@
 "The command line: exit codes, messages without tracebacks"
 import json
 import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -103,6 +104,27 @@ def test_other_mistakes_end_with_2(tmp_path):
     assert "no suite 'nothing'" in call("suite", "nothing", code=2)
     assert "no run with metrics" in call("compare", tmp_path, code=2)
     assert "no template" in call("params", "nothing", code=2)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ("rank x.png --texts a --precision fp31", "Unknown precision 'fp31'. Did you mean 'fp32'"),
+    ("attend x.png --texts a --device gpu", "Unknown device 'gpu'. Did you mean 'cpu'"),
+    ("classify x.png --classes a b --model startr", "Did you mean 'starter'"),
+    ("embed csv x.csv --model startr", "Did you mean 'starter'"),
+    ("export run --to onnx --out made", "Unknown layout 'onnx'. There is: 'card', 'huggingface', 'open_clip'."),
+    ("run finetune -p texts=captions --out made", "texts='captions'. Did you mean 'caption'?"),
+    ("run zero_shot -p precision=fp31 --out made", "precision='fp31'. Did you mean 'fp32'"),
+])
+def test_a_wrong_word_is_told_at_once(words, message, tmp_path):
+    "Without torch, whose import alone takes longer"
+    code = "import sys; sys.modules['torch'] = None; from medclip_nb.cli import app; app()"
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and message in done.stderr, done.stderr
+
+
+def test_layouts_of_an_export_are_those_of_the_library():
+    from medclip_nb.models.exports import EXPORT_LAYOUTS
+    for layout in EXPORT_LAYOUTS: assert "Unknown layout" not in call("export", "no", "--to", layout, "--out", "x", code=2)
 
 
 def test_parameters_are_listed(stub):

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Optional
 import typer
 from typer.core import TyperCommand
 
-from .cache import load_seeded
+from .cache import DeviceOption, PrecisionOption, known_model, load_seeded
 from .completion import complete_checkpoint, complete_model, complete_pack
 from .data import text_table
 from ..core import InputError, to_jsonable
@@ -55,7 +55,9 @@ ImagesArgument = Annotated[
 ModelOption = Annotated[
     str,
     typer.Option(
-        help="Architecture, with weights where its name gives some, or a folder.", autocompletion=complete_model
+        help="Architecture, with weights where its name gives some, or a folder.",
+        autocompletion=complete_model,
+        callback=known_model,
     ),
 ]
 CheckpointOption = Annotated[
@@ -202,8 +204,8 @@ def classify(
     window: WindowOption = None,
     top: TopOption = 5,
     as_json: JsonOption = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
 ) -> None:
     "Predict which class fits each image best."
     with contextlib.redirect_stdout(sys.stderr):
@@ -264,8 +266,8 @@ def rank(
     window: WindowOption = None,
     top: TopOption = 0,
     as_json: JsonOption = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
 ) -> None:
     "Order texts by how well they fit each image, best first."
     with contextlib.redirect_stdout(sys.stderr):

@@ -26,6 +26,7 @@ from medclip_nb.cli.ask import (
     _report,
     candidate_texts,
 )
+from .cache import DeviceOption, PrecisionOption
 from .data import OverwriteOption, check_out
 from ..core import InputError, close_matches
 
@@ -189,8 +190,8 @@ def attend(
     ] = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
 ) -> None:
     "Show where a model looks for each text, as a figure. A model of studies takes its series as NAME=PATH."
     with contextlib.redirect_stdout(sys.stderr):

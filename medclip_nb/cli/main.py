@@ -21,7 +21,7 @@ import typer
 from .. import __version__
 from .ask import ManyValues, classify, packs, rank
 from .attend import attend
-from .cache import cache, embed
+from .cache import cache, embed, known_word
 from medclip_nb.cli.completion import (
     complete_parameter,
     complete_runs,
@@ -495,7 +495,13 @@ def export(
             help="Run folder, checkpoint folder, file of weights or adapter folder.", autocompletion=complete_runs
         ),
     ],
-    to: Annotated[str, typer.Option(help="open_clip, huggingface, or card for the card alone.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="open_clip, huggingface, or card for the card alone.",
+            callback=known_word("layout", ("open_clip", "huggingface", "card")),
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     model: Annotated[str, typer.Option(help="The model that bare weights or an adapter belong to.")] = "",
     name: Annotated[str, typer.Option(help="Name in the card; by default the folder's.")] = "",

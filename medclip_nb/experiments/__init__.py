@@ -52,7 +52,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "read_template", "template_cells", "template_folder", "template_parameters", "templates", "with_defaults",
     ],
     "preflight": [
-        "SMALL_TABLE", "check_names", "which_rows",
+        "SMALL_TABLE", "check_model", "check_names", "which_rows",
     ],
     "processes": [
         "Company", "GRACE", "ProcessError", "Processes", "assist", "company", "environment", "has_leader", "launched",
