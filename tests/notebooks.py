@@ -8,7 +8,10 @@ import argparse
 import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 from nbdev.config import get_config
@@ -26,9 +29,23 @@ def found(paths: list[str]) -> list[Path]:
     return sorted(file.absolute() for file in files)
 
 
-def run(notebook: Path) -> tuple[Path, bool, float]:
-    "The notebook, whether it ran to its end, and its seconds"
-    passed, seconds = test_nb(notebook, skip_flags=get_config().tst_flags.split(), basepath=str(ROOT))
+def run(notebook: Path, answer: Connection) -> None:
+    "Say whether the notebook ran to its end, and its seconds"
+    answer.send(test_nb(notebook, skip_flags=get_config().tst_flags.split(), basepath=str(ROOT)))
+
+
+def run_apart(context: BaseContext, notebook: Path) -> tuple[Path, bool, float]:
+    "The notebook, whether it ran to its end in a process of its own, and its seconds"
+    answers, answer = context.Pipe(duplex=False)
+    process = context.Process(target=run, args=(notebook, answer))
+    process.start()
+    answer.close() # So that the end of the process is the end of the answers
+    try: passed, seconds = answers.recv()
+    except EOFError:
+        process.join()
+        print(f"{notebook.relative_to(ROOT)}: its process ended with {process.exitcode}", file=sys.stderr)
+        return notebook, False, 0.0
+    process.join()
     return notebook, passed, seconds
 
 
@@ -43,8 +60,8 @@ def main() -> int:
     os.environ["IN_TEST"] = "1" # nbdev.showdoc and others ask for it; nbdev_test sets it as well
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*IMPORTED])
-    with ProcessPoolExecutor(options.workers, context, max_tasks_per_child=1) as pool:
-        results = sorted(pool.map(run, files), key=lambda one: one[2])
+    with ThreadPoolExecutor(options.workers) as pool:
+        results = sorted(pool.map(partial(run_apart, context), files), key=lambda one: one[2])
     if options.timing: print(*(f"{seconds:7.1f} s  {path.relative_to(ROOT)}" for path, _, seconds in results), sep="\n")
     failed = sorted(str(path.relative_to(ROOT)) for path, passed, _ in results if not passed)
     print(f"{len(files) - len(failed)} of {len(files)} notebooks passed")
