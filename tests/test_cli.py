@@ -124,7 +124,8 @@ def test_a_wrong_word_is_told_at_once(words, message, tmp_path):
 
 def test_layouts_of_an_export_are_those_of_the_library():
     from medclip_nb.models.exports import EXPORT_LAYOUTS
-    for layout in EXPORT_LAYOUTS: assert "Unknown layout" not in call("export", "no", "--to", layout, "--out", "x", code=2)
+    for layout in EXPORT_LAYOUTS:
+        assert "Unknown layout" not in call("export", "nowhere", "--to", layout, "--out", "x", code=2)
 
 
 def test_parameters_are_listed(stub):
