@@ -9,6 +9,8 @@ from typer.testing import CliRunner
 
 from medclip_nb.cli import doctor as diagnosis
 from medclip_nb.cli import main as cli
+from medclip_nb.core import InputError
+from medclip_nb.models import load_model
 
 PARAMETERS = '''n: int = 5  # How many
 name: str = "a"  # Kept as text
@@ -83,9 +85,11 @@ def test_a_folder_that_is_not_there_is_no_name(tmp_path, monkeypatch):
     assert f"model='reports/x/checkpoint': {said}" in call("run", "zero_shot", "-p", "model=reports/x/checkpoint",
                                                            code=2)
     embed = ("embed", "csv", "t.csv", "--out", "e.npz", "--check", "none", "--model")
-    assert f"model 'reports/x/checkpoint': {said}" in call(*embed, "reports/x/checkpoint", code=2)
+    assert f"model='reports/x/checkpoint': {said}" in call(*embed, "reports/x/checkpoint", code=2)
     assert "there is no such folder; the current folder holds no 'runs'" in call(*embed, "./runs/mine", code=2)
-    assert "Unknown model 'ViT-B-33/openai'. Did you mean" in call(*embed, "ViT-B-33/openai", code=2)
+    assert "model='ViT-B-33/openai': no such folder or name. Did you mean" in call(*embed, "ViT-B-33/openai", code=2)
+    with pytest.raises(InputError, match=f"model 'reports/x/checkpoint': {said}"): load_model("reports/x/checkpoint")
+    with pytest.raises(InputError, match="Unknown model 'ViT-B-33/openai'. Did you mean"): load_model("ViT-B-33/openai")
 
 
 def test_a_folder_after_the_template_is_what_it_reads(stub, tmp_path):
@@ -111,6 +115,7 @@ def test_other_mistakes_end_with_2(tmp_path):
     ("attend x.png --texts a --device gpu", "Unknown device 'gpu'. Did you mean 'cpu'"),
     ("classify x.png --classes a b --model startr", "Did you mean 'starter'"),
     ("embed csv x.csv --model startr", "Did you mean 'starter'"),
+    ("init project --model startr", "Did you mean 'starter'"),
     ("export run --to onnx --out made", "Unknown layout 'onnx'. There is: 'card', 'huggingface', 'open_clip'."),
     ("run finetune -p texts=captions --out made", "texts='captions'. Did you mean 'caption'?"),
     ("run zero_shot -p precision=fp31 --out made", "precision='fp31'. Did you mean 'fp32'"),

@@ -12,6 +12,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from .cache import known_model
 from .completion import complete_model
 from .data import ReaderOption, reader_options
 from ..core import InputError
@@ -27,7 +28,10 @@ def init(
     ] = None,
     option: ReaderOption = [],
     model: Annotated[
-        str, typer.Option(help="Model to begin with, as in ViT-B-32/openai.", autocompletion=complete_model)
+        str,
+        typer.Option(
+            help="Model to begin with, as in ViT-B-32/openai.", autocompletion=complete_model, callback=known_model
+        ),
     ] = "ViT-B-32/openai",
 ) -> None:
     "Make a project for your own data, with a suite that fits them."
