@@ -61,6 +61,7 @@ def _start(folder: str, session: str) -> None:
                    "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     if os.fork(): return
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup make test` ignores it
     null, log = os.open(os.devnull, os.O_RDWR), os.open(os.path.join(folder, "log"),
                                                         os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for old, new in ((null, 0), (log, 1), (log, 2)): os.dup2(old, new)
