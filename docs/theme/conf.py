@@ -23,7 +23,7 @@ nb_execution_mode, nb_merge_streams = "off", True
 nb_code_prompt_show, nb_code_prompt_hide = "Show the code", "Hide the code"
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "attrs_inline", "attrs_block", "deflist"]
 myst_heading_anchors = 4
-myst_ref_domains = ["std", "py"]
+myst_ref_domains = ["std", "py"]  # Those in use; else each link is parsed as C++ as well
 myst_dmath_double_inline = True
 # Outputs may have headings of any level; a report in a browser needs no static twin of its widgets
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
