@@ -181,6 +181,7 @@ def place(made, tmp_path, monkeypatch):
 
 
 LOOK = ["attend", "data/0.png", "--texts", "a disk"]
+MODEL = "hf-hub:no/where"  # Nothing looks for it before it is loaded
 EMBED = ["embed", "csv", "data/t.csv", "--only", "images", "--model"]
 TABLE = ["csv", "--root", "data/t.csv"]
 
@@ -191,10 +192,10 @@ TABLE = ["csv", "--root", "data/t.csv"]
     (["compare", "reports", "--csv", "old.csv"], "old.csv"),
     (["data", "convert", *TABLE, "--out", "old.csv"], "old.csv"),
     (["data", "split", *TABLE, "--out", "old.csv"], "old.csv"),
-    (["data", "validate", *TABLE, "--csv", "old.csv"], "old.csv"), ([*EMBED, "none", "--out", "pair.npy"], "pair.csv")])
+    (["data", "validate", *TABLE, "--csv", "old.csv"], "old.csv"), ([*EMBED, MODEL, "--out", "pair.npy"], "pair.csv")])
 def test_files_are_replaced_only_where_asked(place, words, file):
     before = tree(place)
-    code, output = call(*words, *(["--model", "hf-hub:no/where"] if words[0] == "attend" else []))
+    code, output = call(*words, *(["--model", MODEL] if words[0] == "attend" else []))
     assert (code, output) == (2, f"error: {file}: is there already. Give another name, or --overwrite.\n")
     assert tree(place) == before
     if words[0] in ("compare", "data"):
@@ -212,10 +213,10 @@ def test_files_are_replaced_only_where_asked(place, words, file):
     (["data", "validate", *TABLE, "--csv", "data/../data/2.png"], "data/../data/2.png"),
     (["data", "validate", "imagefolder", "--root", "folders", "--csv", "folders/notes.csv"],
      "folders/notes.csv"),
-    ([*EMBED, "none", "--out", "data/t.npy"], "data/t.csv")])
+    ([*EMBED, MODEL, "--out", "data/t.npy"], "data/t.csv")])
 def test_no_output_replaces_an_input(place, words, file, overwrite):
     before = tree(place)
-    code, output = call(*words, *overwrite, *(["--model", "hf-hub:no/where"] if words[0] == "attend" else []))
+    code, output = call(*words, *overwrite, *(["--model", MODEL] if words[0] == "attend" else []))
     assert code == 2 and output.startswith(f"error: {file}: is ") and output.count("\n") == 1, output
     assert "Give another name." in output and "--overwrite" not in output
     assert tree(place) == before

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.main import get_command
 
 from medclip_nb.cli.main import app
@@ -57,11 +58,16 @@ def test_it_was_executed_and_keeps_what_teaches(path):
 
 
 @named
-def test_it_shows_the_command_line_too(path):
-    "Its commands are parsed by the program itself"
+def test_it_shows_the_command_line_too(path, tmp_path, monkeypatch):
+    "Its commands are parsed by the program itself; a model that they take from a suite is of a run in it"
     told = "\n".join(prose(path))
     commands = re.findall(r"^ *(medclip-nb (?:.*\\\n)*.*)", told, re.M)
     assert commands
+    for suite, run in re.findall(r"--model reports/([\w-]+)/([\w-]+)/checkpoint", told):
+        runs = yaml.safe_load((ROOT / "nbs" / "experiments" / "suites" / f"{suite}.yaml").read_text())["runs"]
+        assert run in [x["name"] for x in runs]
+        (tmp_path / "reports" / suite / run / "checkpoint").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     for line in commands:
         words = shlex.split(line.replace("\\\n", " "), comments=True)[1:]
         command = get_command(app)
