@@ -14,6 +14,7 @@ from sklearn.metrics import jaccard_score, roc_auc_score
 from typer.testing import CliRunner
 
 from medclip_nb.cli import main as cli
+from medclip_nb.core import InputError
 from medclip_nb.datasets import load_manifest
 from medclip_nb.evaluators import evaluate_grounding
 from medclip_nb.metrics import choose_map_threshold, localize, overlaps, pointing, within
@@ -100,6 +101,18 @@ def test_item_maps_against_the_layer(clip):
         torch.testing.assert_close(found.zero_mass[pair], weights[0, 0, -1], atol=1e-6, rtol=1e-4)
         torch.testing.assert_close(found.similarity[pair], torch.cosine_similarity(out[0, 0], raw[0], dim=0), atol=1e-5,
                                    rtol=1e-4)
+
+
+def test_a_map_of_zeros_finds_nothing():
+    "Neither above any share of its maximum, nor where a threshold is chosen; and a mask says yes or no everywhere"
+    masks = np.zeros((2, 4, 4))
+    masks[:, :2] = 1
+    maps = np.stack([np.zeros((4, 4)), masks[0]])
+    assert localize(maps, masks, threshold=0.5)["iou"].tolist() == [0, 1]
+    assert overlaps(maps, masks, [0.05, 0.95]).tolist() == [[0, 0], [1, 1]]
+    masks[0, 3, 3] = np.nan
+    for ask in (lambda: localize(maps, masks), lambda: within(masks, 1)):
+        with pytest.raises(InputError, match="A mask has values that are not numbers"): ask()
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -20,6 +20,7 @@ from medclip_nb.metrics import (
     over_seeds,
     paired_bootstrap,
     paired_table,
+    pairwise_bootstrap,
     subgroup_table,
     unit_count,
 )
@@ -186,9 +187,34 @@ def test_subgroups_are_their_own_bootstrap(frame):
 def test_subgroups_of_any_metric(frame):
     table = subgroup_table(frame, "age", lambda rows, w: auroc(rows["label"], rows["score"], w), bins=[0, 50, 90],
                            groups=None)
-    for name, rows in (("(0, 50]", frame[frame["age"] <= 50]), ("(50, 90]", frame[frame["age"] > 50])):
+    for name, rows in (("[0, 50]", frame[frame["age"] <= 50]), ("(50, 90]", frame[frame["age"] > 50])):
         assert table.loc[name, "value"] == pytest.approx(sk.roc_auc_score(rows["label"], rows["score"]))
     assert table.loc["(missing)", "rows"] == 5 and table["rows"].iloc[1:].sum() == 200
+
+
+def test_ranges_hold_their_ends_and_tell_what_lies_outside():
+    ages = [0, 20, 40, 70, 85, 90, None]
+    table = subgroup_table(pd.DataFrame({"age": ages, "correct": 1.0}), "age", bins=[0, 40, 80], n=10)
+    assert table["rows"].to_dict() == {"all": 7, "[0, 40]": 3, "(40, 80]": 1, "(outside)": 2, "(missing)": 1}
+    mixed = subgroup_table(pd.DataFrame({"site": [1, "a", 1, "b"], "correct": 1.0}), "site", n=10)
+    assert mixed["rows"].to_dict() == {"all": 4, "1": 2, "a": 1, "b": 1}
+
+
+@pytest.mark.parametrize("metric, summary", [("mean", np.mean), ("median", np.median)])
+def test_models_are_compared_where_both_have_a_value(metric, summary):
+    before, after = np.array([0, 1, 1] + [np.nan] * 3), np.array([0, 1, 1, 1, 1, 1.0])
+    found = paired_bootstrap(before, after, metric, groups=[1, 1, 2, 3, 3, 3], n=50)
+    assert (found["difference"], found["rows"], found["groups"]) == (0, 3, 2)
+    rng = np.random.default_rng(0)
+    values = {name: np.where(rng.random(60) < 0.2, np.nan, rng.random(60)) for name in "abc"}
+    groups = pd.Series(rng.integers(0, 20, 60)).where(rng.random(60) < 0.9)
+    for row in pairwise_bootstrap(values, metric, groups, n=50).to_dict("records"):
+        a, b = values[row.pop("before_run")], values[row.pop("after_run")]
+        both = ~np.isnan(a + b)
+        assert row == paired_bootstrap(a, b, metric, groups, n=50) == pytest.approx(
+            paired_bootstrap(a[both], b[both], metric, groups[both], n=50))
+        assert row["before"] == pytest.approx(summary(a[both])) and row["rows"] == both.sum() < 60
+    with pytest.raises(InputError, match="no row where both"): paired_bootstrap([1, np.nan], [np.nan, 1], metric)
 
 
 def test_a_flag_under_ten_units():

@@ -277,3 +277,22 @@ def test_abstaining_rows_do_not_move_a_temperature():
     z, y = rng.normal(size=(40, 3)), rng.integers(0, 3, 40).astype(float)
     more = fit_temperature(np.r_[y, [np.nan] * 5], np.r_[z, np.full((5, 3), np.nan)], range(3))
     assert more == fit_temperature(y, z, range(3)) and more.rows == 40
+
+
+def test_logits_are_not_taken_for_probabilities():
+    z, y = np.array([-2, -1, 0.3, 0.4, 2]), ["a", "a", "b", "b", "b"]
+    for score in (lambda: classification_metrics(y, z, ["a", "b"]), lambda: per_class_metrics(y, z, ["a", "b"])):
+        with pytest.raises(InputError, match="Row 0 has -2 as the probability of 'b' .3 such rows."): score()
+    with pytest.raises(InputError, match=r"shape \(5,\) are no"): fit_temperature(y, z, ["a", "b"])
+    both = np.stack([0 * z, z], 1)
+    assert classification_metrics(y, both, ["a", "b"])["accuracy"] == 1
+    assert fit_temperature(y, both, ["a", "b"]).value == 0.01
+    assert classification_metrics([*y[:4], None], [0, 0.2, 1, 0.9, 7], ["a", "b"])["accuracy"] == 1, "no label"
+
+
+def test_thresholds_need_a_column_per_class_and_no_test_split():
+    y, s = np.zeros((4, 2)), np.zeros((4, 2))
+    for labels, scores in ((y, s), (y[:, :1], s), (y, s[:3])):
+        with pytest.raises(InputError, match="1 classes for labels of shape"):
+            choose_thresholds(labels, scores, ["a"])
+    with pytest.raises(InputError, match="flatters the test"): choose_thresholds(y, s, ["a", "b"], chosen_on="test")

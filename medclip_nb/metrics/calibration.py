@@ -143,6 +143,8 @@ def fit_temperature(
     from scipy.special import logsumexp
     if str(chosen_on).lower() == "test":
         raise InputError("A temperature fitted on the test split flatters the test: fit it on validation rows.")
+    if np.ndim(logits) != 2:
+        raise InputError(f"Logits of shape {np.shape(logits)} are no (rows, classes); give [0, logit] for two classes.")
     _, true, z = labeled(y_true, logits, class_names)
     own = z[np.arange(len(true)), true]
     nll = lambda inverse: float((logsumexp(inverse * z, axis=1) - inverse * own).mean())

@@ -94,7 +94,13 @@ def labeled(
     "The labelled rows; raises `InputError` for unknown labels, wrong shapes, and scores that are not finite"
     true = label_codes(y_true, class_names)
     scores = np.asarray(scores, float)
-    if scores.ndim == 1 and len(class_names) == 2: scores = np.stack([1 - scores, scores], 1)
+    if scores.ndim == 1 and len(class_names) == 2:
+        if (odd := np.flatnonzero((true >= 0) & ((scores < 0) | (scores > 1)))).size:
+            raise InputError(
+                f"Row {odd[0]} has {scores[odd[0]]:g} as the probability of {class_names[1]!r} ({odd.size} such rows). "
+                "Give logits as (rows, 2), such as [0, logit], or pass them through a sigmoid."
+            )
+        scores = np.stack([1 - scores, scores], 1)
     if scores.shape != (len(true), len(class_names)):
         raise InputError(
             f"Scores have shape {scores.shape}; {len(true)} labels and {len(class_names)} classes "

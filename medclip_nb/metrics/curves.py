@@ -131,6 +131,12 @@ RULES = {
 }  # What each rule maximises
 
 # %% ../../nbs/metrics/03_curves.ipynb #a3a3d8e3
+def _check_choice(rule: str, chosen_on: str) -> None:
+    "Raise `InputError` for an unknown rule or a test split"
+    if rule not in RULES: raise InputError(f"Unknown rule {rule!r}. {close_matches(rule, RULES)}")
+    if str(chosen_on).lower() == "test":
+        raise InputError("A threshold chosen on the test split flatters the test: choose it on validation rows.")
+
 def choose_threshold(
     positive: ArrayLike, # (rows,) 1, 0, or NaN for a row without a label
     scores: ArrayLike, # (rows,) higher means more likely positive
@@ -139,9 +145,7 @@ def choose_threshold(
     candidates: ArrayLike | None = None, # Thresholds to try; None takes the scores that occur
 ) -> Threshold: # The largest of equally good ones
     "The best threshold by a rule; raises `InputError` for a test split, an unknown rule, or rows of one kind only"
-    if rule not in RULES: raise InputError(f"Unknown rule {rule!r}. {close_matches(rule, RULES)}")
-    if str(chosen_on).lower() == "test":
-        raise InputError("A threshold chosen on the test split flatters the test: choose it on validation rows.")
+    _check_choice(rule, chosen_on)
     hits, others, scores = split_rows(positive, scores)
     if not len(hits) or not len(others):
         raise InputError(f"A threshold needs positives and negatives; {chosen_on!r} has {len(hits)} and {len(others)}.")
@@ -163,9 +167,12 @@ def choose_thresholds(
     chosen_on: str = "valid", # Name of the split that these rows are; never the test split
     candidates: ArrayLike | None = None, # Thresholds to try; None takes the scores that occur
 ) -> pd.DataFrame: # One row per class, the fields of `Threshold` as columns; NaN for a class of one kind only
-    "One threshold per class, each from its own labelled rows"
-    labels, scores, found = np.asarray(labels, float), np.asarray(scores, float), {}
-    for name, y, s in zip(class_names, labels.T, scores.T):
+    "One threshold per class, each from its own labelled rows; raises `InputError` as `choose_threshold` does"
+    labels, scores, names, found = np.asarray(labels, float), np.asarray(scores, float), list(class_names), {}
+    if labels.shape != scores.shape or labels.shape[1:] != (len(names),):
+        raise InputError(f"{len(names)} classes for labels of shape {labels.shape} and scores of shape {scores.shape}.")
+    _check_choice(rule, chosen_on)
+    for name, y, s in zip(names, labels.T, scores.T):
         rows, positives = int(np.isfinite(y).sum()), int(np.nansum(y))
         if 0 < positives < rows: found[name] = choose_threshold(y, s, rule, chosen_on, candidates)
         else: found[name] = Threshold(np.nan, rule, str(chosen_on), rows, positives, np.nan, np.nan, np.nan)

@@ -31,9 +31,16 @@ def enlarge(
     return F.interpolate(maps[:, None], size=tuple(size), mode=mode, align_corners=False)[:, 0].numpy()
 
 # %% ../../nbs/metrics/07_localization.ipynb #72f6d52f
+def _inside(masks: ArrayLike) -> np.ndarray:
+    "Masks as booleans"
+    masks = np.asarray(masks)
+    if masks.dtype.kind == "f" and not np.isfinite(masks).all():
+        raise InputError("A mask has values that are not numbers; give true inside the finding and false elsewhere.")
+    return masks.astype(bool)
+
 def _checked(maps: ArrayLike, masks: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     "Maps at the size of the masks, and masks as booleans"
-    maps, masks = np.asarray(maps, dtype=np.float32), np.asarray(masks).astype(bool)
+    maps, masks = np.asarray(maps, dtype=np.float32), _inside(masks)
     if maps.ndim < 3 or maps.ndim != masks.ndim or len(maps) != len(masks):
         raise InputError(
             f"Maps {maps.shape} and masks {masks.shape} must both be (n, height, width), "
@@ -56,7 +63,7 @@ def within(
     spacing: float | Sequence[float] = 1.0, # Distance between neighbouring pixels, for all axes or for each
 ) -> np.ndarray: # The masks, dilated by the tolerance; an empty one stays empty
     "Where a maximum counts as a hit"
-    masks = np.asarray(masks).astype(bool)
+    masks = _inside(masks)
     if not tolerance: return masks
     near = lambda mask: distance_transform_edt(~mask, sampling=spacing) <= tolerance if mask.any() else mask
     return np.stack([near(mask) for mask in masks])
@@ -89,9 +96,10 @@ def overlaps(
     masks: ArrayLike, # (n, height, width), true inside the finding; also with depth
     thresholds: Sequence[float], # Shares of each map's maximum
 ) -> np.ndarray: # (n, thresholds); NaN for an empty mask
-    "Intersection over union of the masks and the maps above a share of their maximum"
+    "Intersection over union of the masks and the maps above a share of their maximum; a map of zeros finds nothing"
     values, masks, _ = _flat(*_checked(maps, masks))
-    found = (values >= share * values.max(1, keepdims=True) for share in thresholds)
+    highest = values.max(1, keepdims=True)
+    found = ((values >= share * highest) & (highest > 0) for share in thresholds)
     shares = [(f & masks).sum(1) / (f | masks).sum(1) for f in found]
     return np.where(masks.any(1)[:, None], np.stack(shares, 1), np.nan)
 

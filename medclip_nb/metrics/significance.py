@@ -40,6 +40,15 @@ def _paired_weights(
     counts = {"rows": len(before), "groups": len(before) if groups is None else unit_count(groups)}
     return [np.ones((1, len(before)), weights.dtype), weights], counts
 
+def _common(before: ArrayLike, after: ArrayLike, groups: ArrayLike | None) -> tuple:
+    "The rows where both models have a value"
+    known = [~np.isnan(np.asarray(values, float)) for values in (before, after)]
+    if len(before) != len(after) or all(one.all() for one in known): return before, after, groups
+    if not (keep := (known[0] & known[1]).reshape(len(before), -1).all(1)).any():
+        raise InputError("There is no row where both models have a value.")
+    kept = None if groups is None or len(groups) != len(keep) else as_objects(groups)[keep]
+    return np.asarray(before)[keep], np.asarray(after)[keep], groups if kept is None else kept
+
 def _p_value(share: float, groups: int) -> float:
     "Twice a share of the resamples as the p-value of the interval for so many groups"
     from scipy.special import ndtri, stdtr
@@ -76,7 +85,11 @@ def paired_bootstrap(
     level: float = 0.95, # Share of the resamples inside
     support: int | None = None, # Groups that the metric rests on; None for all
 ) -> dict[str, float | int]: # before, after, difference (after minus before), low, high, p, rows, groups
-    "Difference of a metric between two models on the same rows; raises `InputError` for different lengths"
+    """Difference of a metric between two models on the same rows; raises `InputError` for different lengths
+
+    A mean or median is that of the rows where both models have a value.
+    """
+    if isinstance(metric, str): before, after, groups = _common(before, after, groups)
     weights, counts = _paired_weights(before, after, groups, n, seed)
     of = summary_of(metric) if isinstance(metric, str) else metric
     found = [[of(values, w) for w in weights] for values in (before, after)]
@@ -98,6 +111,10 @@ def pairwise_bootstrap(
     first, *others = values.values()
     if any(len(one) != len(first) for one in others):
         raise InputError("Models to be compared need the same rows; their numbers of rows differ.")
+    if isinstance(metric, str) and any(np.isnan(np.asarray(one, float)).any() for one in values.values()):
+        pairs = [(a, b, paired_bootstrap(values[a], values[b], metric, groups, n, seed, level, support))
+                 for a, b in combinations(values, 2)]
+        return pd.DataFrame([{"before_run": a, "after_run": b, **found} for a, b, found in pairs], columns=columns)
     weights, counts = _paired_weights(first, first, groups, n, seed)
     of = summary_of(metric) if isinstance(metric, str) else metric
     found = {name: [of(own, w) for w in weights] for name, own in values.items()}
@@ -277,13 +294,22 @@ def over_seeds(
     return {"mean": mean, "sd": sd} | ends | {"n": n, "missing": len(values) - n}
 
 # %% ../../nbs/metrics/08_significance.ipynb #e89d563b
+def _ranges(numbers: pd.Series, edges: list[float]) -> pd.Series:
+    "The range of each number, the lowest with both of its ends; what lies outside of all is a group of its own"
+    names = [f"{'[('[i > 0]}{low:g}, {high:g}]" for i, (low, high) in enumerate(zip(edges, edges[1:]))]
+    found = pd.cut(numbers, edges, labels=names, include_lowest=True).cat.add_categories("(outside)")
+    return found.mask(found.isna() & numbers.notna(), "(outside)")
+
 def _subgroups(values: pd.Series, bins: int | Sequence[float] | None) -> pd.Series:
     "Subgroup of each row, an ordered category; numbers are cut into ranges if bins are given"
     if bins is not None:
         numbers = pd.to_numeric(values)
-        values = pd.qcut(numbers, bins, duplicates="drop") if isinstance(bins, int) else pd.cut(numbers, list(bins))
+        values = pd.qcut(numbers, bins, duplicates="drop") if isinstance(bins, int) else _ranges(numbers, list(bins))
     names = values.astype(object).where(values.notna(), "(missing)").astype(str)
-    order = [str(v) for v in sorted(values.dropna().unique())] + ["(missing)"]
+    known = list(values.dropna().unique())
+    try: known.sort()
+    except TypeError: known.sort(key=str) # Numbers and texts in one column
+    order = [*map(str, known), "(missing)"]
     return names.astype(pd.CategoricalDtype([v for v in dict.fromkeys(order) if v in set(names)], ordered=True))
 
 def subgroup_table(
