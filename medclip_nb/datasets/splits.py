@@ -85,7 +85,8 @@ def make_splits(
     codes, groups = pd.factorize(_units(table)[1], sort=True)
     if len(groups) < len(fractions):
         raise InputError(
-            f"Cannot make {len(fractions)} splits out of {len(groups)} group(s); give a 'split' column."
+            f"Cannot make {len(fractions)} splits out of {len(groups)} group(s): rows of one patient or study stay in "
+            "one split, and so do rows whose files are equal. Give a 'split' column."
         )
     columns = [stratify] if isinstance(stratify, str) else list(stratify or ())
     strata = _strata(table, columns, codes, len(fractions)) if columns else np.zeros(len(groups), int)
