@@ -1,7 +1,9 @@
 "What a machine refuses, signals, and two processes at the same place: a right result or one line, and nothing half"
+import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,19 +70,38 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half(installed, tmp_path):
     assert left(tmp_path) == []
 
 
+def until_it_waits(words, kernel):
+    "The process of a command, once the kernel has written its number, and when to give up"
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while not kernel.exists() or not kernel.read_text():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.05)
+    return process, end
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=["SIGTERM", "SIGHUP"])
 def test_signals_end_a_run_as_an_interruption_does(command, stub, tmp_path, number, code):
     words = [command, "run", stub, "-p", f"mode=wait {tmp_path / 'kernel'}", "--out", tmp_path / "runs" / "run"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 120
-    while not (tmp_path / "kernel").exists() or not (tmp_path / "kernel").read_text():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()
-        time.sleep(0.05)
+    process, end = until_it_waits(words, tmp_path / "kernel")
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code and "interrupted" in errors and "Traceback" not in errors
     assert left(tmp_path / "runs") == [], "nothing is left even before the next run"
     while alive(kernel := int((tmp_path / "kernel").read_text())): assert time.monotonic() < end, kernel
+
+
+def test_a_suite_ends_where_its_end_goes_wrong(command, stub, tmp_path):
+    "The folder is gone when the interrupted run is saved; the next run does not start"
+    runs = [{"name": name, "template": str(stub), "params": {"mode": f"wait {tmp_path / name}"}} for name in "ab"]
+    (tmp_path / "s.yaml").write_text(json.dumps({"name": "s", "runs": runs}))
+    process, end = until_it_waits([command, "suite", tmp_path / "s.yaml", "--out", tmp_path / "out"], tmp_path / "a")
+    shutil.rmtree(tmp_path / "out")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and "interrupted" in errors and "Traceback" not in errors
+    assert not (tmp_path / "b").exists()
+    while alive(kernel := int((tmp_path / "a").read_text())): assert time.monotonic() < end, kernel
 
 
 def test_a_home_that_is_none(command, stub, tmp_path):

@@ -386,6 +386,11 @@ def _kernel_options() -> list[str]: # Arguments of the kernel
     "Nothing but errors in the log, and no other package of this name"
     return ["--IPKernelApp.log_level=50", *(["--IPKernelApp.ignore_cwd=True"] if _is_foreign() else [])]
 
+def _is_interrupted(error: BaseException | None) -> bool:
+    "Whether it was raised while an interruption was cleaned up, as where the disk is full"
+    while error and not isinstance(error, KeyboardInterrupt): error = error.__context__
+    return error is not None
+
 def _execute(
     template: Path,
     work: Path,
@@ -430,7 +435,9 @@ def _execute(
                 **limits,
                 **options,
             )
-        except Exception as error: raise others.cause(error) from None
+        except Exception as error:
+            if _is_interrupted(error): raise KeyboardInterrupt from None
+            raise others.cause(error) from None
 
 def _with_remedy(message: str) -> str:
     "What the machine refused, and what to do about it"
