@@ -246,3 +246,37 @@ def test_warnings_are_shown_as_before_when_a_command_has_ended():
     before = warnings.showwarning
     assert CliRunner().invoke(app, ["data", "info", "starter"]).exit_code == 0
     assert warnings.showwarning is before
+
+
+@pytest.mark.parametrize("words, says", [
+    (["data_root=t.csv"], "data_root='t.csv' holds data of your own, and no dataset is named"),
+    (["dataset=starter", "data_root=t.csv"], "dataset is 'starter', the embedded data"),
+    (["dataset=t.csv"], "It is a path: give how to read it as the dataset, such as csv"),
+    (["dataset=csv", "data_root=kather"], "give -p dataset=kather -p data_root=FOLDER"),
+    (["dataset=csv", "data_root=t.csv"], "Columns with few different values: 'diagnosis'"),
+    (["dataset=csv", "data_root=.", "data_options={table: t.csv}"], "Columns with few different values: 'diagnosis'"),
+    (["dataset=csv", "data_root=.", "labels=[diagnose]"], "Did you mean 'diagnosis'"),
+    (["dataset=csv", "data_root=.", "data_options={train: t.csv}", "labels=[diagnose]"], "Did you mean 'diagnosis'"),
+    (["model=ViT-B-32/opneai"], "ViT-B-32 has no weights 'opneai'. Did you mean 'openai'"),
+    (["model=vit-b-32/openai"], "did you mean 'ViT-B-32/openai'?"),
+    (["model=openai/clip-vit-base-patch32"], "is named 'hf-hub:openai/clip-vit-base-patch32'"),
+    (["model=reports/starter/finetune/checkpoint"], "its weights are not; medclip-nb suite starter makes them"),
+    (["checkpoint=reports/mine/a/checkpoint"], "its weights are not; executing it again makes them")])
+def test_mistakes_of_a_first_hour_are_told_before_anything_starts(tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    rows = pd.DataFrame({"image": [f"{i}.png" for i in range(6)], "diagnosis": list("aabbab"), "split": "train"})
+    rows.to_csv("t.csv", index=False)
+    for run in ("starter/finetune", "mine/a"):
+        (tmp_path / "reports" / run).mkdir(parents=True)
+        (tmp_path / "reports" / run / "run.json").write_text("{}")
+    monkeypatch.setattr("medclip_nb.experiments.runs._execute", lambda *_, **__: pytest.fail("a kernel was started"))
+    given = [word for one in ["model=starter", *words] for word in ("-p", one)]
+    assert says in call("run", "linear_probe", *given, "--out", "out", code=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_data_set_stands_where_its_folder_would(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = call("run", "linear_probe", "kather", "-p", "model=starter", code=2)
+    assert "kather is a data set and no folder here" in said
+    assert list(tmp_path.iterdir()) == []

@@ -9,14 +9,12 @@ __all__ = ['DEPTH', 'MOST_FOLDERS', 'dataset_names', 'pack_names', 'template_nam
            'complete_runs', 'complete_parameter']
 
 # %% ../../nbs/cli/09_completion.ipynb #b7155318
-import ast
 import os
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import medclip_nb
-from ..models.published import OWN_MODELS
+from ..models.published import OWN_MODELS, open_clip_models, open_clip_tags
 
 # %% ../../nbs/cli/09_completion.ipynb #e6e505e5
 def _stems(checkout: str, package: str, pattern: str) -> list[str]:
@@ -76,33 +74,13 @@ def report_folders() -> list[str]:
     return sorted({part for run in run_folders() for part in (run, os.path.dirname(run)) if part})
 
 # %% ../../nbs/cli/09_completion.ipynb #7dad3ebe
-def _open_clip() -> Path | None:
-    "Where open_clip is installed, without importing it"
-    spec = find_spec("open_clip")
-    return Path(spec.origin).parent if spec and spec.origin else None
-
-def _tags(architecture: str) -> list[str]:
-    "The tags of pretrained weights of an architecture of open_clip"
-    folder = _open_clip()
-    if folder is None: return []
-    found, named = {}, {}
-    for node in ast.parse((folder/"pretrained.py").read_text(encoding="utf-8")).body:
-        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name): continue
-        name, value = node.targets[0].id, node.value
-        if isinstance(value, ast.Call): found[name] = [k.arg for k in value.keywords if k.arg]
-        if isinstance(value, ast.Dict) and name == "_PRETRAINED":
-            named = {ast.literal_eval(key): ast.unparse(tags) for key, tags in zip(value.keys, value.values)}
-    return found.get(named.get(architecture, ""), [])
-
 def model_names(
     incomplete: str = "", # What has been typed
 ) -> list[str]: # After a slash, the architecture with each of its weights
     "Models of the package, architectures of open_clip, checkpoints of runs"
     architecture, slash, _ = incomplete.partition("/")
-    if slash and (tags := _tags(architecture)): return [f"{architecture}/{tag}" for tag in tags]
-    folder = _open_clip()
-    listed = sorted(p.stem for p in folder.glob("model_configs/*.json")) if folder else []
-    return [*OWN_MODELS, *listed, *checkpoints()]
+    if slash and (tags := open_clip_tags(architecture)): return [f"{architecture}/{tag}" for tag in tags]
+    return [*OWN_MODELS, *open_clip_models(), *checkpoints()]
 
 # %% ../../nbs/cli/09_completion.ipynb #6dfa824a
 def _fitting(names: list[str], incomplete: str) -> list[str]:

@@ -145,6 +145,13 @@ def list_datasets(
     rows += [facts for name, (_, facts) in READERS.items() if name not in cards and wanted(name)]
     return DatasetList(rows, columns=LISTED).sort_values("name", ignore_index=True)
 
+def _meant(name: str) -> str:
+    "What to give instead of a name that no dataset has"
+    known, path = {*READERS, *card_names()}, Path(name)
+    kind = "csv" if path.suffix.lower() in (".csv", ".tsv", ".tab") else "imagefolder"
+    if "\0" in name or len(name) > 1000 or not path.exists(): return close_matches(name, known)
+    return f"It is a path: give how to read it as the dataset, such as {kind}, and the path as the folder or table."
+
 def _find_reader(name: str) -> Callable:
     "The reader of a dataset, whose module is imported if necessary"
     if name not in READERS and name in card_names():
@@ -156,7 +163,7 @@ def _find_reader(name: str) -> Callable:
         if name not in READERS:
             raise InputError(f"{card_folder()/name}.yaml: module {module!r} registers no reader {name!r}.")
     if name not in READERS:
-        raise InputError(f"Unknown dataset {name!r}. {close_matches(name, {*READERS, *card_names()})}")
+        raise InputError(f"Unknown dataset {name[:200]!r}. {_meant(name)}")
     return READERS[name][0]
 
 # %% ../../nbs/datasets/02_registry.ipynb #b4a0d11c

@@ -6,15 +6,15 @@
 __all__ = ['SMALL_TABLE', 'check_model', 'which_rows', 'check_names']
 
 # %% ../../nbs/experiments/09_preflight.ipynb #pre0f102
-import importlib.util
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import InputError, absent, close_matches, looks_like_path, pick_device
 from .parameters import Template, read_template, template_folder
-from ..models.published import OWN_MODELS
+from ..models.published import OWN_MODELS, open_clip_models, open_clip_tags
 
 if TYPE_CHECKING:
     from medclip_nb.datasets.manifest import Manifest
@@ -22,22 +22,30 @@ if TYPE_CHECKING:
 # %% ../../nbs/experiments/09_preflight.ipynb #pre0f105
 _MADE = ("starter", "medmnist") # Datasets that may be made or downloaded when they are read
 
-def _architectures() -> set[str]:
-    "Names that open_clip knows, found without importing it"
-    spec = importlib.util.find_spec("open_clip")
-    folders = spec.submodule_search_locations if spec else []
-    return {p.stem for folder in folders or [] for p in Path(folder, "model_configs").glob("*.json")}
+def _without_weights(path: str) -> str: # Empty where no run is at this place
+    "What to do where the report of a run is kept, as in a repository, and the model that it trained is not"
+    run = Path(path).parent
+    if len(path) > 1000 or not (run/"run.json").is_file(): return ""
+    suite = template_folder()/"suites"/f"{run.parent.name}.yaml"
+    how = f"medclip-nb suite {suite.stem}" if suite.is_file() else "executing it again"
+    return f" The report of this run is here, its weights are not; {how} makes them."
 
 def check_model(
     spec: str, # As for `load_model`
 ) -> None:
-    "Raise `InputError` for a model that is neither a name nor a folder"
-    name = spec.partition("/")[0]
-    if ":" in spec or os.path.isdir(spec) or spec in OWN_MODELS or name in (known := _architectures()): return
-    if not known: return
-    known |= {*OWN_MODELS}
-    if looks_like_path(spec, known): raise InputError(f"model={spec[:200]!r}: {absent(spec[:200])}.")
-    raise InputError(f"model={spec[:200]!r}: no such folder or name. {close_matches(spec, known)}")
+    "Raise `InputError` for a model that is neither a name nor a folder, and for weights that the model does not have"
+    (name, slash, tag), listed, shown = spec.partition("/"), open_clip_models(), spec[:200]
+    if ":" in spec or os.path.isdir(spec) or spec in OWN_MODELS or not listed: return
+    tags, known = open_clip_tags(name), [*OWN_MODELS, *listed]
+    if name in listed and (not tag or tag in tags): return
+    if name in listed: raise InputError(f"model={shown!r}: {name} has no weights {tag!r}. {close_matches(tag, tags)}")
+    for other in known:
+        if other.lower() == name.lower(): raise InputError(f"model={shown!r}: did you mean {other + slash + tag!r}?")
+    if looks_like_path(spec, known):
+        hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", shown)
+        more = f" A model of the Hugging Face hub is named 'hf-hub:{shown}'." if hub else ""
+        raise InputError(f"model={shown!r}: {absent(shown)}.{more}{_without_weights(spec)}")
+    raise InputError(f"model={shown!r}: no such folder or name. {close_matches(spec, known)}")
 
 _PROTOCOLS = {
     "pub-brain-5": ("pub-brain-5", "pub-brain-5-gt", "pub-brain-5-hlip", "pub-brain-5-gt-hlip"),
@@ -74,19 +82,42 @@ def which_rows(
         f"measure on the {split!r} rows, which a probe or a training run on the same data leaves aside."
     )
 
+def _small_tables(root: str, options: Mapping[str, Any]) -> bool:
+    "Whether a folder or file holds tables that are read in a moment"
+    from medclip_nb.datasets.readers.basic import _find_table
+    named = [options[name] for name in ("table", "train", "valid", "test") if options.get(name)]
+    try: tables = [_find_table(Path(root), name) for name in named or [None]]
+    except (InputError, TypeError): return False
+    return sum(table.stat().st_size for table in tables) <= SMALL_TABLE
+
+_OWN = "-p dataset=csv for a table, -p dataset=imagefolder for a folder of each class; `medclip-nb data list` shows all"
+
+def _check_own(dataset: str, root: str, named: bool) -> None:
+    "Raise `InputError` where data of one's own are read as the embedded ones, or a data set is named as a folder"
+    path = Path(root)
+    if not path.exists():
+        from medclip_nb.datasets.registry import card_names
+        if root in card_names() and root != dataset:
+            raise InputError(f"{root} is a data set and no folder here: give -p dataset={root} -p data_root=FOLDER.")
+    elif dataset == "starter" and not (path/"recipe.json").exists() and (path.is_file() or any(path.iterdir())):
+        what = "and dataset is 'starter', the embedded data" if named else "and no dataset is named"
+        raise InputError(f"data_root={root[:200]!r} holds data of your own, {what}. Say how to read them: {_OWN}.")
+
 def _check_data(template: Template, value: Mapping[str, Any]) -> None:
     "Raise `InputError` for options that the reader lacks, and for what is wrong in a small table"
     dataset, root, options = value["dataset"], value.get("data_root"), value.get("data_options") or {}
-    from medclip_nb.datasets.classes import class_column
+    from medclip_nb.datasets.classes import class_column, label_columns
     from medclip_nb.datasets.loading import check_option_names, check_options, load_manifest
     from medclip_nb.datasets.registry import _find_reader
     reader, how = _find_reader(dataset), {k: v for k, v in options.items() if k not in _SPLITTING}
     check_option_names(dataset, reader, options)
     check_options(dataset, reader, how)
-    if dataset != "csv" or not root or not os.path.isfile(root) or os.path.getsize(root) > SMALL_TABLE: return
+    if dataset != "csv" or not root or not _small_tables(root, options): return
     rows, split = load_manifest(dataset, root, **how, split_by=None, split="all"), value.get("split")
     for label in (*value.get("labels", ()), *value.get("findings", ()), value.get("label")):
         if label: class_column(rows, label)
+    needs = any(f"labels={name}" in source for name in ("labels", "asked") for _, source, _ in template.cells)
+    if needs and not value.get("pack"): label_columns(rows, value.get("labels") or ())
     measures = any("measured=split" in source for _, source, _ in template.cells) and split not in (None, "", "all")
     unsplit = rows.split_source.startswith("none:") and not {"split", "splits", "split_by"} & {*options}
     if measures and unsplit: raise InputError(which_rows(rows, split))
@@ -104,12 +135,13 @@ def check_names(
     if value.get("device") not in (None, "auto", "cpu"): pick_device(value["device"])
     for name in ("checkpoint", "image_weights", "slice_model", "against"):
         if (path := value.get(name)) and ":" not in path and not os.path.exists(path):
-            raise InputError(f"{name}={path[:200]!r}: there is no such file or folder.")
+            raise InputError(f"{name}={path[:200]!r}: there is no such file or folder.{_without_weights(path)}")
     dataset, root = value.get("dataset"), value.get("data_root")
     if dataset:
         from medclip_nb.datasets.registry import _find_reader
         _find_reader(dataset)
     web = root and (any(mark in root for mark in "*?{[") or "://" in root or root.startswith("pipe:"))
+    if root and dataset and not web: _check_own(dataset, root, "dataset" in params)
     if root and dataset not in _MADE and not web and not os.path.exists(root):
         if missing is None: raise InputError(f"data_root={root[:200]!r}: there is no such file or folder.")
         missing.append(root)

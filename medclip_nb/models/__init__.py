@@ -51,7 +51,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "POOLING_PREFIXES", "TextConditionedPooling", "key_mask", "masked_softmax", "pooling_from",
     ],
     "published": [
-        "OWN_MODELS", "PUBLISHED", "STAND_INS", "STARTER_NAMES", "published_state", "text_files",
+        "OWN_MODELS", "PUBLISHED", "STAND_INS", "STARTER_NAMES", "open_clip_models", "open_clip_tags",
+        "published_state", "text_files",
     ],
     "relevance": [
         "on_grid", "pair_relevance", "pair_similarities", "relevance_maps", "shown_attention", "similarity_maps",
