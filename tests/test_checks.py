@@ -485,3 +485,33 @@ def test_the_audit_escapes_what_it_shows(audit):
     assert "&lt;script&gt;" in page and "HYPERLINK" in page
     for kind in ("truncated image", "huge image", "unsafe pickle", "same file across splits", "markup in captions",
                  "formula in captions"): assert kind in page
+
+
+def test_words_for_nothing_are_no_captions(tmp_path):
+    "Programs write an empty cell as a word, which a model would learn"
+    captions = ["NaN", "none", "N/A", " null ", "<NA>", "-", "None seen.", "nan is a bread", "a"]
+    rows = pd.DataFrame({"image": [f"{i}.png" for i in range(9)], "caption": captions})
+    rows.to_csv(tmp_path / "t.csv", index=False)
+    found = validate(datasets.load_manifest("csv", tmp_path / "t.csv", split="all"), "none").set_index("kind")
+    assert found.loc["captions of empty cells", "count"] == 6 and found.loc["captions of empty cells", "row"] == 0
+    assert "6 captions are 'NaN', 'none'" in found.loc["captions of empty cells", "message"]
+
+
+def test_images_that_lie_elsewhere(tmp_path):
+    "In a folder below, which one option names; or under names with an ending"
+    (tmp_path / "scans" / "x").mkdir(parents=True)
+    for i in range(4): Image.new("L", (8, 8), 60 * i).save(tmp_path / "scans" / "x" / f"{i}.png")
+    table = tmp_path / "t.csv"
+    pd.DataFrame({"image": [f"x/{i}.png" for i in range(4)], "label": list("abab")}).to_csv(table, index=False)
+    found = validate(datasets.load_manifest("csv", table, split="all"))
+    said = found[found["kind"] == "missing image"]["message"]
+    option = f"image_root={(tmp_path / 'scans').as_posix()}"
+    assert len(said) == 4 and said.str.endswith(f"it lies in scans/x, which the option {option} would say").all()
+    right = datasets.load_manifest("csv", table, split="all", image_root=str(tmp_path / "scans"))
+    assert "missing image" not in set(validate(right)["kind"])
+    pd.DataFrame({"image": list("0123"), "label": list("abab")}).to_csv(table, index=False)
+    said = validate(datasets.load_manifest("csv", table, split="all"))["message"]
+    assert said.str.endswith("there is scans/x/0.png: write names with their endings").sum() == 4
+    pd.DataFrame({"image": ["9.png", *"012"], "label": list("abab")}).to_csv(table, index=False)
+    said = validate(datasets.load_manifest("csv", table, split="all"))["message"]
+    assert said.str.endswith("no such file").sum() == 4

@@ -129,6 +129,16 @@ def test_no_image(images):
     assert "Usage" in call("rank", "--help").stdout
 
 
+def test_folders_and_files_that_are_not_there(images, tmp_path):
+    "Before the model is loaded, which these do not reach"
+    (tmp_path / "notes.txt").touch()
+    for words in (["classify", "--classes", "a", "b"], ["rank", "--texts", "a"]):
+        ask = lambda *paths: call(words[0], *paths, *words[1:], "--model", "hf-hub:no/where", code=2).stderr
+        assert ask(images).endswith(f"Name the files: {images}/*.png\n")
+        assert ask(tmp_path / "a.png", tmp_path / "b.png") == f"error: {tmp_path / 'a.png'}: no such file or folder.\n"
+        assert "Name the files" not in ask(tmp_path)
+
+
 def test_rank(images, clip, tmp_path):
     (file := tmp_path / "texts.txt").write_text("\ufeffa bright square\n\n  a knee  \n", encoding="utf-8")
     texts = ["an image", "a dark, \"quiet\" square", "a bright square", "a knee"]

@@ -1,5 +1,6 @@
 "The command line: exit codes, messages without tracebacks"
 import json
+import re
 import subprocess
 import sys
 
@@ -156,10 +157,14 @@ def test_suite(stub, tmp_path):
     file = tmp_path / "s.yaml"
     file.write_text(f"runs: [{{name: good, template: {stub}, params: {{data_root: x}}}}, "
                     f"{{name: bad, template: {stub}, params: {{data_root: x, n: 9}}}}]")
-    assert call("suite", file, "--out", tmp_path, "--dry-run").split() == ["good", "to", "run", "bad", "to", "run"]
+    plan = lambda: call("suite", file, "--out", tmp_path, "--dry-run").splitlines()
+    unknown = "How long they take is not known: none of them has run here."
+    assert [" ".join(line.split()) for line in plan()] == ["good to run", "bad to run", unknown]
     assert ("error: bad: n is above 5" in (text := call("suite", file, "--out", tmp_path, code=1))
             and "good  done" in text)
     assert "good  kept" in call("suite", file, "--out", tmp_path, "--only", "good")
+    good, bad = plan()
+    assert re.fullmatch("good +kept  .* s the last time", good) and bad.split() == ["bad", "to", "run"]
 
 
 def test_doctor(monkeypatch):

@@ -10,7 +10,9 @@ __all__ = ['ImagesArgument', 'ModelOption', 'CheckpointOption', 'SlotOption', 'W
 import contextlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from mimetypes import guess_type
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -83,6 +85,15 @@ def _load_model(images: list[Path] | None, model: str, checkpoint: str, device: 
         raise InputError(
             "No image is given. Images stand before the options, as in `medclip-nb classify slice.png --pack kather`."
         )
+    if not any(path.exists() for path in images): raise InputError(f"{images[0]}: no such file or folder.")
+    for folder in (path for path in images if path.is_dir()):
+        pictures = (path for path in folder.iterdir() if (guess_type(path.name)[0] or "").startswith("image/"))
+        endings = Counter(path.suffix for path in pictures)
+        if endings:
+            raise InputError(
+                f"{folder}: a folder of pictures, and a folder stands for the slices of one DICOM series. Name the "
+                f"files: {folder}/*{endings.most_common(1)[0][0]}"
+            )
     return load_seeded(model, checkpoint, device, precision)
 
 # %% ../../nbs/cli/04_ask.ipynb #49303459

@@ -291,6 +291,7 @@ def split(
     with _writing(out): digest = save_splits(manifest, out)
     _echo(_splits(manifest))
     typer.echo(f"{out}  hash {digest}")
+    typer.echo(f"with a run: -p 'data_options={{splits: {out}}}'; with medclip-nb data: --splits {out}")
 
 # %% ../../nbs/cli/02_data.ipynb #0609780c
 @data.command()

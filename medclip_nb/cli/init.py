@@ -49,7 +49,8 @@ def init(
     typer.echo(f"written: {folder/'suite.yaml'} with {', '.join(r['name'] for r in project.suite['runs'])}")
     issues = validate(found.manifest, images="header", labels=found.manifest.labels)
     errors = int((issues["severity"] == "error").sum())
-    for row in summarize_issues(issues).itertuples(): typer.echo(f"{row.severity}: {row.kind}; {row.remedy}")
+    for row in summarize_issues(issues).itertuples():
+        typer.echo(f"{row.severity}: {row.kind} ({row.rows}), first {row.example}. {row.remedy}")
     typer.echo(f"checked: {errors} errors, {len(issues) - errors} others")
     later = commands[0] if errors else commands[1]
     typer.echo(f"\nnext:\n  cd {shlex.quote(str(folder))}\n  {later}")

@@ -54,6 +54,11 @@ def _signals_as_interruption() -> Iterator[list[int]]: # The one that came
     finally:
         for n in taken: signal.signal(n, signal.SIG_DFL)
 
+_GOES_ON = {
+    "suite": "; the same command goes on from here",
+    "run": "; the same command starts anew, and with --resume a training goes on from its last saved state",
+} # Command -> what to say where it was interrupted
+
 class _Group(Grouped):
     "Turns errors meant for the user, and what the machine refuses, into a message and an exit code"
     def invoke(self, ctx: Any) -> Any:
@@ -71,7 +76,7 @@ class _Group(Grouped):
             except KeyboardInterrupt:
                 logging.getLogger("asyncio").setLevel(logging.CRITICAL) # It would report kernels that also ended
                 with suppress(OSError): # The terminal may be gone
-                    typer.echo("\ninterrupted; a suite goes on from here when it is called again", err=True)
+                    typer.echo(f"\ninterrupted{_GOES_ON.get(ctx.invoked_subcommand, '')}", err=True)
                 raise typer.Exit(128 + (came or [signal.SIGINT])[0]) from None
 
 app = typer.Typer(
@@ -324,7 +329,11 @@ def suite(
         _costs(file, only, scale)
         with experiments.together(processes), experiments.environment(own), place:
             planned = experiments.plan_suite(file, out, only, scale, missing := {})
-        for r in planned: typer.echo(f"{r.name:<24}  {'to run' if force else r.status}")
+        took = {r.name: experiments.seconds_taken(r.path) for r in planned}
+        for r in planned:
+            last = f"  {time_text(took[r.name])} the last time" if took[r.name] else ""
+            typer.echo(f"{r.name:<24}  {'to run' if force else r.status}{last}")
+        if not any(took.values()): typer.echo("How long they take is not known: none of them has run here.")
         for line in experiments.search_plan(file, out, only, scale): typer.echo(line)
         for line in _about_data(file, scale, missing): typer.echo(line)
         return

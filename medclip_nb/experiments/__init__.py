@@ -107,7 +107,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "suites": [
         "MAX_RUNS", "NAME", "OUTSIDE", "REFERENCE", "RUN_KEYS", "STATE_EVERY", "SUITE_KEYS", "Suite", "SuiteRun",
         "YAML_TYPES", "check_outside", "find_suite", "list_suites", "load_suite", "plan_suite", "run_suite",
-        "search_plan", "suite_works", "summarize_runs", "up_to_date",
+        "search_plan", "seconds_taken", "suite_works", "summarize_runs", "up_to_date",
     ],
     "tables": [
         "LATEX", "MARKDOWN", "TABLE_FORMATS", "Table", "check_formats", "file_links", "latex_text", "markdown_text",

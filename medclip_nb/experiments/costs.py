@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..core import InputError, pick_device, rounded, time_text
+from ..core import InputError, pick_device, progress, rounded, time_text
 from .parameters import template_parameters
 from .runs import threads
 
@@ -174,7 +174,7 @@ def measure_costs(
     costs, remarks = {}, {}
     groups: dict[tuple, list[str]] = {}
     for name, work in works.items(): groups.setdefault((work.model, work.scans), []).append(name)
-    for (model, scans), names in groups.items():
+    for (model, scans), names in progress(groups.items(), "measuring a few steps of each model"):
         texts = max(works[name].texts for name in names)
         try: clip, remark = _architecture(*model)
         except InputError as e:

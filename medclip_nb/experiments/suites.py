@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['YAML_TYPES', 'SUITE_KEYS', 'RUN_KEYS', 'NAME', 'MAX_RUNS', 'REFERENCE', 'OUTSIDE', 'STATE_EVERY', 'SuiteRun', 'Suite',
            'find_suite', 'list_suites', 'load_suite', 'check_outside', 'up_to_date', 'plan_suite', 'search_plan',
-           'suite_works', 'run_suite', 'summarize_runs']
+           'suite_works', 'seconds_taken', 'run_suite', 'summarize_runs']
 
 # %% ../../nbs/experiments/05_suites.ipynb #ac413fdc
 import itertools
@@ -550,7 +550,9 @@ def _refuse_other(folder: Path) -> None:
 # %% ../../nbs/experiments/05_suites.ipynb #88f2e6a4
 STATE_EVERY = 1.0 # Seconds
 
-def _seconds(folder: Path) -> float | None:
+def seconds_taken(
+    folder: Path, # Of a run
+) -> float | None: # None where it has not run
     "How long a run took the last time"
     try: found = read_json(folder/"run.json")["seconds"]
     except (InputError, KeyError, TypeError): return None
@@ -604,7 +606,7 @@ def run_suite(
         return place.submit(follow, log, _execute, r, folder, failed, forced, timeout, False)
 
     place.check(folder, {path for r in runs for path in _paths(r)})
-    expected = lambda name: _seconds(folder/name)
+    expected = lambda name: seconds_taken(folder/name)
     board = Board({r.name: r.template for r in runs}, expected, folder/LOGS, quiet or not place.apart)
     try:
         with board:
