@@ -30,6 +30,7 @@ from medclip_nb.experiments import (
     template_parameters,
     templates,
 )
+from medclip_nb.models import open_clip_tags
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"data_root": "data/demo", "data_options": {"n_studies": [6, 3, 6], "n_slices": 4}, "epochs": 1,
@@ -169,7 +170,7 @@ def test_names_that_are_completed():
     assert completion.OWN_MODELS == (*STARTERS, *PUBLISHED, *STAND_INS)
     import open_clip
     for name in ("ViT-B-32", "RN50", "coca_ViT-L-14"):
-        assert completion._tags(name) == open_clip.list_pretrained_tags_by_model(name)
+        assert open_clip_tags(name) == open_clip.list_pretrained_tags_by_model(name)
     assert set(open_clip.list_models()) <= {*completion.model_names()}
 
 
