@@ -126,7 +126,31 @@ def test_huge_cells_and_long_tables(tmp_path):
     assert manifest.caption[2] == text and manifest.caption[3] == "d"
     deep = "[" * 100_000
     (tmp_path / "t.csv").write_text(f'image,items\na.png,"{deep}"\nb.png,"[\"\"x\"\", {deep}"\n')
-    with pytest.raises(InputError, match="t.csv, row 3: the items are not a JSON list"): load_manifest("csv", tmp_path)
+    with pytest.raises(InputError, match="t.csv, row 3: the items are not a list"): load_manifest("csv", tmp_path)
+
+
+@pytest.mark.parametrize("cell, items", [
+    ("['No effusion', 'Clear lungs']", ["No effusion", "Clear lungs"]), ("['Mass | left']", ["Mass | left"]),
+    (""" [ "the lung's apex", 'clear'] """, ["the lung's apex", "clear"]), ("['a'\n 'b']", ["a", "b"]),
+    ('["Mass | left", null, ""]', ["Mass | left"]), ("[]", []), ("[ ]", []),
+    ("[L] effusion | clear", ["[L] effusion", "clear"]), ("[ ] mass | [x] node", ["[ ] mass", "[x] node"]),
+    ("[redacted]", ["[redacted]"]), ("one 'cyst' | ['two']", ["one 'cyst'", "['two']"]),
+])
+def test_lists_in_cells(tmp_path, cell, items):
+    table = pd.DataFrame({"image": ["0.png", "1.png"], "items": ["first", cell]})
+    table.to_csv(tmp_path / "t.csv", index=False)
+    assert load_manifest("csv", tmp_path)["items"].tolist() == [["first"], items]
+    for name in table["image"]: (tmp_path / name).touch()
+    table.rename(columns={"image": "scan"}).to_csv(tmp_path / "t.csv", index=False)
+    assert load_manifest("study-csv", tmp_path, series=["scan"])["items"].tolist() == [["first"], items]
+
+
+@pytest.mark.parametrize("cell", ["['a', 'b", "['a', 1]", "['a', nan]", '["a", "b', "[np.str_('a')]", "['a' ... 'z']"])
+def test_broken_lists_in_cells(tmp_path, cell):
+    pd.DataFrame({"image": ["0.png", "1.png"], "items": ["first", cell]}).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(InputError) as caught: load_manifest("csv", tmp_path)
+    told = f"t.csv, row 3: the items are not a list of texts ({cell!r}). Write [\"one\", \"another\"], or one | another"
+    assert told in str(caught.value)
 
 
 @pytest.mark.parametrize("content, says", [

@@ -16,6 +16,7 @@ import pandas as pd
 
 from ...core import InputError, close_matches
 from ..paths import inside, safe_paths
+from .common import listed_items, literal_strings
 from ..registry import register
 from ..splits import SPLIT_NAMES
 from ..tables import read_table
@@ -34,17 +35,25 @@ def _find_table(root: Path, table: str | None) -> Path:
 
 # %% ../../../nbs/datasets/readers/02_basic.ipynb #02a5a542
 def _items(cells: Iterable, where: str) -> list[list[str]]:
-    "Cells of items: JSON lists of texts, or texts between vertical bars"
+    "Cells of items: lists of texts, as JSON or as Python prints them, or texts between vertical bars"
     found = []
     for row, cell in enumerate(cells, 2):
         if not isinstance(cell, str): found.append([])
-        elif re.match(r'\s*\[\s*["\]]', cell):
-            try: found.append([str(item) for item in json.loads(cell)])
-            except (ValueError, RecursionError):
-                fault = f"the items are not a JSON list of texts ({cell[:60]!r})"
-                raise InputError(f"{where}, row {row}: {fault}.") from None
+        elif _LIST.match(cell): found.append(_listed(cell, f"{where}, row {row}"))
         else: found.append([item.strip() for item in cell.split("|") if item.strip()])
     return found
+
+_LIST = re.compile(r"""\s*\[\s*(["']|np\.str_\(|\]\s*$)""") # Not "[L] effusion"
+
+def _listed(cell: str, where: str) -> list[str]:
+    "The texts of a list; raises `InputError` for one that is broken off, or that holds anything else"
+    try: return listed_items(json.loads(cell))
+    except (ValueError, RecursionError): pass
+    try:
+        if cell.rstrip().endswith("]"): return listed_items(literal_strings(cell, where))
+    except InputError: pass
+    fault = f"the items are not a list of texts ({cell[:60]!r})"
+    raise InputError(f'{where}: {fault}. Write ["one", "another"], or one | another without brackets.')
 
 def image_paths(
     root: str | Path, # Folder that the paths start from
