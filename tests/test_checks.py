@@ -28,8 +28,10 @@ from medclip_nb.datasets import (
     file_facts,
     inside,
     leak_table,
+    load_manifest,
     nearest_hashes,
     probe,
+    row_picture,
     safe_members,
     safe_path,
     safe_paths,
@@ -302,6 +304,22 @@ def test_every_series_of_a_study(data):
     assert kept.index.tolist() == [0, 2]
     facts = file_facts(studies)
     assert facts[facts.path == "slices"].frames.tolist() == [3]
+
+
+def test_options_of_volumes_do_not_spoil_pictures(tmp_path):
+    "What a study model needs of volumes in a column image says nothing about the files; a mistake is told at once"
+    rng, names = np.random.default_rng(0), [f"{i}.npy" for i in range(4)]
+    for name in names: np.save(tmp_path / name, rng.normal(0, 300, (4, 9, 9)).astype(np.float32))
+    pd.DataFrame({"image": names, "split": "train"}).to_csv(tmp_path / "t.csv", index=False)
+    loaded = lambda **read: load_manifest("csv", tmp_path, read=read)
+    for read in ({"file_spacing": [3, 1, 1]}, {"window": "lung", "spacing": [3, 1, 1], "percentiles": None}):
+        assert not len(validate(loaded(**read), images="decode"))
+        pictures = [row_picture(loaded(**how), 0).tobytes() for how in (read, {"window": read.get("window")})]
+        assert pictures[0] == pictures[1]
+    for wrong, told in (({"windw": "lung"}, "csv: read has no option 'windw'. Did you mean 'window'"),
+                        ({"window": "lungs"}, "csv: read: No window 'lungs'. Known: brain, "),
+                        ({"file_spacing": [3, 1]}, "csv: read: file_spacing should be three lengths")):
+        with pytest.raises(InputError, match=told): loaded(**wrong)
 
 
 def test_captions(good):

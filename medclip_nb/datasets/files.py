@@ -26,7 +26,7 @@ import numpy as np
 from ..core import InputError
 from .paths import inside
 from ..images.formats import file_format
-from ..images.reading import read_image
+from ..images.reading import read_image, read_options
 from ..images.volumes import _nifti_affine, _open_nifti, first_slice, read_volume
 
 # %% ../../nbs/datasets/05_files.ipynb #396e6411
@@ -300,8 +300,8 @@ def _fault_of(error: Exception, path: Path) -> _Fault:
 def _decode(path: Path, facts: ImageFacts, hashes: bool, series: bool, read: Mapping[str, Any]) -> None:
     "Read every pixel, as an image or as a series of a study"
     try:
-        if series: pixels = read_volume(path, **{"percentiles": None} | read).array
-        else: pixels = read_image(path, **{"draft": 64} | read)
+        if series: pixels = read_volume(path, **{"percentiles": None} | read_options(read, volume=True)).array
+        else: pixels = read_image(path, **{"draft": 64} | read_options(read))
     except Exception as error: raise _fault_of(error, path) from None
     if hashes and (found := phash(pixels)) is not None: facts.perceptual, facts.thumbnail = found, thumbnail(pixels)
 
@@ -363,7 +363,7 @@ def probe(
     root: str | Path | None = None, # Folder out of which no link may lead
     max_pixels: int = MAX_PIXELS, # Larger images are never decoded
     folders: bool = False, # Read it as the series of a study, which may be a folder of slices
-    read: Mapping[str, Any] | None = None, # Options of `read_image`, or of `read_volume` for a series
+    read: Mapping[str, Any] | None = None, # Options of `read_image` and, for a series, `read_volume`
 ) -> ImageFacts: # With a kind and a message where something is wrong
     "Examine one file; never raises, and never runs what is in it"
     facts, path = ImageFacts(), Path(path)

@@ -19,7 +19,7 @@ from PIL import Image
 from ..core import InputError
 from .paths import checked_path
 from .registry import card, card_names
-from ..images.reading import read_image
+from ..images.reading import read_image, read_options
 from ..images.thumbnails import gallery_html, image_uri
 
 # %% ../../nbs/datasets/20_views.ipynb #0b406c5d
@@ -49,7 +49,7 @@ def row_picture(
     row = table.iloc[position]
     name = next(iter(row["series"].values()), "") if "series" in table else row["image"]
     if not isinstance(name, str) or not name: raise InputError(f"row {table.index[position]}: names no image")
-    read = {} if "series" in table else table.read
+    read = {} if "series" in table else read_options(table.read)
     return read_image(checked_path(table.root, name, f"row {table.index[position]}"), draft=draft, **read)
 
 # %% ../../nbs/datasets/20_views.ipynb #6465a2c2

@@ -19,7 +19,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "reading_file",
     ],
     "loading": ["ImageDataset", "prefetched"],
-    "reading": ["FORMATS", "READING", "read_image"],
+    "reading": ["FORMATS", "READING", "check_read", "read_image", "read_options"],
     "studies": [
         "PREPROCESSING", "READ", "Study", "StudyBatch", "StudyDataset", "StudyPreprocess", "draw_series",
         "json_values", "labels_at", "nearest_slices", "pad_studies", "study_preprocess", "token_mask", "value_scale",
