@@ -15,6 +15,7 @@ import random
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from medclip_nb.datasets.readers.webdataset import (
     member_extension,
     read_shard_index,
     sample_row,
+    shard_options,
     tar_samples,
 )
 from ..images.formats import check_png
@@ -195,6 +197,7 @@ def _index(manifest: Manifest, seed: int | None, shards: list[dict], skipped: li
         "manifest": manifest.fingerprint(),
         "columns": list(map(str, manifest.columns)),
         "labels": manifest.labels,
+        "read": _plain(manifest.read),
         "split_source": manifest.split_source,
         "seed": seed,
         "samples": sum(s["samples"] for s in shards),
@@ -236,14 +239,16 @@ def decode_image(
     raw: bytes, # Content of a file
     extension: str, # Such as "jpg", "dcm", "nii.gz"
     volume: bool = False, # Whether to read a whole volume, as for the series of a study
+    read: Mapping[str, Any] | None = None, # Options of `read_image` and `read_volume`, as the index states them
 ) -> Any: # PIL image in RGB, or a volume
     "Decode the file of a sample as if it were on disk"
-    from medclip_nb.images.reading import read_image
+    from medclip_nb.images.reading import read_image, read_options
     from medclip_nb.images.volumes import read_volume
-    if extension in PICTURES and not volume: return read_image(_File(raw))
+    how = read_options(read or {}, volume)
+    if extension in PICTURES and not volume: return read_image(_File(raw), **how)
     with temporary_folder() as folder:
         (path := Path(folder, f"file.{extension}")).write_bytes(raw)
-        return read_volume(path) if volume else read_image(path)
+        return read_volume(path, **how) if volume else read_image(path, **how)
 
 def _choose(source: Any, split: str | None) -> tuple[list[str], int | None]:
     "The shards of a split, and the number of their samples if there is an index"
@@ -301,10 +306,12 @@ class Shards(IterableDataset):
         seed: int = 0, # Determines the order, together with the epoch
         rank: int | None = None, # Number of this process; RANK of the environment, or else 0
         world_size: int | None = None, # Number of processes; WORLD_SIZE of the environment, or else 1
-        decode: Callable[..., Any] = decode_image, # (bytes, extension, volume) -> image or volume
+        # (bytes, extension, volume) -> image or volume; that of medclip_nb reads as the index next to a shard states
+        decode: Callable[..., Any] = decode_image,
         max_bad: float = 0.01, # Largest share of bad samples, of a thousand at least
     ) -> None:
         self.shards, self.samples = _choose(source, split)
+        self.read = shard_options(self.shards)
         self.transform, self.shuffle, self.seed, self.decode, self.max_bad = transform, shuffle, seed, decode, max_bad
         self.rank = int(os.environ.get("RANK", 0)) if rank is None else rank
         self.world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
@@ -339,7 +346,7 @@ class Shards(IterableDataset):
         start, held, files = self.positions[own], None, {}
         for n, place in enumerate(self.places(self.rank * workers + own, self.world_size * workers), 1):
             if n <= start: continue
-            try: sample = read_sample(place, self.decode, files)
+            try: sample = read_sample(place, self._decoder(place[0]), files)
             except InputError as error: self._skip(place, error, n)
             else:
                 if held:
@@ -350,6 +357,10 @@ class Shards(IterableDataset):
             self.positions[own] = n
             yield held[1]
         self.done = True
+
+    def _decoder(self, shard: str) -> Callable[..., Any]:
+        "How the files of a shard are decoded"
+        return partial(decode_image, read=self.read[shard]) if self.decode is decode_image else self.decode
 
     def _skip(self, place: Place, error: InputError, seen: int) -> None:
         "Record a bad sample; raise if there are too many"
