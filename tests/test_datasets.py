@@ -44,6 +44,7 @@ from medclip_nb.datasets import (
 )
 from medclip_nb.datasets import registry as datasets
 from medclip_nb.datasets.readers.basic import read_csv
+from medclip_nb.experiments import check_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = sorted((ROOT / "data" / "cards").glob("*.yaml"))
@@ -297,6 +298,24 @@ def test_splits_of_a_few_groups(n):
         for stratify in (None, "label", ["label", "group"]):
             split = make_splits(table, stratify, seed=seed)
             assert set(split) == {"train", "valid", "test"} and split.groupby(table["group"]).nunique().max() == 1
+
+
+def test_shares_of_splits_are_shares():
+    "Percentages, and shares that add up to more or less than 1, are refused; a split may be left empty"
+    table = pd.DataFrame({"image": [f"{i}.png" for i in range(100)]})
+    for wrong in ({"train": 80, "test": 20}, {"train": .8, "test": .8}, {"train": .4, "test": .4},
+                  {"train": 1.5, "test": -.5}, {"train": float("nan"), "test": .5}):
+        with pytest.raises(InputError, match="that add up to 1, such as train=0.8 and test=0.2, not 80 and 20"):
+            make_splits(table, fractions=wrong)
+    for right in ({"train": .7, "test": .2, "valid": .1}, dict.fromkeys("abc", 1 / 3), {"train": 1, "test": 0}):
+        counts = make_splits(table, fractions=right).value_counts()
+        assert all(abs(counts.get(split, 0) - 100 * share) < 1 for split, share in right.items())
+    manifest = Manifest(table.assign(split="train"))
+    for wrong in (15, 1, 0, -.1, float("nan")):
+        with pytest.raises(InputError, match="below 1, such as 0.15, not 15"): with_validation(manifest, wrong)
+    assert (with_validation(manifest, .15)["split"] == "valid").sum() == 15
+    with pytest.raises(InputError, match="'valid_fraction' must be above 0 and at most 1, not 15"):
+        check_parameters("itemized", {"valid_fraction": 15}, complete=False)
 
 
 def test_splits_on_file(tmp_path):

@@ -75,13 +75,23 @@ def _strata(table: pd.DataFrame, columns: list[str], codes: np.ndarray, n_splits
     return np.where(rare & (rare.mean() > 0.05), -1, strata)
 
 # %% ../../nbs/datasets/07_splits.ipynb #7a919218
+def _check_shares(fractions: Mapping[str, float]) -> None:
+    "Raise `InputError` unless shares are from 0 to 1 and add up to 1"
+    shares = list(fractions.values())
+    if all(share >= 0 for share in shares) and abs(sum(shares) - 1) <= 1e-6: return
+    given = ", ".join(f"{split}={share:g}" for split, share in fractions.items())
+    raise InputError(
+        f"fractions: {given}. Give shares from 0 to 1 that add up to 1, such as train=0.8 and test=0.2, not 80 and 20."
+    )
+
 def make_splits(
     table: pd.DataFrame, # Rows to split
     stratify: str | Iterable[str] | None = None, # Columns whose values should have the same share in every split
     fractions: Mapping[str, float] = FRACTIONS, # Split -> share; shares add up to 1
     seed: int = 0, # Determines the order in which groups are assigned
 ) -> pd.Series: # The split of each row
-    "Assign whole groups to splits, class by class; raises `InputError` with fewer groups than splits"
+    "Assign whole groups to splits, class by class; raises `InputError` for other shares, and with too few groups"
+    _check_shares(fractions)
     codes, groups = pd.factorize(_units(table)[1], sort=True)
     if len(groups) < len(fractions):
         raise InputError(
@@ -107,7 +117,9 @@ def with_validation(
     stratify: str | None = None, # Column to keep in proportion
     seed: int = 0, # Determines which groups
 ) -> Manifest: # With a split 'valid'
-    "Set part of the training groups aside for validation, where there is no validation split"
+    "Set part of the training groups aside for validation, where there is no validation split; raises `InputError`"
+    if not 0 < fraction < 1:
+        raise InputError(f"fraction={fraction:g}: give a share above 0 and below 1, such as 0.15, not 15.")
     if (manifest["split"] == "valid").any(): return manifest
     train = keep_together(manifest.part("train"))[0]
     split = make_splits(train, stratify, {"train": 1 - fraction, "valid": fraction}, seed)
