@@ -32,12 +32,16 @@ from medclip_nb.datasets import (
     nearest_hashes,
     probe,
     row_picture,
+    row_units,
     safe_members,
     safe_path,
     safe_paths,
+    split_counts,
+    split_table,
     summarize_issues,
     validate,
 )
+from medclip_nb.metrics import unit_count
 
 
 def picture(seed):
@@ -350,6 +354,16 @@ def test_labels(good):
 
 
 # -- leaks
+
+def test_rows_without_a_group_are_counted_one_by_one():
+    "The tables of splits count what splits keep together: a row without a group is one of its image"
+    rows = Manifest({"image": [f"{i}.png" for i in range(10)], "group": ["a"] * 4 + [None] * 6, "split": "train"})
+    told = split_table(rows).loc["train"]
+    assert told.tolist() == [10, 1, 7, 1, 4] and split_counts(rows)["groups"].tolist() == [7]
+    assert rows.pipe(row_units)[1].nunique() == unit_count(rows["group"]) == 7
+    studies = Manifest({"series": [{"a": "1"}, {"a": "1"}, {"a": "2"}], "split": "test"})
+    assert split_table(studies)["groups"].tolist() == [2]
+
 
 def test_leaks_across_splits(good, data):
     (data / "99.png").write_bytes((data / "0.png").read_bytes())

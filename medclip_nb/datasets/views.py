@@ -82,7 +82,7 @@ def split_counts(
     "How many rows, groups and labels each split has"
     splits = table["split"].fillna("none") if "split" in table else pd.Series("all", index=table.index)
     found = pd.DataFrame({"rows": splits.value_counts()})
-    if "group" in table: found["groups"] = table["group"].groupby(splits).nunique()
+    if "group" in table: found["groups"] = table.units().groupby(splits).nunique()
     for column in table.labels[:1]:
         cells = table[column].map(lambda v: list(v) if isinstance(v, (list, tuple, np.ndarray)) else [v])
         each = pd.DataFrame({"split": splits, "name": cells}).explode("name").dropna()
