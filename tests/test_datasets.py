@@ -24,6 +24,7 @@ from medclip_nb.core import InputError
 from medclip_nb.datasets import (
     CARD_EXTRAS,
     CARD_KEYS,
+    NORMAL_TEXTS,
     READERS,
     Manifest,
     card,
@@ -36,6 +37,7 @@ from medclip_nb.datasets import (
     load_manifest,
     load_splits,
     make_splits,
+    normal_flags,
     read_table,
     register,
     save_splits,
@@ -316,6 +318,27 @@ def test_shares_of_splits_are_shares():
     assert (with_validation(manifest, .15)["split"] == "valid").sum() == 15
     with pytest.raises(InputError, match="'valid_fraction' must be above 0 and at most 1, not 15"):
         check_parameters("itemized", {"valid_fraction": 15}, complete=False)
+
+
+@pytest.mark.parametrize("text", [f"{text}{end}" for text in NORMAL_TEXTS for end in ("", ".")])
+def test_readers_agree_on_normal_reports(tmp_path, text):
+    "Whatever `says_normal` takes for a normal report is one in the column normal, by the rule of each reader"
+    said = {"one": [text.capitalize()], "two": [text, "sinusitis"], "three": ["sinusitis", text]}
+    studies = {name: {"series": {"T1": {}}, "report": items} for name, items in said.items()}
+    (tmp_path / "train.json").write_text(json.dumps(studies))
+    for reader in ("mri-study", "headct-study"):
+        rows = load_manifest(reader, tmp_path)
+        assert rows["normal"].tolist() == ["present", "present", "absent"], reader
+        assert normal_flags(rows.drop(columns="normal"), "first").tolist() == [True, True, False]
+    (tables := tmp_path / "dataset" / "radiology_text_reports").mkdir(parents=True)
+    names = [f"train_{n}_a_1.nii.gz" for n in (1, 2, 3)]
+    columns = "VolumeName,ClinicalInformation_EN,Technique_EN,Findings_EN,Impressions_EN"
+    (tables / "train_reports.csv").write_text("\n".join([columns, *(f"{name},x,x,x,x" for name in names)]))
+    scans = {f"train_{n}_a": {"recons": [], "report": items} for n, items in enumerate(said.values(), 1)}
+    (tmp_path / "items.json").write_text(json.dumps(scans))
+    rows = load_manifest("ct-rate", tmp_path, items_json=str(tmp_path / "items.json"))
+    assert rows["normal"].tolist() == ["present", "absent", "absent"]
+    assert normal_flags(rows.drop(columns="normal"), "only").tolist() == [True, False, False]
 
 
 def test_splits_on_file(tmp_path):
