@@ -42,11 +42,14 @@ from medclip_nb.datasets import (
     register,
     save_splits,
     split_hash,
+    validate,
     with_validation,
+    write_shards,
 )
 from medclip_nb.datasets import registry as datasets
 from medclip_nb.datasets.readers.basic import read_csv
 from medclip_nb.experiments import check_parameters
+from medclip_nb.images import PICTURES, read_image
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = sorted((ROOT / "data" / "cards").glob("*.yaml"))
@@ -374,6 +377,22 @@ def test_odd_names_of_groups_in_splits(tmp_path):
     save_splits(manifest, tmp_path / "s.csv")
     assert load_splits(manifest.assign(split="train"),
                        tmp_path / "s.csv")["split"].tolist() == manifest["split"].tolist()
+
+
+def test_a_folder_of_classes_holds_what_can_be_read(tmp_path):
+    "Every picture that `read_image` opens is a row, in each place that looks for images; other files are counted"
+    pixels = np.random.default_rng(0).integers(0, 255, (9, 9, 3), np.uint8)
+    (tmp_path / "a").mkdir()
+    for suffix, kind in PICTURES.items(): Image.fromarray(pixels).save(tmp_path / "a" / f"{suffix[1:]}{suffix}", kind)
+    for name in ("x.svg", "y.svg", "IM0001", "t.npy", "notes.txt", "Thumbs.db", ".DS_Store"):
+        (tmp_path / "a" / name).touch()
+    rows = load_manifest("imagefolder", tmp_path)
+    assert {Path(name).suffix for name in rows["image"]} == set(PICTURES)
+    assert all(read_image(path).mode == "RGB" for path in rows.paths())
+    assert not len(validate(rows, labels=(), duplicates=False))
+    assert Counter(s["kind"] for s in rows.skipped) == {".svg file": 2, "file without a suffix": 1, ".npy file": 1}
+    assert write_shards(rows, tmp_path / "shards")["samples"] == len(PICTURES)
+    assert len(load_manifest("webdataset", tmp_path / "shards")) == len(PICTURES)
 
 
 @pytest.mark.parametrize("path", CARDS, ids=lambda p: p.stem)

@@ -19,7 +19,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "listed_sentence", "look_alikes", "whole_column", "with_classes",
     ],
     "files": [
-        "FILE_ISSUES", "IMAGE_FORMATS", "ImageFacts", "MAX_FILE_VOXELS", "MAX_PIXELS", "PIL_FORMATS", "phash",
+        "FILE_ISSUES", "ImageFacts", "MAX_FILE_VOXELS", "MAX_PIXELS", "phash",
         "probe", "thumbnail",
     ],
     "items": [
@@ -59,7 +59,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "TITLED", "report_items", "report_sections", "report_text",
     ],
     "shards": [
-        "PICTURES", "Place", "SHARD_FOLDER", "ShardLoader", "Shards", "decode_image", "read_sample", "shuffled",
+        "Place", "SHARD_FOLDER", "ShardLoader", "Shards", "decode_image", "read_sample", "shuffled",
         "write_shards",
     ],
     "splits": [

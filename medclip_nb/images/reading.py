@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from ..core import InputError, close_matches
-from .formats import VOLUMES, check_deflated, check_png, file_format, reading_file
+from .formats import PICTURES, VOLUMES, check_deflated, check_png, file_format, reading_file
 from medclip_nb.images.volumes import (
     PLANES,
     Window,
@@ -30,7 +30,7 @@ from medclip_nb.images.volumes import (
 )
 
 # %% ../../nbs/images/01_reading.ipynb #6bc3474b
-FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "JPEG2000", "PPM", "DIB", "ICO", "TGA", "PCX")
+FORMATS = tuple(dict.fromkeys(PICTURES.values())) # Of PIL
 READING = 2 # Version of the pixels; features in a cache are those of one version
 _truncated = threading.Lock()
 

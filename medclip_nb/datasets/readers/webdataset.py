@@ -23,6 +23,7 @@ from ...core import FolderKind, InputError, atomic_folder, parse_json, plain_fil
 from ..paths import safe_member, safe_path
 from .common import image_store, split_of
 from ..registry import register
+from ...images.formats import IMAGE_SUFFIXES, TENSORS
 from ...images.reading import check_read
 
 # %% ../../../nbs/datasets/readers/04_webdataset.ipynb #51521135
@@ -143,8 +144,7 @@ def shard_options(
     return {shard: indices[folders[shard]]["read"] if known(shard) else {} for shard in shards}
 
 # %% ../../../nbs/datasets/readers/04_webdataset.ipynb #0aa36165
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "dcm", "nii", "nii.gz", "pt", "npz",
-                    "npy", "pth", "dicom", "jfif", "jp2", "j2k", "ppm", "pgm", "pnm")
+IMAGE_EXTENSIONS = tuple(suffix.lstrip(".") for suffix in (*IMAGE_SUFFIXES, *TENSORS)) # Of several, the first is taken
 TEXT_EXTENSIONS = ("txt", "text", "caption")
 
 def member_extension(
