@@ -28,14 +28,20 @@ from medclip_nb.datasets import (
     file_facts,
     inside,
     leak_table,
+    load_manifest,
     nearest_hashes,
     probe,
+    row_picture,
+    row_units,
     safe_members,
     safe_path,
     safe_paths,
+    split_counts,
+    split_table,
     summarize_issues,
     validate,
 )
+from medclip_nb.metrics import unit_count
 
 
 def picture(seed):
@@ -304,6 +310,22 @@ def test_every_series_of_a_study(data):
     assert facts[facts.path == "slices"].frames.tolist() == [3]
 
 
+def test_options_of_volumes_do_not_spoil_pictures(tmp_path):
+    "What a study model needs of volumes in a column image says nothing about the files; a mistake is told at once"
+    rng, names = np.random.default_rng(0), [f"{i}.npy" for i in range(4)]
+    for name in names: np.save(tmp_path / name, rng.normal(0, 300, (4, 9, 9)).astype(np.float32))
+    pd.DataFrame({"image": names, "split": "train"}).to_csv(tmp_path / "t.csv", index=False)
+    loaded = lambda **read: load_manifest("csv", tmp_path, read=read)
+    for read in ({"file_spacing": [3, 1, 1]}, {"window": "lung", "spacing": [3, 1, 1], "percentiles": None}):
+        assert not len(validate(loaded(**read), images="decode"))
+        pictures = [row_picture(loaded(**how), 0).tobytes() for how in (read, {"window": read.get("window")})]
+        assert pictures[0] == pictures[1]
+    for wrong, told in (({"windw": "lung"}, "csv: read has no option 'windw'. Did you mean 'window'"),
+                        ({"window": "lungs"}, "csv: read: No window 'lungs'. Known: brain, "),
+                        ({"file_spacing": [3, 1]}, "csv: read: file_spacing should be three lengths")):
+        with pytest.raises(InputError, match=told): loaded(**wrong)
+
+
 def test_captions(good):
     good["caption"] = good["caption"].mask(good.index < 10,
                                            "no finding").mask(good.index == 20, " ").mask(good.index == 21, np.nan)
@@ -332,6 +354,16 @@ def test_labels(good):
 
 
 # -- leaks
+
+def test_rows_without_a_group_are_counted_one_by_one():
+    "The tables of splits count what splits keep together: a row without a group is one of its image"
+    rows = Manifest({"image": [f"{i}.png" for i in range(10)], "group": ["a"] * 4 + [None] * 6, "split": "train"})
+    told = split_table(rows).loc["train"]
+    assert told.tolist() == [10, 1, 7, 1, 4] and split_counts(rows)["groups"].tolist() == [7]
+    assert rows.pipe(row_units)[1].nunique() == unit_count(rows["group"]) == 7
+    studies = Manifest({"series": [{"a": "1"}, {"a": "1"}, {"a": "2"}], "split": "test"})
+    assert split_table(studies)["groups"].tolist() == [2]
+
 
 def test_leaks_across_splits(good, data):
     (data / "99.png").write_bytes((data / "0.png").read_bytes())

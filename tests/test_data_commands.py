@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from medclip_nb.cli.main import app
 from medclip_nb.datasets import MINIATURES, load_manifest, make_miniature, validate
+from medclip_nb.datasets.registry import READERS, register
 
 N = 24
 
@@ -223,6 +224,30 @@ def test_tables_elsewhere(tmp_path):
     assert back.paths()[3].read_bytes() == png(3)
     assert data("convert", *words, "--out", tmp_path / "all.jsonl")[0] == 0
     assert json.loads((tmp_path / "all.jsonl").read_text().splitlines()[3])["image"] == "data/3.png"
+
+
+def test_a_table_says_how_it_is_read_again(tmp_path, monkeypatch):
+    "What a table cannot hold is printed as options of a run, and these give the same manifest"
+    monkeypatch.setattr("medclip_nb.datasets.registry.READERS", dict(READERS))
+    @register("windowed")
+    def read_windowed(root: Path) -> pd.DataFrame:
+        table = pd.DataFrame({"image": ["0.png", "1.png"], "mass": ["present", "absent"], "split": "train"})
+        table.attrs = {"labels": ["mass"], "read": {"window": (40, 80)}}
+        return table
+    for name in ("0.png", "1.png"): (tmp_path / name).write_bytes(png(3))
+    (tmp_path / "tables").mkdir()
+    words = ["convert", "windowed", "--root", tmp_path, "--out"]
+    code, output = data(*words, tmp_path / "all.csv")
+    said = {"labels": ["mass"], "read": {"window": [40, 80]}}
+    assert code == 0 and output.splitlines()[1:] == [f"to read it alike: -p data_options='{json.dumps(said)}'"]
+    again = load_manifest("csv", tmp_path / "all.csv", **said)
+    assert (again.labels, again.read) == (["mass"], {"window": [40, 80]})
+    output = data(*words, tmp_path / "tables" / "all.csv", "--relative-to", tmp_path)[1]
+    assert json.loads(output.splitlines()[1].split("'")[1])["image_root"] == str(tmp_path)
+    assert data(*words, tmp_path / "all.parquet")[1].splitlines()[1:] == [
+        """to read it alike: -p data_options='{"read": {"window": [40, 80]}}'""",
+        "only a .csv can be read with its labels: mass"]
+    assert len(data("convert", "csv", "--root", tmp_path / "all.csv", "--out", tmp_path / "b.csv")[1].splitlines()) == 1
 
 
 def test_help_is_light():

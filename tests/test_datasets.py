@@ -24,6 +24,7 @@ from medclip_nb.core import InputError
 from medclip_nb.datasets import (
     CARD_EXTRAS,
     CARD_KEYS,
+    NORMAL_TEXTS,
     READERS,
     Manifest,
     card,
@@ -36,14 +37,19 @@ from medclip_nb.datasets import (
     load_manifest,
     load_splits,
     make_splits,
+    normal_flags,
     read_table,
     register,
     save_splits,
     split_hash,
+    validate,
     with_validation,
+    write_shards,
 )
 from medclip_nb.datasets import registry as datasets
 from medclip_nb.datasets.readers.basic import read_csv
+from medclip_nb.experiments import check_parameters
+from medclip_nb.images import PICTURES, read_image
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = sorted((ROOT / "data" / "cards").glob("*.yaml"))
@@ -126,7 +132,31 @@ def test_huge_cells_and_long_tables(tmp_path):
     assert manifest.caption[2] == text and manifest.caption[3] == "d"
     deep = "[" * 100_000
     (tmp_path / "t.csv").write_text(f'image,items\na.png,"{deep}"\nb.png,"[\"\"x\"\", {deep}"\n')
-    with pytest.raises(InputError, match="t.csv, row 3: the items are not a JSON list"): load_manifest("csv", tmp_path)
+    with pytest.raises(InputError, match="t.csv, row 3: the items are not a list"): load_manifest("csv", tmp_path)
+
+
+@pytest.mark.parametrize("cell, items", [
+    ("['No effusion', 'Clear lungs']", ["No effusion", "Clear lungs"]), ("['Mass | left']", ["Mass | left"]),
+    (""" [ "the lung's apex", 'clear'] """, ["the lung's apex", "clear"]), ("['a'\n 'b']", ["a", "b"]),
+    ('["Mass | left", null, ""]', ["Mass | left"]), ("[]", []), ("[ ]", []),
+    ("[L] effusion | clear", ["[L] effusion", "clear"]), ("[ ] mass | [x] node", ["[ ] mass", "[x] node"]),
+    ("[redacted]", ["[redacted]"]), ("one 'cyst' | ['two']", ["one 'cyst'", "['two']"]),
+])
+def test_lists_in_cells(tmp_path, cell, items):
+    table = pd.DataFrame({"image": ["0.png", "1.png"], "items": ["first", cell]})
+    table.to_csv(tmp_path / "t.csv", index=False)
+    assert load_manifest("csv", tmp_path)["items"].tolist() == [["first"], items]
+    for name in table["image"]: (tmp_path / name).touch()
+    table.rename(columns={"image": "scan"}).to_csv(tmp_path / "t.csv", index=False)
+    assert load_manifest("study-csv", tmp_path, series=["scan"])["items"].tolist() == [["first"], items]
+
+
+@pytest.mark.parametrize("cell", ["['a', 'b", "['a', 1]", "['a', nan]", '["a", "b', "[np.str_('a')]", "['a' ... 'z']"])
+def test_broken_lists_in_cells(tmp_path, cell):
+    pd.DataFrame({"image": ["0.png", "1.png"], "items": ["first", cell]}).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(InputError) as caught: load_manifest("csv", tmp_path)
+    told = f"t.csv, row 3: the items are not a list of texts ({cell!r}). Write [\"one\", \"another\"], or one | another"
+    assert told in str(caught.value)
 
 
 @pytest.mark.parametrize("content, says", [
@@ -275,6 +305,45 @@ def test_splits_of_a_few_groups(n):
             assert set(split) == {"train", "valid", "test"} and split.groupby(table["group"]).nunique().max() == 1
 
 
+def test_shares_of_splits_are_shares():
+    "Percentages, and shares that add up to more or less than 1, are refused; a split may be left empty"
+    table = pd.DataFrame({"image": [f"{i}.png" for i in range(100)]})
+    for wrong in ({"train": 80, "test": 20}, {"train": .8, "test": .8}, {"train": .4, "test": .4},
+                  {"train": 1.5, "test": -.5}, {"train": float("nan"), "test": .5}):
+        with pytest.raises(InputError, match="that add up to 1, such as train=0.8 and test=0.2, not 80 and 20"):
+            make_splits(table, fractions=wrong)
+    for right in ({"train": .7, "test": .2, "valid": .1}, dict.fromkeys("abc", 1 / 3), {"train": 1, "test": 0}):
+        counts = make_splits(table, fractions=right).value_counts()
+        assert all(abs(counts.get(split, 0) - 100 * share) < 1 for split, share in right.items())
+    manifest = Manifest(table.assign(split="train"))
+    for wrong in (15, 1, 0, -.1, float("nan")):
+        with pytest.raises(InputError, match="below 1, such as 0.15, not 15"): with_validation(manifest, wrong)
+    assert (with_validation(manifest, .15)["split"] == "valid").sum() == 15
+    with pytest.raises(InputError, match="'valid_fraction' must be above 0 and at most 1, not 15"):
+        check_parameters("itemized", {"valid_fraction": 15}, complete=False)
+
+
+@pytest.mark.parametrize("text", [f"{text}{end}" for text in NORMAL_TEXTS for end in ("", ".")])
+def test_readers_agree_on_normal_reports(tmp_path, text):
+    "Whatever `says_normal` takes for a normal report is one in the column normal, by the rule of each reader"
+    said = {"one": [text.capitalize()], "two": [text, "sinusitis"], "three": ["sinusitis", text]}
+    studies = {name: {"series": {"T1": {}}, "report": items} for name, items in said.items()}
+    (tmp_path / "train.json").write_text(json.dumps(studies))
+    for reader in ("mri-study", "headct-study"):
+        rows = load_manifest(reader, tmp_path)
+        assert rows["normal"].tolist() == ["present", "present", "absent"], reader
+        assert normal_flags(rows.drop(columns="normal"), "first").tolist() == [True, True, False]
+    (tables := tmp_path / "dataset" / "radiology_text_reports").mkdir(parents=True)
+    names = [f"train_{n}_a_1.nii.gz" for n in (1, 2, 3)]
+    columns = "VolumeName,ClinicalInformation_EN,Technique_EN,Findings_EN,Impressions_EN"
+    (tables / "train_reports.csv").write_text("\n".join([columns, *(f"{name},x,x,x,x" for name in names)]))
+    scans = {f"train_{n}_a": {"recons": [], "report": items} for n, items in enumerate(said.values(), 1)}
+    (tmp_path / "items.json").write_text(json.dumps(scans))
+    rows = load_manifest("ct-rate", tmp_path, items_json=str(tmp_path / "items.json"))
+    assert rows["normal"].tolist() == ["present", "absent", "absent"]
+    assert normal_flags(rows.drop(columns="normal"), "only").tolist() == [True, False, False]
+
+
 def test_splits_on_file(tmp_path):
     manifest = Manifest(table_of_groups())
     manifest.dataset = "toy"
@@ -308,6 +377,22 @@ def test_odd_names_of_groups_in_splits(tmp_path):
     save_splits(manifest, tmp_path / "s.csv")
     assert load_splits(manifest.assign(split="train"),
                        tmp_path / "s.csv")["split"].tolist() == manifest["split"].tolist()
+
+
+def test_a_folder_of_classes_holds_what_can_be_read(tmp_path):
+    "Every picture that `read_image` opens is a row, in each place that looks for images; other files are counted"
+    pixels = np.random.default_rng(0).integers(0, 255, (9, 9, 3), np.uint8)
+    (tmp_path / "a").mkdir()
+    for suffix, kind in PICTURES.items(): Image.fromarray(pixels).save(tmp_path / "a" / f"{suffix[1:]}{suffix}", kind)
+    for name in ("x.svg", "y.svg", "IM0001", "t.npy", "notes.txt", "Thumbs.db", ".DS_Store"):
+        (tmp_path / "a" / name).touch()
+    rows = load_manifest("imagefolder", tmp_path)
+    assert {Path(name).suffix for name in rows["image"]} == set(PICTURES)
+    assert all(read_image(path).mode == "RGB" for path in rows.paths())
+    assert not len(validate(rows, labels=(), duplicates=False))
+    assert Counter(s["kind"] for s in rows.skipped) == {".svg file": 2, "file without a suffix": 1, ".npy file": 1}
+    assert write_shards(rows, tmp_path / "shards")["samples"] == len(PICTURES)
+    assert len(load_manifest("webdataset", tmp_path / "shards")) == len(PICTURES)
 
 
 @pytest.mark.parametrize("path", CARDS, ids=lambda p: p.stem)

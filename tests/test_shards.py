@@ -273,6 +273,43 @@ def test_scans_decode_as_they_do_on_disk(tmp_path):
     assert sample["image"].tobytes() == read_image(tmp_path / "ct.dcm").tobytes() and sample["caption"] == "a chest"
 
 
+def extension(raw, extension, volume): return extension
+
+
+def test_how_files_are_read_comes_along(tmp_path):
+    "A window is that of the manifest: for pictures and studies, in a folder, one shard or a pattern; or there is none"
+    rng = np.random.default_rng(0)
+    for name in ("a.npy", "b.npy", "c.npy"):
+        np.save(tmp_path / name, rng.normal(-500, 400, (3, 8, 8)).astype(np.float32))
+    read = {"window": "lung", "file_spacing": [3, 1, 1]}
+    (tmp_path / "t.csv").write_text("image,split\na.npy,train\nb.npy,train\nc.npy,train\n")
+    manifest = load_manifest("csv", tmp_path / "t.csv", read=read)
+    write_shards(manifest, out := tmp_path / "shards", per_shard=2)
+    wanted = [read_image(path, window="lung").tobytes() for path in manifest.paths()]
+    assert wanted != [read_image(path).tobytes() for path in manifest.paths()]
+    for source in (out, [out], str(out / "train-{000000..000001}.tar")):
+        assert [s["image"].tobytes() for s in Shards(source, shuffle=0)] == wanted
+    assert next(iter(Shards(out / "train-000001.tar")))["image"].tobytes() == wanted[2]
+    for source in (out, out / "train-000001.tar"): assert load_manifest("webdataset", source).read == read
+    again = load_manifest("webdataset", out, read={"window": None})
+    assert again.read == read | {"window": None} and next(iter(Shards(out, decode=extension)))["image"] == "npy"
+
+    studies = Manifest(pd.DataFrame({"series": [{"CT": "a.npy"}], "split": ["train"]}))
+    studies.root, studies.read = str(tmp_path), read
+    write_shards(studies, tmp_path / "studies")
+    study, = Shards(tmp_path / "studies")
+    assert np.array_equal(study["series"]["CT"].array, read_volume(tmp_path / "a.npy", **read).array)
+
+    index = json.loads((out / "index.json").read_text())
+    (out / "index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "read"}))
+    assert [s["image"].tobytes() for s in Shards(out, shuffle=0)] != wanted
+    assert load_manifest("webdataset", out).read == {}
+    with pytest.raises(InputError, match="in another way than those of"): load_manifest("webdataset", tmp_path)
+    (out / "index.json").write_text(json.dumps(index | {"read": {"windw": "lung"}}))
+    for take in (Shards, lambda folder: load_manifest("webdataset", folder)):
+        with pytest.raises(InputError, match="index.json: read has no option 'windw'. Did you mean 'window'"): take(out)
+
+
 def test_files_of_any_name_come_back(tmp_path):
     "What the writer takes, both readers give back: a DICOM file without an ending, one named by its identifier, a JFIF"
     dicom = Path(get_testdata_file("CT_small.dcm")).read_bytes()

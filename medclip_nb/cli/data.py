@@ -378,6 +378,20 @@ def write_table(
         for c in table: table[c] = table[c].map(lambda v: _as_text(v) if isinstance(v, dict) else v)
         table.infer_objects().to_parquet(p, index=False)
 
+_READERS = {".csv": "csv", ".parquet": "parquet", ".jsonl": "json-pairs"} # Suffix of a table -> what reads it again
+
+def _reading_again(manifest: Any, out: Path, base: Path) -> Iterator[str]:
+    "What has to be said to read a table as the manifest was, a line each"
+    from medclip_nb.datasets.registry import _find_reader
+    known = inspect.signature(_find_reader(_READERS[out.suffix])).parameters
+    usual = [c for c in ("label",) if c in manifest]
+    facts = {"labels": manifest.labels} if manifest.labels != usual else {}
+    if base.resolve() != out.parent.resolve(): facts["image_root"] = str(base)
+    said = {name: value for name, value in facts.items() if name in known}
+    if manifest.read: said["read"] = manifest.read
+    if said: yield f"to read it alike: -p data_options='{json.dumps(said, default=list)}'"
+    if "labels" in facts.keys() - known: yield f"only a .csv can be read with its labels: {', '.join(manifest.labels)}"
+
 def _json_row(row: Mapping[str, Any]) -> dict[str, Any]:
     "Cells in JSON's types; missing cells are left out"
     return {k: v for k, v in row.items() if isinstance(v, (list, tuple, dict)) or v is not None and v == v}
@@ -396,12 +410,13 @@ def convert(
     overwrite: OverwriteOption = False,
 ) -> None:
     "Write a dataset as one table."
-    if out.suffix not in (".csv", ".parquet", ".jsonl"):
+    if out.suffix not in _READERS:
         raise InputError(f"{out}: the name must end in .csv, .parquet or .jsonl.")
     manifest = _load(dataset, root, option, splits)
     check_out([out], data_inputs(manifest, root, option, splits), overwrite)
     with _writing(out): write_table(manifest, out, relative_to or out.parent)
     typer.echo(f"{out}: {len(manifest)} rows, columns {', '.join(map(str, manifest.columns))}")
+    for line in _reading_again(manifest, out, relative_to or out.parent): typer.echo(line)
 
 # %% ../../nbs/cli/02_data.ipynb #8bb11f2b
 _NEXT = {"retrieval": "retrieval", "classification": "zero_shot"} # The template for a task of pictures

@@ -19,7 +19,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "listed_sentence", "look_alikes", "whole_column", "with_classes",
     ],
     "files": [
-        "FILE_ISSUES", "IMAGE_FORMATS", "ImageFacts", "MAX_FILE_VOXELS", "MAX_PIXELS", "PIL_FORMATS", "phash",
+        "FILE_ISSUES", "ImageFacts", "MAX_FILE_VOXELS", "MAX_PIXELS", "phash",
         "probe", "thumbnail",
     ],
     "items": [
@@ -34,7 +34,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "MINIATURE_RECIPE", "check_option_names", "check_options", "load_manifest", "miniature_note",
     ],
     "manifest": [
-        "Manifest",
+        "Manifest", "row_units",
     ],
     "miniatures": [
         "MINIATURE", "MINIATURES", "SCENE_COLORS", "SCENE_GROUNDS", "SCENE_PLACES", "SCENE_SIZES", "Scene",
@@ -59,7 +59,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "TITLED", "report_items", "report_sections", "report_text",
     ],
     "shards": [
-        "PICTURES", "Place", "SHARD_FOLDER", "ShardLoader", "Shards", "decode_image", "read_sample", "shuffled",
+        "Place", "SHARD_FOLDER", "ShardLoader", "Shards", "decode_image", "read_sample", "shuffled",
         "write_shards",
     ],
     "splits": [

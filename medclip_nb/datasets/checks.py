@@ -29,7 +29,7 @@ from medclip_nb.datasets.classes import (
 )
 from .files import FILE_ISSUES, MAX_PIXELS
 from .leaks import DEPTHS, ORDER, _name, file_facts, leak_table
-from .manifest import Manifest
+from .manifest import Manifest, row_units
 
 # %% ../../nbs/datasets/10_checks.ipynb #8b04d1ff
 ISSUE_COLUMNS = ["severity", "kind", "row", "message", "remedy", "count"]
@@ -398,9 +398,7 @@ def split_table(
     manifest: pd.DataFrame, # With a split
 ) -> pd.DataFrame: # One line per split: rows, share, groups, rows in a group (median and most)
     "The size of the splits, in rows and in groups"
-    column = next((c for c in ("group", "image") if c in manifest), None)
-    unit = manifest[column] if column else pd.Series(manifest.index, index=manifest.index)
-    units = pd.DataFrame({"split": manifest["split"], "unit": unit.astype(object).where(unit.notna(), "")})
+    units = pd.DataFrame({"split": manifest["split"], "unit": row_units(manifest)[1]})
     sizes = units.groupby(["split", "unit"]).size().groupby("split")
     table = pd.DataFrame({"rows": sizes.sum(), "share": sizes.sum() / max(len(manifest), 1), "groups": sizes.size(),
                           "rows a group, median": sizes.median(), "most": sizes.max()})

@@ -17,7 +17,7 @@ from ..core import InputError, close_matches, read_json
 from .manifest import Manifest, _checked_cells
 from .registry import _find_reader
 from .splits import _made_splits, _usual_names, grouped_by, load_splits, with_test
-from ..images.reading import read_image
+from ..images.reading import check_read, read_image
 from ..images.volumes import read_volume
 
 # %% ../../nbs/datasets/08_loading.ipynb #296476ee
@@ -122,6 +122,7 @@ def load_manifest(
     reader = _find_reader(dataset)
     check_options(dataset, reader, options)
     check_option_names(dataset, reader, options)
+    check_read(read or {}, dataset)
     table = reader(Path(root), **options)
     if not len(table): raise InputError(f"{dataset}: no rows found in {root}")
     facts, table.attrs = table.attrs, {}

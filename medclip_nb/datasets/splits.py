@@ -7,7 +7,6 @@ __all__ = ['FRACTIONS', 'SPLIT_NAMES', 'keep_together', 'make_splits', 'with_val
            'save_splits', 'load_splits', 'split_unit', 'grouped_by']
 
 # %% ../../nbs/datasets/07_splits.ipynb #047c1b59
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -16,26 +15,15 @@ import pandas as pd
 
 from ..core import InputError, atomic_path, close_matches, content_hash
 from .leaks import join_equal
-from .manifest import Manifest, _cell_hashes
+from .manifest import Manifest, _cell_hashes, row_units
 from .tables import read_table
-
-# %% ../../nbs/datasets/07_splits.ipynb #b338772a
-def _units(table: pd.DataFrame) -> tuple[str, pd.Series]:
-    "The unit that stays in one split, and its value for each row: the group, or else the image, study or row"
-    name = next((c for c in ("group", "image", "series") if c in table), "row")
-    if name == "row": return name, pd.Series(table.index.astype(str), index=table.index)
-    if name == "series": return name, table[name].map(lambda paths: json.dumps(paths, sort_keys=True))
-    units = table[name].astype(str)
-    if not (lost := table[name].isna()).any(): return name, units
-    by_image = name == "group" and "image" in table
-    return name, units.mask(lost, table["image"].astype(str) if by_image else "row " + table.index.astype(str))
 
 # %% ../../nbs/datasets/07_splits.ipynb #beaa6166
 def keep_together(
     manifest: Manifest, # Rows to split
 ) -> tuple[Manifest, int]: # The rows, with a group for all that must stay in one split; rows that equal files joined
     "Join groups (or else images, studies) that have the same file under two names"
-    units = _units(manifest)[1]
+    units = row_units(manifest)[1]
     joined = join_equal(manifest, units)
     changed = joined.isin(set(joined[joined != units]))
     return (manifest.assign(group=joined) if changed.any() else manifest), int(changed.sum())
@@ -75,14 +63,24 @@ def _strata(table: pd.DataFrame, columns: list[str], codes: np.ndarray, n_splits
     return np.where(rare & (rare.mean() > 0.05), -1, strata)
 
 # %% ../../nbs/datasets/07_splits.ipynb #7a919218
+def _check_shares(fractions: Mapping[str, float]) -> None:
+    "Raise `InputError` unless shares are from 0 to 1 and add up to 1"
+    shares = list(fractions.values())
+    if all(share >= 0 for share in shares) and abs(sum(shares) - 1) <= 1e-6: return
+    given = ", ".join(f"{split}={share:g}" for split, share in fractions.items())
+    raise InputError(
+        f"fractions: {given}. Give shares from 0 to 1 that add up to 1, such as train=0.8 and test=0.2, not 80 and 20."
+    )
+
 def make_splits(
     table: pd.DataFrame, # Rows to split
     stratify: str | Iterable[str] | None = None, # Columns whose values should have the same share in every split
     fractions: Mapping[str, float] = FRACTIONS, # Split -> share; shares add up to 1
     seed: int = 0, # Determines the order in which groups are assigned
 ) -> pd.Series: # The split of each row
-    "Assign whole groups to splits, class by class; raises `InputError` with fewer groups than splits"
-    codes, groups = pd.factorize(_units(table)[1], sort=True)
+    "Assign whole groups to splits, class by class; raises `InputError` for other shares, and with too few groups"
+    _check_shares(fractions)
+    codes, groups = pd.factorize(row_units(table)[1], sort=True)
     if len(groups) < len(fractions):
         raise InputError(
             f"Cannot make {len(fractions)} splits out of {len(groups)} group(s): rows of one patient or study stay in "
@@ -108,7 +106,9 @@ def with_validation(
     stratify: str | None = None, # Column to keep in proportion
     seed: int = 0, # Determines which groups
 ) -> Manifest: # With a split 'valid'
-    "Set part of the training groups aside for validation, where there is no validation split"
+    "Set part of the training groups aside for validation, where there is no validation split; raises `InputError`"
+    if not 0 < fraction < 1:
+        raise InputError(f"fraction={fraction:g}: give a share above 0 and below 1, such as 0.15, not 15.")
     if (manifest["split"] == "valid").any(): return manifest
     train = keep_together(manifest.part("train"))[0]
     split = make_splits(train, stratify, {"train": 1 - fraction, "valid": fraction}, seed)
@@ -141,7 +141,7 @@ def _usual_names(split: pd.Series) -> pd.Series:
 
 def _split_table(manifest: Manifest) -> pd.DataFrame:
     "One row per group with its split, sorted by name; raises `InputError` for a group in several splits"
-    name, units = _units(manifest)
+    name, units = row_units(manifest)
     table = pd.DataFrame({name: units, "split": manifest["split"]}).drop_duplicates()
     table = table.sort_values([name, "split"], ignore_index=True)
     several = table[table[name].duplicated(keep=False)]
@@ -199,7 +199,7 @@ def load_splits(
 ) -> Manifest: # With the splits of the file
     "Take splits from a file; raises `InputError` where it does not fit the manifest or would split a group"
     path, table = Path(path), _read_splits(Path(path))
-    name, units = _units(manifest)
+    name, units = row_units(manifest)
     by = table.columns[0]
     if by not in {name, *manifest}:
         columns = ", ".join(manifest.columns)
@@ -222,7 +222,7 @@ def split_unit(
     manifest: Manifest, # Any
 ) -> str: # group, or else image, series or row
     "The column whose values stay in one split"
-    return _units(manifest)[0]
+    return row_units(manifest)[0]
 
 def grouped_by(
     manifest: Manifest, # With the column
@@ -232,14 +232,14 @@ def grouped_by(
     if by not in manifest:
         raise InputError(f"split_by={by!r}: no such column. {close_matches(by, manifest.columns)}")
     if "group" in manifest or by in ("image", "series"): return manifest
-    return manifest.assign(group=_units(manifest.assign(group=manifest[by]))[1])
+    return manifest.assign(group=row_units(manifest.assign(group=manifest[by]))[1])
 
 def _made_splits(manifest: Manifest, seed: int, by: str | None = None) -> tuple[pd.Series, str]:
     "Splits for data that have none, and how they were made; raises `InputError` for a column that is not there"
     if by is not None and by not in manifest:
         raise InputError(f"split_by={by!r}: no such column. {close_matches(by, manifest.columns)}")
     rows, equal = keep_together(manifest if by is None else manifest.assign(group=manifest[by]))
-    if by is None and _units(rows)[1].nunique() < len(FRACTIONS):
+    if by is None and row_units(rows)[1].nunique() < len(FRACTIONS):
         few = pd.Series("all", index=manifest.index)
         return few, f"none: too few to divide by {split_unit(manifest)}; give a column split"
     unit, labels = by or split_unit(manifest), manifest.labels

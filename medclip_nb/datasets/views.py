@@ -19,7 +19,7 @@ from PIL import Image
 from ..core import InputError
 from .paths import checked_path
 from .registry import card, card_names
-from ..images.reading import read_image
+from ..images.reading import read_image, read_options
 from ..images.thumbnails import gallery_html, image_uri
 
 # %% ../../nbs/datasets/20_views.ipynb #0b406c5d
@@ -49,7 +49,7 @@ def row_picture(
     row = table.iloc[position]
     name = next(iter(row["series"].values()), "") if "series" in table else row["image"]
     if not isinstance(name, str) or not name: raise InputError(f"row {table.index[position]}: names no image")
-    read = {} if "series" in table else table.read
+    read = {} if "series" in table else read_options(table.read)
     return read_image(checked_path(table.root, name, f"row {table.index[position]}"), draft=draft, **read)
 
 # %% ../../nbs/datasets/20_views.ipynb #6465a2c2
@@ -82,7 +82,7 @@ def split_counts(
     "How many rows, groups and labels each split has"
     splits = table["split"].fillna("none") if "split" in table else pd.Series("all", index=table.index)
     found = pd.DataFrame({"rows": splits.value_counts()})
-    if "group" in table: found["groups"] = table["group"].groupby(splits).nunique()
+    if "group" in table: found["groups"] = table.units().groupby(splits).nunique()
     for column in table.labels[:1]:
         cells = table[column].map(lambda v: list(v) if isinstance(v, (list, tuple, np.ndarray)) else [v])
         each = pd.DataFrame({"split": splits, "name": cells}).explode("name").dropna()

@@ -210,7 +210,8 @@ PARAMETER_RANGES: dict[str, Range] = {
     **dict.fromkeys(("lr", "weight_decay", "warmup", "alpha", "tolerance", "tolerance_mm", "pixel_mm"), Range(0)),
     **dict.fromkeys(("ila", "mps", "iis", "kta", "worst_positive_factor"), Range(0)),
     **dict.fromkeys(("eps", "pooling_lr", "Cs"), Range(0, beyond=True)),
-    "token_keep_prob": Range(0, 1, beyond=True), "max_distance": Range(0, 64), "min_similarity": Range(-1, 1),
+    **dict.fromkeys(("token_keep_prob", "valid_fraction"), Range(0, 1, beyond=True)),
+    "max_distance": Range(0, 64), "min_similarity": Range(-1, 1),
     "levels": Range(1, 5),
 }  # By the name of a parameter
 MAX_TEXT = 100_000 # Characters of a text

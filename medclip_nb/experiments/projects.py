@@ -21,10 +21,11 @@ import yaml
 from ..core import InputError, atomic_path
 from ..datasets.loading import load_manifest
 from ..datasets.manifest import Manifest
-from ..datasets.readers.basic import IMAGE_SUFFIXES, usual_columns
+from ..datasets.readers.basic import usual_columns
 from ..datasets.tables import read_table
 from ..datasets.toy import make_squares
 from .parameters import template_parameters
+from ..images.formats import IMAGE_SUFFIXES
 
 # %% ../../nbs/experiments/26_projects.ipynb #036ea59d
 GROUPS = ("patient", "patient_id", "patientid", "subject", "subject_id", "study", "study_id", "case", "case_id")
@@ -205,7 +206,8 @@ def _example(folder: Path) -> Path:
 
 def _listed(images: Path, folder: Path) -> Path:
     "A table with a row for each image below a folder"
-    names = sorted(p.relative_to(images).as_posix() for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    found = (p for p in images.rglob("*") if p.name.lower().endswith(IMAGE_SUFFIXES))
+    names = sorted(p.relative_to(images).as_posix() for p in found)
     if not names: raise InputError(f"{images}: no image in it or below it (looked for {', '.join(IMAGE_SUFFIXES)}).")
     _write(folder/"table.csv", pd.DataFrame({"image": names}).to_csv(index=False))
     return folder/"table.csv"

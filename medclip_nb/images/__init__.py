@@ -15,11 +15,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "corrupted_preprocess", "corruption_table", "is_gray", "stain_matrix", "stained",
     ],
     "formats": [
-        "BY_NAME", "MAGIC", "VOLUMES", "check_archive", "check_deflated", "check_png", "file_format", "is_nifti",
-        "reading_file",
+        "BY_NAME", "IMAGE_SUFFIXES", "MAGIC", "PICTURES", "TENSORS", "VOLUMES", "check_archive", "check_deflated",
+        "check_png", "file_format", "is_nifti", "named_format", "reading_file",
     ],
     "loading": ["ImageDataset", "prefetched"],
-    "reading": ["FORMATS", "READING", "read_image"],
+    "reading": ["FORMATS", "READING", "check_read", "read_image", "read_options"],
     "studies": [
         "PREPROCESSING", "READ", "Study", "StudyBatch", "StudyDataset", "StudyPreprocess", "draw_series",
         "json_values", "labels_at", "nearest_slices", "pad_studies", "study_preprocess", "token_mask", "value_scale",

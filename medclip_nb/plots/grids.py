@@ -19,13 +19,14 @@ from matplotlib.figure import Figure
 from ..core import InputError
 from ..datasets.manifest import Manifest
 from ..datasets.paths import checked_path
-from ..images.reading import read_image
+from ..images.reading import read_image, read_options
 from .style import RIGHT, WRONG, wrapped
 
 # %% ../../nbs/plots/02_grids.ipynb #ca0cc53a
 def _show(ax: Axes, manifest: Manifest, image: str, frame: Any = None, name: str = "") -> None:
     "One image without axes, or the middle slice of a volume, with a frame and a name where given"
-    ax.imshow(read_image(checked_path(manifest.root, image), **{} if "series" in manifest else manifest.read))
+    read = {} if "series" in manifest else read_options(manifest.read)
+    ax.imshow(read_image(checked_path(manifest.root, image), **read))
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
     if name:

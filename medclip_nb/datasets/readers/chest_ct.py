@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LUNG_FINDINGS', 'CT_RATE_FINDINGS', 'PROTOCOL_CLASSES', 'VOLUME', 'CT_TABLES', 'CT_COLUMNS', 'UNUSABLE_VOLUMES',
-           'PLANE', 'NORMAL_ITEMS', 'LUNG', 'RAD_CLASSES', 'RAD_SPLITS', 'read_ct_rate', 'read_rad_chestct']
+           'PLANE', 'LUNG', 'RAD_CLASSES', 'RAD_SPLITS', 'read_ct_rate', 'read_rad_chestct']
 
 # %% ../../../nbs/datasets/readers/09_chest_ct.ipynb #05ddf7ea
 import re
@@ -90,8 +90,6 @@ def _fixed_or_not(root: Path, base: Path, split: str) -> str:
     return (base / name).relative_to(root).as_posix()
 
 # %% ../../../nbs/datasets/readers/09_chest_ct.ipynb #b9d85c9a
-NORMAL_ITEMS = ("no significant abnormalities", "no abnormalities detected")
-
 def _ct_texts(reports: pd.DataFrame, text: str) -> pd.DataFrame:
     "Caption and items of every report; a text that only says \"not given\" is empty"
     raw = reports[list(CT_COLUMNS["reports"])].fillna("")
@@ -140,11 +138,12 @@ def _ct_split(root: Path, base: Path, split: str, text: str, non_chest: bool) ->
 # %% ../../../nbs/datasets/readers/09_chest_ct.ipynb #073599d1
 def _with_items(table: pd.DataFrame, items: dict[str, list[str]]) -> list[dict]:
     "Replace the items by those of a JSON; a scan that it does not list keeps its sentences, and is counted"
+    from medclip_nb.datasets.items import says_normal
     known = table["scan"].isin(list(items))
     old = table["items"] if "items" in table else pd.Series([[]] * len(table), index=table.index)
     table["items"] = [items[s] if k else o for s, k, o in zip(table["scan"], known, old)]
     if "caption" not in table: table["caption"] = table["items"].map(" ".join)
-    normal = lambda i: "present" if len(i) == 1 and i[0].rstrip(".") in NORMAL_ITEMS else "absent"
+    normal = lambda i: "present" if says_normal(i, "only") else "absent"
     table["normal"] = [normal(i) if k and i else None for i, k in zip(table["items"], known)]
     if known.all(): return []
     message = f"{(~known).sum()} volumes are not in the JSON; they keep their sentences"

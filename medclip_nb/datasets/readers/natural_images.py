@@ -20,10 +20,10 @@ import pandas as pd
 
 from ...core import FolderKind, InputError, atomic_folder, close_matches, plain_file, progress
 from ..paths import safe_member, safe_path, safe_paths
-from .basic import IMAGE_SUFFIXES
 from .common import json_field, json_file, literal_strings
 from ..registry import register
 from ..tables import read_table
+from ...images.formats import PICTURES
 
 # %% ../../../nbs/datasets/readers/10_natural_images.ipynb #17ce1e1d
 def caption_table(
@@ -266,7 +266,7 @@ def read_ham10000(
 
 # %% ../../../nbs/datasets/readers/10_natural_images.ipynb #b10a0ec7
 UNPACKED_IMAGES = FolderKind(
-    "unpacked images", "index.json", ("source", "content"), tuple(f"*{suffix}" for suffix in IMAGE_SUFFIXES)
+    "unpacked images", "index.json", ("source", "content"), tuple(f"*{suffix}" for suffix in PICTURES)
 )
 
 def extract_once(
@@ -393,7 +393,7 @@ def _write_rsicd(path: Path, folder: Path) -> dict:
         for name, captions, image in batch[["filename", "captions", "image"]].itertuples(index=False):
             where = f"{path}, row {len(rows) + 2}"
             name = PurePosixPath(safe_path(path.parent, name, where)).name
-            if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
+            if PurePosixPath(name).suffix.lower() not in PICTURES:
                 raise InputError(f"{where}: {name!r} is not the name of an image file.")
             if name in names: raise InputError(f"{where}: {name} is listed twice. Keep one row.")
             names.add(name)
@@ -476,8 +476,8 @@ def _write_shard(path: Path, folder: Path, max_bytes: int = 100_000_000) -> dict
             for member in shard:
                 name = PurePosixPath(safe_member(member, str(path))).name
                 key, _, suffix = name.partition(".")
-                if not re.fullmatch(r"[\w-]+", key) or f".{suffix.lower()}" not in (*IMAGE_SUFFIXES, ".json"):
-                    if name.lower().endswith((*IMAGE_SUFFIXES, ".json")) and key: others.append(name)
+                if not re.fullmatch(r"[\w-]+", key) or f".{suffix.lower()}" not in (*PICTURES, ".json"):
+                    if name.lower().endswith((*PICTURES, ".json")) and key: others.append(name)
                     continue
                 if member.size > max_bytes:
                     fault = f"{name} has {member.size:,} bytes; {max_bytes:,} are the most that is unpacked"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JSON_NAMES', 'TENSOR_SPACING', 'BRAIN_CLASSES', 'SUBJECT', 'SUBTYPES', 'BROKEN_SLICES', 'WINDOW_FOLDERS',
-           'CQ500_FINDINGS', 'EXCLUDED_STUDIES', 'is_normal', 'read_mri_study', 'read_headct_study', 'read_pub_brain_5',
+           'CQ500_FINDINGS', 'EXCLUDED_STUDIES', 'read_mri_study', 'read_headct_study', 'read_pub_brain_5',
            'read_rsna_ich', 'read_cq500']
 
 # %% ../../../nbs/datasets/readers/08_neuro.ipynb #b1106707
@@ -37,14 +37,10 @@ def _read_studies(path: Path) -> dict[str, dict]:
     return studies
 
 # %% ../../../nbs/datasets/readers/08_neuro.ipynb #e019b642
-def is_normal(
-    items: list[str], # Report items of a study
-) -> str | None: # present, absent, or None without items
-    "Whether the first item states that nothing was found"
-    if not items: return None
-    first = items[0].strip().lower()
-    unremarkable = first.rstrip(".") == "no significant abnormalities" or "study is unremarkable" in first
-    return "present" if unremarkable else "absent"
+def _stated_normal(items: list[str]) -> str | None: # present, absent, or None without items
+    "Whether the first item says that nothing was found"
+    from medclip_nb.datasets.items import says_normal
+    return ("present" if says_normal(items, "first") else "absent") if items else None
 
 # %% ../../../nbs/datasets/readers/08_neuro.ipynb #687cf554
 TENSOR_SPACING = (3.0, 1.0, 1.0) # mm along d, h, w; 48 x 256 x 256 voxels are then 144 x 256 x 256 mm
@@ -76,7 +72,7 @@ def _study_table(
                 skipped.append(_note(name, "empty report", f"{where}: the report has no items; the study is kept"))
             group = re.search(patient, name) if patient else None
             caption = prefix * bool(items) + join_items(items)
-            row = {"study": name, "series": series, "items": items, "caption": caption, "normal": is_normal(items)}
+            row = {"study": name, "series": series, "items": items, "caption": caption, "normal": _stated_normal(items)}
             rows.append(row | {"split": split, "group": group.group() if group else name})
     table = pd.DataFrame(rows)
     said = "as given" if spacing else "assumed; give the option spacing where it is known"

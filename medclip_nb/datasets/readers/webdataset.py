@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Span', 'IMAGE_EXTENSIONS', 'TEXT_EXTENSIONS', 'UNPACKED_SHARD', 'tar_samples', 'find_shards', 'read_shard_index',
-           'member_extension', 'sample_row', 'read_webdataset']
+           'shard_options', 'member_extension', 'sample_row', 'read_webdataset']
 
 # %% ../../../nbs/datasets/readers/04_webdataset.ipynb #7b7d4c21
 import gzip
@@ -12,7 +12,7 @@ import json
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from ...core import FolderKind, InputError, atomic_folder, parse_json, plain_fil
 from ..paths import safe_member, safe_path
 from .common import image_store, split_of
 from ..registry import register
+from ...images.formats import IMAGE_SUFFIXES, TENSORS
+from ...images.reading import check_read
 
 # %% ../../../nbs/datasets/readers/04_webdataset.ipynb #51521135
 def _member(member: tarfile.TarInfo, where: str) -> tuple[str, str] | None:
@@ -127,11 +129,22 @@ def read_shard_index(
         if not isinstance(shard, dict) or not isinstance(shard.get("samples"), int):
             raise InputError(f"{path}: is not an index of shards. Write it again.")
         shard["name"] = safe_path(folder, shard.get("name"), str(path))
+    check_read(index.setdefault("read", {}), str(path))
     return index
 
+def shard_options(
+    shards: Iterable[str | Path], # Files; an address has no index
+) -> dict[str, dict]: # Shard -> options of `images.read_image` and `images.read_volume`
+    "How the images of shards are read, as the index next to each says; raises `InputError` for a malformed index"
+    shards = [str(shard) for shard in shards]
+    folders = {shard: str(Path(shard).parent) for shard in shards if not re.match(r"https?://", shard)}
+    indices = {folder: read_shard_index(folder) for folder in set(folders.values())}
+    listed = {folder: {s["name"] for s in index.get("shards", [])} for folder, index in indices.items()}
+    known = lambda shard: shard in folders and Path(shard).name in listed[folders[shard]]
+    return {shard: indices[folders[shard]]["read"] if known(shard) else {} for shard in shards}
+
 # %% ../../../nbs/datasets/readers/04_webdataset.ipynb #0aa36165
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "dcm", "nii", "nii.gz", "pt", "npz",
-                    "npy", "pth", "dicom", "jfif", "jp2", "j2k", "ppm", "pgm", "pnm")
+IMAGE_EXTENSIONS = tuple(suffix.lstrip(".") for suffix in (*IMAGE_SUFFIXES, *TENSORS)) # Of several, the first is taken
 TEXT_EXTENSIONS = ("txt", "text", "caption")
 
 def member_extension(
@@ -235,6 +248,9 @@ def read_webdataset(
         if listed != len(found):
             fault = f"holds {len(found)} samples, the index says {listed}"
             raise InputError(f"{path}: {fault}. Copy or write the shard again.")
-    data = pd.DataFrame(rows)
-    data.attrs = {"root": str(base), "skipped": skipped, "labels": index.get("labels") or []}
+    data, read = pd.DataFrame(rows), shard_options(paths)
+    if other := next((path for path in paths if read[str(path)] != read[str(paths[0])]), None):
+        raise InputError(f"{other}: its images are read in another way than those of {paths[0]}. Read each by itself.")
+    labels = index.get("labels") or []
+    data.attrs = {"root": str(base), "skipped": skipped, "labels": labels, "read": read[str(paths[0])]}
     return data
