@@ -43,3 +43,14 @@ def test_links_lead_somewhere(path):
 def test_words_are_plain(path):
     text = " ".join(" ".join(texts(path)).split())
     assert [m[0] for pattern in DIALECT if (m := re.search(pattern, text, re.I))] == []
+
+
+def code_blocks(text: str) -> list[str]:
+    "Fenced blocks, and lines that are indented as such"
+    return [*re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.M | re.S), *re.findall(r"(?:^ {4}.*\n?)+", text, re.M)]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_commands_go_on_after_one_backslash(path):
+    assert [line for text in texts(path) for block in code_blocks(text) for line in block.splitlines()
+            if line.endswith("\\\\")] == []
