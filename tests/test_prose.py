@@ -54,3 +54,9 @@ def code_blocks(text: str) -> list[str]:
 def test_commands_go_on_after_one_backslash(path):
     assert [line for text in texts(path) for block in code_blocks(text) for line in block.splitlines()
             if line.endswith("\\\\")] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_nothing_is_installed_from_where_it_is_not(path):
+    "Before the first release no package index has the library"
+    assert re.findall(r"pip install\s+\S?medclip_nb\S*", "\n".join(texts(path))) == []
