@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -60,3 +61,15 @@ def test_commands_go_on_after_one_backslash(path):
 def test_nothing_is_installed_from_where_it_is_not(path):
     "Before the first release no package index has the library"
     assert re.findall(r"pip install\s+\S?medclip_nb\S*", "\n".join(texts(path))) == []
+
+
+def test_data_sets_are_counted_from_their_cards():
+    cards = [yaml.safe_load(p.read_text(encoding="utf-8")) for p in (ROOT / "data" / "cards").glob("*.yaml")]
+    own = [card["name"] for card in cards if card["license"].startswith("the user's own")]
+    counts = {"public": len(cards) - len(own) - 1, "own": len(own)}  # `starter` is made here
+    words = {20: "twenty", 22: "twenty-two", 23: "twenty-three", 10: "ten", 11: "eleven"}
+    pages = ["README.md", "CHANGELOG.md", "nbs/index.ipynb"]
+    told = {name: " ".join(" ".join(texts(ROOT / name)).split()).lower() for name in pages}
+    for name, text in told.items():
+        assert re.findall(r"\[?([\w-]+) public data sets\b", text) == [words[counts["public"]]], name
+        assert re.findall(r"\byour own(?: data)? in ([\w-]+) layouts\b", text) == [words[counts["own"]]], name
