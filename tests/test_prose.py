@@ -63,6 +63,15 @@ def test_nothing_is_installed_from_where_it_is_not(path):
     assert re.findall(r"pip install\s+\S?medclip_nb\S*", "\n".join(texts(path))) == []
 
 
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_checkpoints_of_reports_come_from_somewhere(path):
+    "Git ignores them: a page that uses one has made it by a command before, or says in the same cell what makes it"
+    whole = "\n".join(texts(path))
+    missing = [m for text in texts(path) for m in re.findall(r"(reports/[\w/-]+)/checkpoint", text)
+               if "make reports" not in text and f"--out {m}" not in whole and f"`{m}" not in whole]
+    assert missing == []
+
+
 def test_data_sets_are_counted_from_their_cards():
     cards = [yaml.safe_load(p.read_text(encoding="utf-8")) for p in (ROOT / "data" / "cards").glob("*.yaml")]
     own = [card["name"] for card in cards if card["license"].startswith("the user's own")]
