@@ -4,8 +4,10 @@ import re
 import shlex
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
+from nbclient import NotebookClient
 from typer.main import get_command
 
 from medclip_nb.cli.main import app
@@ -14,6 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 TEN = sorted((ROOT / "nbs" / "tutorials").glob("[01]?_*.ipynb"))
 LARGEST = 300_000  # Bytes of figures in a notebook
 named = pytest.mark.parametrize("path", TEN, ids=lambda p: p.stem)
+BOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+NUMBERS = dict(zip("one two three four five six seven eight nine ten eleven twelve sixteen twenty thirty forty fifty "
+                   "sixty".split(), [*range(1, 13), 16, 20, 30, 40, 50, 60]))
+# What a cell reads that is committed: reports, suites, packs and cards
+READS = (r"[\"'](\.\./)?reports/starter|load_suite\([\"']|list_suites\(|suite\.(runs|published)|load_pack\(|\bcard\(|"
+         r"card_names\(|list_datasets\(")
 
 
 def cells(path: Path, kind: str) -> list[dict]:
@@ -80,3 +88,54 @@ def test_the_first_four_explain_their_words():
     text = "\n".join("\n".join(prose(p)) for p in TEN[:4])
     for term in ("embedding", "cosine", "prompt", "rank", "Zero-shot", "linear probe", "Balanced accuracy"):
         assert re.search(rf"\*{term}\*", text, re.I), term
+
+
+def reading(path: Path) -> list[dict]:
+    "Cells with outputs that come from committed files alone"
+    wanted = READS if path.parent.name == "tutorials" else READS.split("|")[0]
+    read = lambda code: re.search(wanted, code) and not re.search(r"\bfolder\b|\bplt\.", code)
+    return [c for c in cells(path, "code") if c["outputs"] and read("".join(c["source"]))]
+
+
+def shown(outputs: list[dict]) -> list:
+    "Outputs in one form: the text of a stream, or what is displayed by kind, without addresses in memory"
+    plain = lambda text: re.sub(r" at 0x\w+>", ">", "".join(text).strip())
+    kinds = lambda data: data.keys() - ({"text/plain"} if len(data) > 1 else set())  # Its lines depend on a terminal
+    return [plain(o["text"]) if o["output_type"] == "stream" else {k: plain(o["data"][k]) for k in kinds(o["data"])}
+            for o in outputs]
+
+
+@pytest.mark.parametrize("path", [p for p in BOOKS if reading(p)], ids=lambda p: p.stem)
+def test_what_it_reads_is_what_is_committed(path):
+    "Cells that only read committed files are executed again, and give what is stored"
+    stored = reading(path)
+    lines = [line.strip("\n") for c in cells(path, "code") for line in c["source"]]
+    imports = "\n".join(line for line in lines if re.match(r"import |from |plots\.use_style\(|pd\.set_option\(", line))
+    place = path.parent if path.stem == "index" else ROOT
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in (
+        imports, *("".join(c["source"]) for c in stored))])
+    NotebookClient(book, timeout=120, resources={"metadata": {"path": str(place)}}).execute()
+    for cell, again in zip(stored, book.cells[1:]): assert shown(again.outputs) == shown(cell["outputs"])
+
+
+def test_what_is_read_again():
+    tried = {path.stem: len(reading(path)) for path in BOOKS if reading(path)}
+    assert tried.keys() >= {"index", "05_attention_maps", "06_studies", "09_reproduce_a_paper", "90_datasets"}, tried
+    assert sum(tried.values()) > 9
+
+
+def test_epochs_that_are_told_are_those_of_the_suites():
+    "What is said of the committed reports, in one sentence, agrees with the suites that they come from"
+    suites = [yaml.safe_load((ROOT / "nbs" / "experiments" / "suites" / f"{name}.yaml").read_text())["runs"]
+              for name in ("starter", "starter-more")]
+    epochs = {r.get("params", {}).get("epochs") for runs in suites for r in runs}
+    told = {p: prose(p) for p in BOOKS} | {p: [p.read_text(encoding="utf-8")] for p in
+                                           [*(ROOT / "docs" / "pages").glob("*.md"), ROOT / "README.md"]}
+    wrong = []
+    for path, texts in told.items():
+        for sentence in re.split(r"(?<=[.:?])\s|\n\n", "\n\n".join(texts)):
+            if not re.search(r"starter|committed", sentence) or "medclip-nb" in sentence: continue
+            found = re.findall(r"\b([a-z]+|\d+)\s+(?:epochs|on findings)\b", sentence)
+            numbers = [int(n) if n.isdigit() else NUMBERS[n] for n in found if n.isdigit() or n in NUMBERS]
+            wrong += [(path.stem, n) for n in numbers if n not in epochs]
+    assert wrong == []
