@@ -90,6 +90,17 @@ def test_the_first_four_explain_their_words():
         assert re.search(rf"\*{term}\*", text, re.I), term
 
 
+def test_plans_show_all_that_a_run_waits_for():
+    "A comparison waits for the runs that it compares"
+    found = []
+    for path in TEN:
+        tables = ["".join(o.get("data", {}).get("text/html", "")) for c in cells(path, "code") for o in c["outputs"]]
+        found += [re.findall(r"<td>(.*?)</td>", row) for table in tables if "waits for" in table
+                  for row in re.findall(r"<tr>(.*?)</tr>", table, re.S) if "<td>compare</td>" in row]
+    assert len(found) == 2 and [row for row in found if row[-1] == "–"] == []
+
+
+
 def reading(path: Path) -> list[dict]:
     "Cells with outputs that come from committed files alone"
     wanted = READS if path.parent.name == "tutorials" else READS.split("|")[0]
