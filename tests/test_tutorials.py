@@ -56,6 +56,8 @@ def test_it_ends_with_what_to_try_and_what_to_read(path):
 
 @named
 def test_it_was_executed_and_keeps_what_teaches(path):
+    silent = [c["source"] for c in cells(path, "code") if not c["outputs"]]
+    assert [source for source in silent if any(line.startswith("print(") for line in source)] == []
     shown = [o for c in cells(path, "code") for o in c["outputs"]]
     assert shown and not [o for o in shown if o["output_type"] == "error" or o.get("name") == "stderr"]
     assert any({"image/png", "image/svg+xml"} & o.get("data", {}).keys() for o in shown) or "processes" in path.stem
