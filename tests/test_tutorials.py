@@ -11,6 +11,8 @@ from nbclient import NotebookClient
 from typer.main import get_command
 
 from medclip_nb.cli.main import app
+from medclip_nb.datasets import FEW, allowed_bad
+from medclip_nb.experiments import read_template, templates
 
 ROOT = Path(__file__).resolve().parent.parent
 TEN = sorted((ROOT / "nbs" / "tutorials").glob("[01]?_*.ipynb"))
@@ -90,6 +92,16 @@ def test_the_first_four_explain_their_words():
     text = "\n".join("\n".join(prose(p)) for p in TEN[:4])
     for term in ("embedding", "cosine", "prompt", "rank", "Zero-shot", "linear probe", "Balanced accuracy"):
         assert re.search(rf"\*{term}\*", text, re.I), term
+
+
+def test_it_tells_how_many_rows_a_run_leaves_out():
+    told = " ".join(" ".join(prose(TEN[0])).split())
+    share, few, part = re.search(r"(\d+) % of the rows \(its parameter `max_bad`\), and of a small table up to (\w+), "
+                                 r"if these are at most (\d+) %", told).groups()
+    defaults = {p["max_bad"].default for p in (read_template(t).parameters for t in templates()) if "max_bad" in p}
+    assert defaults == {int(share) / 100} and FEW == NUMBERS[few]
+    least = 100 * FEW // int(part)  # The smallest table that may lack so many
+    assert [allowed_bad(n, *defaults) for n in (least - 1, least)] == [FEW - 1, FEW]
 
 
 def test_plans_show_all_that_a_run_waits_for():
