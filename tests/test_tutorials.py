@@ -94,6 +94,25 @@ def test_the_first_four_explain_their_words():
         assert re.search(rf"\*{term}\*", text, re.I), term
 
 
+@pytest.mark.parametrize(("number", "used", "explained"), [
+    *((1, name, f"`{name}`") for name in ("mcc", "kappa", "auroc_macro", "f1_weighted", "average_precision_macro",
+                                          "mean_rank")),
+    (2, "loss", r"\*loss\*"), (2, "epochs?", r"\*epochs\*"), (2, "lr", r"\*learning rate\*"),
+    (2, "AUROC", r"\*AUROC\*"),
+    (3, "learning rates?", r"\*learning rate\*"), (3, "hidden layer", r"\*hidden layer\*"),
+    (3, "calibrated", r"\*calibrated\*")])
+def test_a_term_is_explained_where_it_is_met(number, used, explained):
+    "The first cell that uses it, in words, code or an output, is or follows that which explains it"
+    book = json.loads(TEN[number - 1].read_text(encoding="utf-8"))["cells"]
+    lines = lambda c: "".join(c["source"]) + "".join(
+        "".join(o.get("text", o.get("data", {}).get("text/plain", []))) for o in c.get("outputs", []))
+    first = next(i for i, c in enumerate(book) if re.search(rf"(?<![\w/_]){used}(?!\w)", lines(c)))
+    assert any(re.search(explained, lines(c)) for c in book[:first + 1] if c["cell_type"] == "markdown")
+
+
+def test_the_first_leads_to_the_glossary(): assert "](../../docs/pages/glossary.md)" in "".join(prose(TEN[0]))
+
+
 def test_it_tells_how_many_rows_a_run_leaves_out():
     told = " ".join(" ".join(prose(TEN[0])).split())
     share, few, part = re.search(r"(\d+) % of the rows \(its parameter `max_bad`\), and of a small table up to (\w+), "
