@@ -8,7 +8,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-PAGES = [*NOTEBOOKS, *ROOT.glob("*.md"), ROOT / "data" / "README.md"]
+PAGES = [*NOTEBOOKS, *ROOT.glob("*.md"), *(ROOT / "docs" / "pages").glob("*.md"), ROOT / "data" / "README.md"]
 DIALECT = (r"held against", r"hangs? on", r"that there is not", r"(not|cannot) be told from",
            r"\brows? a (metric|class|label)\b",
            r"\ba training (run )?(is|was|that|which) (asked|told|judged)", r"what was said")

@@ -177,7 +177,7 @@ def test_epochs_that_are_told_are_those_of_the_suites():
                                            [*(ROOT / "docs" / "pages").glob("*.md"), ROOT / "README.md"]}
     wrong = []
     for path, texts in told.items():
-        for sentence in re.split(r"(?<=[.:?])\s|\n\n", "\n\n".join(texts)):
+        for sentence in re.split(r"(?<=[.?])\s|\n\n", "\n\n".join(texts)):
             if not re.search(r"starter|committed", sentence) or "medclip-nb" in sentence: continue
             found = re.findall(r"\b([a-z]+|\d+)\s+(?:epochs|on findings)\b", sentence)
             numbers = [int(n) if n.isdigit() else NUMBERS[n] for n in found if n.isdigit() or n in NUMBERS]
