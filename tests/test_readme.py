@@ -22,12 +22,13 @@ def lines_of(page):
 
 
 def chosen(lines):
-    "The commands, each template once: test_site.py checks the parameters of all of them"
-    seen, found = set(), []
+    "The commands, each template once, and once with a file of splits: test_site.py checks parameters of all of them"
+    seen, found = [], []
     for words, line in ((shlex.split(line), line) for line in lines):
         if words[0] != "medclip-nb" or words[1:] == ["demo"]: continue
-        if words[1] == "run" and words[2] in seen: continue
-        seen |= {words[2]} if words[1] == "run" else set()
+        kind = words[2:3], "splits:" in line
+        if words[1] == "run" and kind in seen: continue
+        if words[1] == "run": seen.append(kind)
         found.append(line)
     return found
 
