@@ -67,6 +67,11 @@ def image_paths(
         paths = paths.mask(paths.str.startswith(base), paths.str.slice(len(base)))
     try: return safe_paths(root, paths.tolist(), where)
     except InputError as error:
+        if len(of_windows := paths[paths.str.match(r"[A-Za-z]:[/\\]")]):
+            raise InputError(
+                f"{where}, row {of_windows.index[0] + 2}: a path of Windows ({of_windows.iloc[0][:200]}). Write it "
+                "relative to the folder that holds the images, with / between folders."
+            ) from None
         how = "Or name the folder that holds all images with the option image_root"
         if not common: raise InputError(f"{error} {how}.") from None
         raise InputError(
