@@ -27,6 +27,7 @@ text.save_pretrained(snapshot)
 clip = swap_towers('timm:resnet10t', 'hf:org/tiny', dim=32, device='cpu')
 loaded = clip.model.text.transformer
 assert torch.equal(loaded.embeddings.word_embeddings.weight, text.embeddings.word_embeddings.weight)
+assert (clip.untrained, clip.parts) == (False, ['text tower org/tiny'])
 texts = ['a lesion', 'no lesion left', 'a left']
 features = clip.encode_texts(texts)
 assert clip.tokenizer(texts)[1, :5].tolist() == [2, 7, 6, 8, 3]
