@@ -13,7 +13,16 @@ import torch
 from PIL import Image, ImageFile
 
 from medclip_nb.core import InputError
-from medclip_nb.images import PLANES, Augment, ImageDataset, laterality, orient, read_image, read_volume
+from medclip_nb.images import (
+    PLANES,
+    Augment,
+    ImageDataset,
+    StudyPreprocess,
+    laterality,
+    orient,
+    read_image,
+    read_volume,
+)
 
 SHIPPED = Path(pydicom.__file__).parent / "data/test_files"
 GREYS = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
@@ -185,3 +194,12 @@ def test_gaps_warn_and_orientation_letters(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_volume(Path(nib.__file__).parent / "tests/data/anatomical.nii", size=(16, 16, 16), spacing=(4, 4, 4))
+
+
+def test_the_preprocessing_of_studies_takes_planes_and_refuses_other_words():
+    for plane, letters in PLANES.items():
+        steps = StudyPreprocess(orientation=plane)
+        assert steps == StudyPreprocess(orientation=letters)
+        assert steps.left_right == letters.find("L") - 3
+    for odd in ("XYZ", "SP", "SPLA", "SSL", ""):
+        with pytest.raises(InputError, match="No orientation"): StudyPreprocess(orientation=odd)

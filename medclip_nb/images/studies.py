@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core import InputError, close_matches
-from .volumes import Volume, Window, load_volume, pad_crop, read_volume, resize
+from .volumes import Volume, Window, _letters, load_volume, pad_crop, read_volume, resize
 
 # %% ../../nbs/images/03_studies.ipynb #0ff44b5d
 class Study(NamedTuple):
@@ -29,7 +29,8 @@ class Study(NamedTuple):
 @dataclass(frozen=True)
 class StudyPreprocess:
     "Files of a study to a tensor; the fields are the steps in their order"
-    orientation: str | None = "SPL" # Directions in which slices, rows and columns grow; None keeps it
+    # Directions in which slices, rows and columns grow, kept as letters, or a plane such as coronal; None keeps the file's
+    orientation: str | None = "SPL"
     thick_first: bool = False # Make the axis with the largest spacing the axis of the slices
     spacing: tuple[float, float, float] | None = None # mm along d, h, w to resample to
     window: Window | None = None # Of Hounsfield units: a preset or (centre, width), to [0, 1]
@@ -50,6 +51,7 @@ class StudyPreprocess:
         for f in fields(self):
             if isinstance(value := getattr(self, f.name), list):
                 object.__setattr__(self, f.name, tuple(tuple(v) if isinstance(v, list) else v for v in value))
+        if self.orientation is not None: object.__setattr__(self, "orientation", _letters(self.orientation))
         if self.window is not None and self.windows:
             raise InputError("Give window, or windows for one series each, but not both.")
 
