@@ -29,7 +29,7 @@ class Study(NamedTuple):
 @dataclass(frozen=True)
 class StudyPreprocess:
     "Files of a study to a tensor; the fields are the steps in their order"
-    # Directions in which slices, rows and columns grow, kept as letters, or a plane such as coronal; None keeps the file's
+    # Directions in which slices, rows and columns grow, or a plane such as coronal; None keeps those of the file
     orientation: str | None = "SPL"
     thick_first: bool = False # Make the axis with the largest spacing the axis of the slices
     spacing: tuple[float, float, float] | None = None # mm along d, h, w to resample to
@@ -122,7 +122,7 @@ def _check_scale(volume: Volume, wanted: str) -> None:
 def _volume(self: StudyPreprocess,
     path: str | Path, # Anything `read_volume` reads
     window: Window | None = None, # Instead of the field
-    **read: Any, # Further facts about the file for `read_volume`, such as file_spacing or rescale
+    **read: Any, # Further facts about the file for `read_volume`, such as file_spacing, rescale or fill
 ) -> Volume: # (d, h, w) or (c, d, h, w), before mean and std
     "One series on its grid, with its place in the patient"
     how = {name: getattr(self, name) for name in ("spacing", "percentiles", "orientation", "thick_first", "antialias")}
@@ -130,13 +130,15 @@ def _volume(self: StudyPreprocess,
     volume = read_volume(path, **how | read)
     kept = self.percentiles is not None or (how | read)["percentiles"] is None # Not stretched because of an option
     if self.scale and kept: _check_scale(volume, self.scale)
-    if self.divide != 1 and kept: volume = replace(volume, array=volume.array / np.float32(self.divide))
-    if self.square: volume = pad_crop(volume, (volume.array.shape[-3], *[max(volume.array.shape[-2:])] * 2))
+    fill = read.get("fill", 0.0)
+    if self.divide != 1 and kept:
+        volume, fill = replace(volume, array=volume.array / np.float32(self.divide)), fill / self.divide
+    if self.square: volume = pad_crop(volume, (volume.array.shape[-3], *[max(volume.array.shape[-2:])] * 2), fill)
     if self.grid and self.nearest_slices:
         grid = (volume.array.shape[-3], *self.grid[1:])
         volume = nearest_slices(resize(volume, grid, self.antialias), self.grid[0])
     elif self.grid: volume = resize(volume, self.grid, self.antialias)
-    return pad_crop(volume, self.size) if self.size else volume
+    return pad_crop(volume, self.size, fill) if self.size else volume
 
 StudyPreprocess.volume = _volume
 

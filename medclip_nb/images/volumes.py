@@ -690,7 +690,8 @@ def read_volume( # noqa: PLR0913 (one option per step; callers pass them by name
     file_spacing: tuple[float, float, float] | None = None, # mm along d, h, w of a file without an affine; read as SPL
     rescale: tuple[float, float] | None = None, # Slope and intercept that the file does not contain
     fit: str = "crop", # How to fit `size`: "crop" (and pad) or "resize"
-    fill: float = 0.0, # Value of padded voxels, after scaling
+    # Value of padded voxels, after scaling: 0 is the lower edge of a window; values that are kept need that of air
+    fill: float = 0.0,
     generator: "torch.Generator | None" = None, # Random instead of central offsets
     antialias: bool = True, # Filter before the resolution is reduced; False as in published pipelines
 ) -> Volume: # float32 (d, h, w)
