@@ -203,3 +203,16 @@ def test_the_preprocessing_of_studies_takes_planes_and_refuses_other_words():
         assert steps.left_right == letters.find("L") - 3
     for odd in ("XYZ", "SP", "SPLA", "SSL", ""):
         with pytest.raises(InputError, match="No orientation"): StudyPreprocess(orientation=odd)
+
+
+def test_only_arrays_of_bytes_are_divided_by_255(tmp_path):
+    "A dim array keeps its grey; the same bytes as NIfTI have no scale of their own, and are stretched"
+    dim = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
+    np.save(tmp_path / "dim.npy", dim)
+    np.savez(tmp_path / "dim.npz", dim)
+    torch.save(torch.from_numpy(dim), tmp_path / "dim.pt")
+    nib.save(nib.Nifti1Image(dim.T, np.eye(4)), tmp_path / "dim.nii.gz")
+    for name in ("dim.npy", "dim.npz", "dim.pt"):
+        assert np.allclose(read_volume(tmp_path / name).array, dim / 255)
+        assert np.asarray(read_image(tmp_path / name)).max() == dim[1].max()
+    assert read_volume(tmp_path / "dim.nii.gz").array.max() == 1

@@ -35,7 +35,7 @@ class StudyPreprocess:
     spacing: tuple[float, float, float] | None = None # mm along d, h, w to resample to
     window: Window | None = None # Of Hounsfield units: a preset or (centre, width), to [0, 1]
     windows: tuple[Window, ...] = () # Several windows, each a series of its own
-    # To [0, 1] if there is no window; bytes are divided by 255; None keeps the values
+    # To [0, 1] if there is no window; arrays of bytes (.npy, .npz, .pt) are divided by 255; None keeps the values
     percentiles: tuple[float, float] | None = (0.5, 99.5)
     divide: float = 1.0 # Divisor of the values; 255 for tensors that hold 0 to 255
     unit: bool = False # Whether values that are kept are from 0 to 1

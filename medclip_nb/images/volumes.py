@@ -622,7 +622,7 @@ def pad_crop(
 
 # %% ../../nbs/images/02_volumes.ipynb #d68b9803
 def _scale(array: np.ndarray, window: Window | None, percentiles: tuple[float, float] | None) -> np.ndarray:
-    "By window, by 255, by percentiles, or not at all; what is not finite becomes the lowest value"
+    "By window, arrays of bytes by 255, by percentiles, or not at all; what is not finite becomes the lowest value"
     if window is not None: return np.nan_to_num(apply_window(array, window))
     if percentiles is None:
         values = array.astype(np.float32)
@@ -680,7 +680,7 @@ def read_volume( # noqa: PLR0913 (one option per step; callers pass them by name
     spacing: tuple[float, float, float] | None = None, # mm along d, h, w to resample to; None keeps it
     size: tuple[int, int, int] | None = None, # Grid (d, h, w) to fit; None keeps it
     window: Window | None = None, # Preset or (centre, width), to [0, 1]
-    # To [0, 1] if there is no window, bytes by division by 255; None keeps the values
+    # To [0, 1] if there is no window; arrays of bytes (.npy, .npz, .pt) are divided by 255; None keeps the values
     percentiles: tuple[float, float] | None = (0.5, 99.5),
     # Directions in which d, h, w grow, or axial, coronal, sagittal; None keeps it, as does a file that states none
     orientation: str | None = "SPL",
@@ -722,7 +722,8 @@ def read_volume( # noqa: PLR0913 (one option per step; callers pass them by name
 
 def volume_pixels(
     path: str | Path, # Anything `read_volume` reads
-    window: Window | None = None, # Preset or (centre, width); None for percentiles 0.5 and 99.5 of the volume
+    # Preset or (centre, width); None for percentiles 0.5 and 99.5 of the volume, or for 0 to 255 of an array of bytes
+    window: Window | None = None,
     plane: str | None = None, # axial, coronal or sagittal; None for axial, or for slices as stored without an affine
     position: float | None = None, # 0 to 1: upwards, to the back, or to the left; None for the middle
     frame: int | None = None, # Volume of a 4-D file, channel of a tensor; None for the first
