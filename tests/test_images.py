@@ -22,6 +22,7 @@ from medclip_nb.images import (
     orient,
     read_image,
     read_volume,
+    stretch,
 )
 
 SHIPPED = Path(pydicom.__file__).parent / "data/test_files"
@@ -216,3 +217,12 @@ def test_only_arrays_of_bytes_are_divided_by_255(tmp_path):
         assert np.allclose(read_volume(tmp_path / name).array, dim / 255)
         assert np.asarray(read_image(tmp_path / name)).max() == dim[1].max()
     assert read_volume(tmp_path / "dim.nii.gz").array.max() == 1
+
+
+@pytest.mark.parametrize("odd", [{"size": (8.5, 8, 8)}, {"size": (8, 8)}, {"percentiles": (99.5, 0.5)},
+                                 {"percentiles": (5, 5)}, {"percentiles": (0, 101)}, {"percentiles": 99}])
+def test_numbers_that_cannot_be_meant_are_refused(tmp_path, odd):
+    np.save(tmp_path / "ct.npy", np.arange(60.).reshape(3, 4, 5))
+    for call in (lambda: read_volume(tmp_path / "ct.npy", **odd), lambda: StudyPreprocess(**odd)):
+        with pytest.raises(InputError, match=f"{next(iter(odd))} should be"): call()
+    with pytest.raises(InputError, match="a lower and a higher one"): stretch(np.arange(9.), (90, 10))

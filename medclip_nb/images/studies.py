@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 
 from ..core import InputError, close_matches
-from .volumes import Volume, Window, _letters, load_volume, pad_crop, read_volume, resize
+from medclip_nb.images.volumes import (
+    Volume,
+    Window,
+    _check_lengths,
+    _check_percentiles,
+    _letters,
+    load_volume,
+    pad_crop,
+    read_volume,
+    resize,
+)
 
 # %% ../../nbs/images/03_studies.ipynb #0ff44b5d
 class Study(NamedTuple):
@@ -52,6 +62,8 @@ class StudyPreprocess:
             if isinstance(value := getattr(self, f.name), list):
                 object.__setattr__(self, f.name, tuple(tuple(v) if isinstance(v, list) else v for v in value))
         if self.orientation is not None: object.__setattr__(self, "orientation", _letters(self.orientation))
+        for name in ("spacing", "grid", "size"): _check_lengths(name, getattr(self, name))
+        if self.percentiles is not None: _check_percentiles(self.percentiles)
         if self.window is not None and self.windows:
             raise InputError("Give window, or windows for one series each, but not both.")
 

@@ -60,12 +60,20 @@ def apply_window(
     center, width = find_window(window)
     return np.clip((np.asarray(values, dtype=np.float32) - (center - width / 2)) / width, 0, 1)
 
+def _check_percentiles(given: Any) -> None:
+    "Raise `InputError` unless these are a lower and a higher percentile"
+    try: low, high = (float(value) for value in given)
+    except (TypeError, ValueError): low, high = 1.0, 0.0
+    if not 0 <= low < high <= 100:
+        raise InputError(f"percentiles should be a lower and a higher one from 0 to 100, but are {given!r}.")
+
 def stretch(
     values: np.ndarray, # Any shape
     percentiles: tuple[float, float] = (0.5, 99.5), # Mapped to 0 and 1
     keep: np.ndarray | None = None, # Values to take the percentiles from; None for all
 ) -> np.ndarray: # float32 in [0, 1]
-    "Scale by percentiles; values that are not finite become 0"
+    "Scale by percentiles; values that are not finite become 0; raises `InputError` for percentiles out of order"
+    _check_percentiles(percentiles)
     values = np.asarray(values, dtype=np.float32)
     finite = np.isfinite(values) if keep is None else np.isfinite(values) & keep
     if not finite.any(): return np.zeros_like(values)
@@ -548,12 +556,13 @@ def _tensor_volume(path: Path, kind: str, frame: int | None = None) -> Volume:
 
 # %% ../../nbs/images/02_volumes.ipynb #9cf24c63
 def _check_lengths(name: str, given: Any) -> None:
-    "Raise `InputError` unless these are three numbers above 0, or None"
+    "Raise `InputError` unless these are three numbers above 0, whole ones of voxels, or None"
     if given is None: return
-    number = lambda value: isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    kinds = (int, np.integer) if name in ("size", "grid") else (int, float, np.number)
+    number = lambda value: isinstance(value, kinds) and not isinstance(value, bool)
     if isinstance(given, (list, tuple, np.ndarray)) and len(given) == 3:
         if all(number(value) and 0 < value < math.inf for value in given): return
-    unit = "whole numbers of voxels" if name == "size" else "lengths in mm above 0"
+    unit = "whole numbers of voxels" if name in ("size", "grid") else "lengths in mm above 0"
     raise InputError(f"{name} should be three {unit}, but is {given}.")
 
 def _interpolate(array: np.ndarray, size: Sequence[int], antialias: bool = True) -> np.ndarray:
@@ -699,6 +708,7 @@ def read_volume( # noqa: PLR0913 (one option per step; callers pass them by name
     if fit not in ("crop", "resize"): raise InputError(f"fit should be 'crop' or 'resize', but is {fit!r}.")
     _check_lengths("file_spacing", file_spacing)
     _check_lengths("size", size)
+    if percentiles is not None: _check_percentiles(percentiles)
     volume = load_volume(path, frame, series)
     if volume.affine is None and file_spacing is not None:
         d, h, w = file_spacing
