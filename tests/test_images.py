@@ -226,3 +226,12 @@ def test_numbers_that_cannot_be_meant_are_refused(tmp_path, odd):
     for call in (lambda: read_volume(tmp_path / "ct.npy", **odd), lambda: StudyPreprocess(**odd)):
         with pytest.raises(InputError, match=f"{next(iter(odd))} should be"): call()
     with pytest.raises(InputError, match="a lower and a higher one"): stretch(np.arange(9.), (90, 10))
+
+
+@pytest.mark.parametrize("odd, says", [({"plane": "nonsense"}, "No plane 'nonsense'"), ({"position": 7}, "from 0 to 1"),
+                                       ({"position": "middle"}, "from 0 to 1"), ({"window": "nonsense"}, "No window")])
+def test_options_of_slices_are_checked_for_pictures_as_well(tmp_path, odd, says):
+    Image.fromarray(GREYS).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=says): read_image(tmp_path / "a.png", **odd)
+    mixed = read_image(tmp_path / "a.png", window="lung", plane="coronal", position=0.2)
+    assert np.array_equal(np.asarray(mixed)[..., 0], GREYS)

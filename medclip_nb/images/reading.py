@@ -15,7 +15,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from ..core import InputError
 from .formats import VOLUMES, check_deflated, check_png, file_format, reading_file
-from .volumes import Window, apply_window, dicom_slice, find_window, stretch, volume_pixels
+from .volumes import Window, apply_window, dicom_slice, find_slice, find_window, stretch, volume_pixels
 
 # %% ../../nbs/images/01_reading.ipynb #6bc3474b
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "JPEG2000", "PPM", "DIB", "ICO", "TGA", "PCX")
@@ -24,8 +24,9 @@ _truncated = threading.Lock()
 
 def read_image(
     path: str | Path, # An image file, DICOM, or a volume (NIfTI, .pt, .npy, .npz, folder of a DICOM series)
-    window: Window | None = None, # Preset such as "brain", or (centre, width); None for the file's own
-    plane: str | None = None, # Of a volume: axial (default), coronal or sagittal
+    # Preset such as "brain", or (centre, width); None for the file's own. Pictures of 8 bits are shown as they are
+    window: Window | None = None,
+    plane: str | None = None, # Of a volume: axial (default), coronal or sagittal; a picture has none
     # Of the slice in a volume, 0 to 1: upwards, to the back, or to the left; None for the middle
     position: float | None = None,
     # Page of a TIFF or GIF (None: first), frame of a DICOM (None: middle), volume of a 4-D file (None: first)
@@ -36,6 +37,7 @@ def read_image(
 ) -> Image.Image: # RGB, upright; grey images have three equal channels
     "Read an image as 8-bit RGB; raises `InputError` naming the file if that is impossible"
     if window is not None: window = find_window(window)
+    plane, position = find_slice(plane, position)
     kind = file_format(path) if isinstance(path, (str, Path)) else "picture"
     if kind in VOLUMES: return _square(*volume_pixels(path, window, plane, position, frame))
     if kind == "DICOM": return _square(*dicom_slice(path, window, frame))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Window', 'WINDOWS', 'PLANES', 'MAX_VOXELS', 'find_window', 'apply_window', 'stretch', 'Volume', 'orient',
            'through_plane_first', 'read_dicom', 'dicom_slice', 'dicom_pixels', 'first_slice', 'resize', 'resample',
-           'pad_crop', 'is_volume', 'load_volume', 'read_volume', 'volume_pixels']
+           'pad_crop', 'is_volume', 'load_volume', 'read_volume', 'find_slice', 'volume_pixels']
 
 # %% ../../nbs/images/02_volumes.ipynb #f7e03e2a
 import gzip
@@ -730,6 +730,17 @@ def read_volume( # noqa: PLR0913 (one option per step; callers pass them by name
     volume = replace(volume, array=np.ascontiguousarray(array))
     return pad_crop(volume, size, fill, generator) if size and fit == "crop" else volume
 
+def find_slice(
+    plane: str | None = None, # axial, coronal or sagittal; None for axial
+    position: float | None = None, # 0 to 1; None for the middle
+) -> tuple[str, float]:
+    "The plane and the position of a slice; raises `InputError` for another plane, and for a position outside"
+    plane, position = plane or "axial", 0.5 if position is None else position
+    if plane not in PLANES: raise InputError(f"No plane {plane!r}. Choose from {', '.join(PLANES)}.")
+    if not (isinstance(position, (int, float, np.number)) and 0 <= position <= 1):
+        raise InputError(f"position should be from 0 to 1, but is {position!r}.")
+    return plane, position
+
 def volume_pixels(
     path: str | Path, # Anything `read_volume` reads
     # Preset or (centre, width); None for percentiles 0.5 and 99.5 of the volume, or for 0 to 255 of an array of bytes
@@ -739,9 +750,7 @@ def volume_pixels(
     frame: int | None = None, # Volume of a 4-D file, channel of a tensor; None for the first
 ) -> tuple[np.ndarray, tuple[float, float]]: # uint8 (h, w); mm between rows and between columns
     "One slice as radiologists see it: the patient's left on the right, the front up or on the left"
-    plane, position = plane or "axial", 0.5 if position is None else position
-    if plane not in PLANES: raise InputError(f"No plane {plane!r}. Choose from {', '.join(PLANES)}.")
-    if not 0 <= position <= 1: raise InputError(f"position should be from 0 to 1, but is {position}.")
+    plane, position = find_slice(plane, position)
     volume = load_volume(path, frame)
     if volume.array.ndim == 4: volume = replace(volume, array=volume.array[0])
     if volume.affine is not None: volume = orient(volume, plane)
