@@ -235,3 +235,22 @@ def test_options_of_slices_are_checked_for_pictures_as_well(tmp_path, odd, says)
     with pytest.raises(InputError, match=says): read_image(tmp_path / "a.png", **odd)
     mixed = read_image(tmp_path / "a.png", window="lung", plane="coronal", position=0.2)
     assert np.array_equal(np.asarray(mixed)[..., 0], GREYS)
+
+
+@pytest.mark.parametrize("suffix", ["nii.gz", "npy", "tif", "dcm"])
+def test_a_window_is_of_hounsfield_units_that_the_file_does_not_state(tmp_path, suffix):
+    scan = np.random.default_rng(0).integers(-1000, 400, (4, 24, 20)).astype(np.int16)
+    for name, values in (("hu", scan), ("stored", scan + 1024)):
+        file = tmp_path / f"{name}.{suffix}"
+        if suffix == "nii.gz": nib.save(nib.Nifti1Image(values.T, np.diag([1, 1, 3, 1])), file)
+        elif suffix == "npy": np.save(file, values)
+        elif suffix == "tif": Image.fromarray(values[0].astype(np.float32)).save(file)
+        else:
+            ds = pydicom.dcmread(SHIPPED / "CT_small.dcm")
+            ds.Rows, ds.Columns, ds.PixelData, ds.RescaleIntercept = 24, 20, values[0].tobytes(), 0
+            ds.save_as(file)
+    pixels = lambda name, **how: np.asarray(read_image(tmp_path / f"{name}.{suffix}", window="lung", **how)).astype(int)
+    assert np.abs(pixels("stored", rescale=(1, -1024)) - pixels("hu")).max() <= 1
+    assert np.abs(pixels("stored") - pixels("hu")).mean() > 50
+    for odd in ((0, 1), (1,), (1, np.nan), "HU"):
+        with pytest.raises(InputError, match="rescale should be a slope and an intercept"): pixels("hu", rescale=odd)

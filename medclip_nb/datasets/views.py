@@ -17,6 +17,7 @@ import pandas as pd
 from PIL import Image
 
 from ..core import InputError
+from .manifest import stated
 from .paths import checked_path
 from .registry import card, card_names
 from ..images.reading import read_image
@@ -49,7 +50,7 @@ def row_picture(
     row = table.iloc[position]
     name = next(iter(row["series"].values()), "") if "series" in table else row["image"]
     if not isinstance(name, str) or not name: raise InputError(f"row {table.index[position]}: names no image")
-    read = {} if "series" in table else table.read
+    read = {**({} if "series" in table else table.read), **stated(row.drop("spacing", errors="ignore"))}
     return read_image(checked_path(table.root, name, f"row {table.index[position]}"), draft=draft, **read)
 
 # %% ../../nbs/datasets/20_views.ipynb #6465a2c2

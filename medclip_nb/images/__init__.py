@@ -28,6 +28,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "volumes": [
         "MAX_VOXELS", "PLANES", "Volume", "WINDOWS", "Window", "apply_window", "dicom_pixels",
         "dicom_slice", "find_slice", "find_window", "first_slice", "is_volume", "load_volume", "orient", "pad_crop",
-        "read_dicom", "read_volume", "resample", "resize", "stretch", "through_plane_first", "volume_pixels",
+        "read_dicom", "read_volume", "resample", "rescaled", "resize", "stretch", "through_plane_first",
+        "volume_pixels",
     ],
 })
