@@ -71,6 +71,7 @@ class Encoders(Towers):
 
     def encode_images(self, batch: Tensor | Sequence) -> Tensor: # (n, d) unit-norm float32, on the CPU
         "Encode preprocessed pixels (n, 3, h, w), PIL images or image files"
+        if not len(batch): return torch.zeros(0, self.dim)
         with self.inference(): return F.normalize(self.forward_images(self.pixels(batch)).float(), dim=-1).cpu()
 
     def encode_texts(self,
@@ -78,6 +79,7 @@ class Encoders(Towers):
         long_text: str | None = None, # truncate, chunks or interpolate; None for the setting of the model
     ) -> Tensor: # (n, d) unit-norm float32, on the CPU
         "Encode texts of any length"
+        if not len(texts): return torch.zeros(0, self.dim)
         tokens = tokenize(self, texts, long_text or self.long_text)
         by_length = self.causal_text and self.device.type == "cpu" and isinstance(tokens, Tensor)
         order = tokens.argmax(-1).argsort(stable=True) if by_length else torch.arange(len(tokens))
