@@ -17,7 +17,6 @@ import pandas as pd
 from PIL import Image
 
 from ..core import InputError
-from .manifest import stated
 from .paths import checked_path
 from .registry import card, card_names
 from ..images.reading import read_image
@@ -50,7 +49,8 @@ def row_picture(
     row = table.iloc[position]
     name = next(iter(row["series"].values()), "") if "series" in table else row["image"]
     if not isinstance(name, str) or not name: raise InputError(f"row {table.index[position]}: names no image")
-    read = {**({} if "series" in table else table.read), **stated(row.drop("spacing", errors="ignore"))}
+    known = {name: value for name, value in table.iloc[[position]].facts()[0].items() if name == "rescale"}
+    read = known if "series" in table else table.read | known
     return read_image(checked_path(table.root, name, f"row {table.index[position]}"), draft=draft, **read)
 
 # %% ../../nbs/datasets/20_views.ipynb #6465a2c2
