@@ -22,8 +22,10 @@ from medclip_nb.models import (
     TextConditionedPooling,
     item_maps,
     load_model,
+    relevance_maps,
     save_checkpoint,
     shown_box,
+    swap_towers,
     upsample_to_image,
 )
 
@@ -261,3 +263,26 @@ def test_template_mistakes(command, folder, tmp_path):
     said = command_line(command, "run", "attention_maps", *SETTINGS, "-p", f"data_root={folder / 'table.csv'}", "-p",
                         "model=starter", "-p", 'methods=["attention"]', "--out", tmp_path / "run", code=2)
     assert "has no text-conditioned pooling" in said and not (tmp_path / "run").exists()
+
+
+def test_a_swin_transformer_keeps_its_channels_last(tmp_path):
+    "Tokens and relevance of a tower (n, rows, columns, c) against its layers, one position at a time"
+    vision = {"timm_model_name": "swin_tiny_patch4_window7_224", "timm_model_pretrained": False, "timm_pool": "",
+              "timm_proj": "linear", "image_size": 224}
+    torch.manual_seed(0)
+    swin = swap_towers(vision, "scratch", 32, device="cpu", precision="fp32")
+    images, visual = torch.randn(2, 3, 224, 224), swin.model.visual
+    with torch.no_grad(): grid = visual.trunk.forward_features(images)
+    assert grid.shape == (2, 7, 7, 768)
+    found = swin.encode_image_tokens(images)[1]
+    with torch.no_grad():
+        for row, column in ((0, 6), (3, 2)):
+            assert torch.allclose(found[:, 7 * row + column], visual.head(grid[:, row, column]), atol=1e-5)
+    texts = ["a lesion", "no lesion"]
+    maps = relevance_maps(swin, images, texts)
+    for map_, cells, text in zip(maps, grid, swin.encode_texts(texts)):
+        cells = cells.clone().requires_grad_()
+        feature = visual.head(cells.mean((0, 1))[None])[0]
+        slope, = torch.autograd.grad(torch.cosine_similarity(feature, text, 0), cells)
+        expected = [[max(0, float(slope[i, j] @ cells[i, j].detach())) for j in range(7)] for i in range(7)]
+        assert map_.max() > 0 and torch.allclose(map_, torch.tensor(expected), atol=1e-6)

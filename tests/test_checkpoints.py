@@ -9,7 +9,18 @@ import safetensors.torch
 import torch
 
 from medclip_nb.core import InputError
-from medclip_nb.models import add_lora, load_checkpoint, load_model, save_adapter, save_checkpoint, split_attention
+from medclip_nb.models import (
+    add_lora,
+    load_checkpoint,
+    load_model,
+    save_adapter,
+    save_checkpoint,
+    split_attention,
+    start_from_slices,
+    study_model,
+    swap_towers,
+    weights_license,
+)
 
 VISION = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16, "head_width": 32}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}
@@ -199,3 +210,25 @@ def test_the_adapter_folder_says_what_peft_needs(model, tmp_path):
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.allclose(theirs.encode_image(images), adapted.model.eval().encode_image(images), atol=1e-6)
+
+
+def test_only_random_weights_are_called_random(trained, model, tmp_path):
+    folder = str(save_checkpoint(trained, tmp_path / "saved"))
+    both = swap_towers(folder, folder, 0, device="cpu")
+    assert (both.untrained, both.parts) == (False, [f"image tower of {folder}", f"text tower of {folder}"])
+    assert weights_license(both) == f"that of the image tower of {folder}, the text tower of {folder}; " \
+                                    "see who published them"
+    assert both.notes == [f"the weights are random, but for those of the {', the '.join(both.parts)}"]
+    assert swap_towers("starter", "starter", device="cpu").untrained
+    small = {"layout": "multiscan_h3_token1176", "width": 48, "depth": 1, "heads": 2, "levels": ["study"]}
+    study = study_model(small, device="cpu")
+    assert (study.untrained, study.notes) == (True, ["the weights are random"])
+    assert study_model(small, folder, 64, device="cpu").parts == [f"text tower of {folder}"]
+    pictures, sliced = (load_model(name, device="cpu") for name in ("starter", "starter-studies"))
+    load_checkpoint(pictures, save_checkpoint(pictures, tmp_path / "pictures"))
+    start_from_slices(sliced, pictures)
+    assert (sliced.untrained, sliced.parts) == (False, ["image tower of starter", "text tower of starter"])
+    load_checkpoint(model, save_adapter(add_lora(build(tmp_path / "m"), rank=2), tmp_path / "adapter"))
+    assert (model.untrained, model.parts) == (False, ["adapter adapter"])
+    load_checkpoint(both, save_checkpoint(both, tmp_path / "both"))
+    assert (both.untrained, both.parts, both.notes) == (False, [], [])

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch.utils.data import DataLoader
-from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
+from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor, v2
 
 from medclip_nb.core import InputError, content_hash
 from medclip_nb.datasets import load_manifest, make_squares
@@ -151,6 +151,17 @@ def test_the_picture_on_the_display_is_corrupted(tmp_path):
     assert float(seen.std() / shown.std()) == pytest.approx(0.25, abs=0.01) and abs(seen.mean() - shown.mean()) < 0.01
     loader = DataLoader(ImageDataset([tmp_path / "deep.png"] * 3, worse, window=(1100, 400)), 3, num_workers=1)
     assert torch.equal(next(iter(loader))[2], seen)
+
+
+@pytest.mark.parametrize("step", [v2.ToImage, v2.PILToTensor, v2.ToTensor])
+@pytest.mark.filterwarnings("ignore:The transform `ToTensor")
+def test_steps_of_torchvision_v2_are_known(step):
+    "The corruption comes after resizing, as with the older steps, and gives the same pixels"
+    corruption, image = Corrupt("pixelate", 3), picture(0)
+    size = [Resize(32), CenterCrop(32)]
+    newer = corrupted_preprocess(v2.Compose([*size, step(), v2.ToDtype(torch.float32, scale=True)]), corruption)
+    older = corrupted_preprocess(Compose([*size, ToTensor()]), corruption)
+    assert torch.allclose(torch.as_tensor(newer(image)), older(image), atol=1e-6)
 
 
 @pytest.fixture(scope="module")

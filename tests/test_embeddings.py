@@ -21,9 +21,10 @@ from typer.testing import CliRunner
 
 from medclip_nb.cli.main import app
 from medclip_nb.core import InputError, file_hash
-from medclip_nb.datasets import load_manifest
+from medclip_nb.datasets import Manifest, load_manifest, row_picture
 from medclip_nb.embeddings import FeatureCache, embed, file_hashes, key_numbers, prune, stamp, stores
 from medclip_nb.models import load_model, save_checkpoint
+from medclip_nb.plots import image_grid
 
 N = 23
 
@@ -60,7 +61,7 @@ def is_whole(found, whole):
 # Slow enough to be killed, one row a batch, each batch saved
 SLOW = """
 import sys, time, torch
-from medclip_nb.datasets import load_manifest
+from medclip_nb.datasets import Manifest, load_manifest, row_picture
 from medclip_nb.embeddings import embed
 from medclip_nb.models import load_model
 torch.set_num_threads(1)
@@ -386,3 +387,29 @@ def test_embed_on_several_processes(table, weights, whole, tmp_path):
     assert done.stdout.count("computed") == 1, "one of them speaks"
     with np.load(tmp_path / "f.npz", allow_pickle=False) as found:
         np.testing.assert_allclose(found["image_features"], whole.images, atol=2e-6)
+
+
+def test_hounsfield_units_that_a_table_states_are_those_of_features_and_pictures(weights, tmp_path):
+    "The same scans as HU and as HU + 1024: one feature each, but keys of their own, and keys as ever without columns"
+    for i in range(3):
+        scan = np.random.default_rng(i).integers(-1000, 400, (4, 24, 20)).astype(np.int16)
+        np.save(tmp_path / f"hu{i}.npy", scan)
+        np.save(tmp_path / f"stored{i}.npy", scan + 1024)
+    def table(name, **columns):
+        rows = Manifest({"image": [f"{name}{i}.npy" for i in range(3)], "split": "test"} | columns)
+        rows.root, rows.dataset, rows.read = str(tmp_path), "scans", {"window": "lung"}
+        return rows
+    clip, plain = load_model(str(weights), device="cpu"), table("stored")
+    stated = table("stored", slope=1, intercept=[-1024.0, -1024.0, None])
+    features = lambda rows: embed(clip, rows, tmp_path / "cache", texts=False)
+    wanted = features(table("hu")).images
+    first, found = features(plain), features(stated)
+    assert np.abs(found.images[:2] - wanted[:2]).max() < 1e-5 < np.abs(first.images - wanted).max()
+    assert found.counts["images"] == {"found": 1, "computed": 2, "repeated": 0}
+    assert np.array_equal(found.images[2], first.images[2])
+    other = features(stated.assign(intercept=-1000.0)).counts["images"]
+    assert other["computed"] == 3 and features(plain).counts["images"]["found"] == 3
+    seen = lambda rows: np.asarray(row_picture(rows, 0)).astype(int)
+    assert np.abs(seen(stated) - seen(table("hu"))).max() <= 1 and np.abs(seen(plain) - seen(table("hu"))).mean() > 50
+    shown = [image_grid(rows, n=1).axes[0].images[0].get_array().astype(int) for rows in (stated, table("hu"))]
+    assert np.abs(shown[0] - shown[1]).max() <= 1

@@ -13,7 +13,17 @@ import torch
 from PIL import Image, ImageFile
 
 from medclip_nb.core import InputError
-from medclip_nb.images import PLANES, Augment, ImageDataset, laterality, orient, read_image, read_volume
+from medclip_nb.images import (
+    PLANES,
+    Augment,
+    ImageDataset,
+    StudyPreprocess,
+    laterality,
+    orient,
+    read_image,
+    read_volume,
+    stretch,
+)
 
 SHIPPED = Path(pydicom.__file__).parent / "data/test_files"
 GREYS = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
@@ -185,3 +195,62 @@ def test_gaps_warn_and_orientation_letters(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_volume(Path(nib.__file__).parent / "tests/data/anatomical.nii", size=(16, 16, 16), spacing=(4, 4, 4))
+
+
+def test_the_preprocessing_of_studies_takes_planes_and_refuses_other_words():
+    for plane, letters in PLANES.items():
+        steps = StudyPreprocess(orientation=plane)
+        assert steps == StudyPreprocess(orientation=letters)
+        assert steps.left_right == letters.find("L") - 3
+    for odd in ("XYZ", "SP", "SPLA", "SSL", ""):
+        with pytest.raises(InputError, match="No orientation"): StudyPreprocess(orientation=odd)
+
+
+def test_only_arrays_of_bytes_are_divided_by_255(tmp_path):
+    "A dim array keeps its grey; the same bytes as NIfTI have no scale of their own, and are stretched"
+    dim = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
+    np.save(tmp_path / "dim.npy", dim)
+    np.savez(tmp_path / "dim.npz", dim)
+    torch.save(torch.from_numpy(dim), tmp_path / "dim.pt")
+    nib.save(nib.Nifti1Image(dim.T, np.eye(4)), tmp_path / "dim.nii.gz")
+    for name in ("dim.npy", "dim.npz", "dim.pt"):
+        assert np.allclose(read_volume(tmp_path / name).array, dim / 255)
+        assert np.asarray(read_image(tmp_path / name)).max() == dim[1].max()
+    assert read_volume(tmp_path / "dim.nii.gz").array.max() == 1
+
+
+@pytest.mark.parametrize("odd", [{"size": (8.5, 8, 8)}, {"size": (8, 8)}, {"percentiles": (99.5, 0.5)},
+                                 {"percentiles": (5, 5)}, {"percentiles": (0, 101)}, {"percentiles": 99}])
+def test_numbers_that_cannot_be_meant_are_refused(tmp_path, odd):
+    np.save(tmp_path / "ct.npy", np.arange(60.).reshape(3, 4, 5))
+    for call in (lambda: read_volume(tmp_path / "ct.npy", **odd), lambda: StudyPreprocess(**odd)):
+        with pytest.raises(InputError, match=f"{next(iter(odd))} should be"): call()
+    with pytest.raises(InputError, match="a lower and a higher one"): stretch(np.arange(9.), (90, 10))
+
+
+@pytest.mark.parametrize("odd, says", [({"plane": "nonsense"}, "No plane 'nonsense'"), ({"position": 7}, "from 0 to 1"),
+                                       ({"position": "middle"}, "from 0 to 1"), ({"window": "nonsense"}, "No window")])
+def test_options_of_slices_are_checked_for_pictures_as_well(tmp_path, odd, says):
+    Image.fromarray(GREYS).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=says): read_image(tmp_path / "a.png", **odd)
+    mixed = read_image(tmp_path / "a.png", window="lung", plane="coronal", position=0.2)
+    assert np.array_equal(np.asarray(mixed)[..., 0], GREYS)
+
+
+@pytest.mark.parametrize("suffix", ["nii.gz", "npy", "tif", "dcm"])
+def test_a_window_is_of_hounsfield_units_that_the_file_does_not_state(tmp_path, suffix):
+    scan = np.random.default_rng(0).integers(-1000, 400, (4, 24, 20)).astype(np.int16)
+    for name, values in (("hu", scan), ("stored", scan + 1024)):
+        file = tmp_path / f"{name}.{suffix}"
+        if suffix == "nii.gz": nib.save(nib.Nifti1Image(values.T, np.diag([1, 1, 3, 1])), file)
+        elif suffix == "npy": np.save(file, values)
+        elif suffix == "tif": Image.fromarray(values[0].astype(np.float32)).save(file)
+        else:
+            ds = pydicom.dcmread(SHIPPED / "CT_small.dcm")
+            ds.Rows, ds.Columns, ds.PixelData, ds.RescaleIntercept = 24, 20, values[0].tobytes(), 0
+            ds.save_as(file)
+    pixels = lambda name, **how: np.asarray(read_image(tmp_path / f"{name}.{suffix}", window="lung", **how)).astype(int)
+    assert np.abs(pixels("stored", rescale=(1, -1024)) - pixels("hu")).max() <= 1
+    assert np.abs(pixels("stored") - pixels("hu")).mean() > 50
+    for odd in ((0, 1), (1,), (1, np.nan), "HU"):
+        with pytest.raises(InputError, match="rescale should be a slope and an intercept"): pixels("hu", rescale=odd)

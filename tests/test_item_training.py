@@ -460,6 +460,7 @@ def test_a_study_model_starts_where_pictures_ended(table, models, tmp_path):
     pictures = load_model("starter", device="cpu")
     train(pictures, manifest(table, "train"), manifest(table, "valid"), tmp_path / "pictures",
           **{**BASE, "epochs": 1, "pooling_heads": 4, "augment": None})
+    assert not pictures.untrained
     sliced = load_model("starter-studies", device="cpu")
     new = start_from_slices(sliced, pictures)
     assert (sliced.config["model_cfg"]["pooling_cfg"] == {"heads": 4}

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 import torch, transformers
 from medclip_nb.core import InputError
+from medclip_nb.datasets import token_lengths
 from medclip_nb.models import load_model, save_checkpoint, swap_towers
 
 home = Path(r'{home}')
@@ -27,7 +28,13 @@ text.save_pretrained(snapshot)
 clip = swap_towers('timm:resnet10t', 'hf:org/tiny', dim=32, device='cpu')
 loaded = clip.model.text.transformer
 assert torch.equal(loaded.embeddings.word_embeddings.weight, text.embeddings.word_embeddings.weight)
+assert (clip.untrained, clip.parts) == (False, ['text tower org/tiny'])
 texts = ['a lesion', 'no lesion left', 'a left']
+assert clip.encode_texts([]).shape == clip.encode_images([]).shape == (0, 32)
+spaced = ['a lesion &amp; no lesion']
+cleaned, clip.tokenizer.clean_fn = clip.tokenizer.clean_fn, lambda text: text.split(' &')[0]
+assert clip.token_counts(spaced) == token_lengths(spaced, clip.tokenizer).tolist() == [4]
+clip.tokenizer.clean_fn = cleaned
 features = clip.encode_texts(texts)
 assert clip.tokenizer(texts)[1, :5].tolist() == [2, 7, 6, 8, 3]
 folder = save_checkpoint(clip, home/'saved')

@@ -330,3 +330,18 @@ def test_a_root_one_folder_off_is_told_where_the_table_is(tmp_path):
         with pytest.raises(InputError, match=f"no such file. It is in {tmp_path / 'data'}: is that the folder of the"):
             read_table(root / "table.csv")
     with pytest.raises(InputError, match="no such file.$"): read_table(tmp_path / "other.csv")
+
+
+def test_padding_has_the_value_that_is_asked_for(tmp_path):
+    "Air around a CT in Hounsfield units, whichever step pads; divided as the values are; 0 where nothing is said"
+    file = tmp_path / "ct.npy"
+    np.save(file, np.full((4, 6, 5), 40, np.float32))
+    for steps in ({"size": (6, 8, 8)}, {"square": True, "size": (6, 8, 8)}):
+        for divide in (1.0, 500.0):
+            ct = StudyPreprocess(percentiles=None, divide=divide, **steps)
+            found = ct.volume(file, fill=-1000).array
+            assert np.allclose(found[1:5, 1:7, 1:6], 40 / divide) and np.isclose(found, 40 / divide).sum() == 120
+            assert np.allclose(found[0], -1000 / divide) and np.allclose(found[..., -1], -1000 / divide)
+    assert StudyPreprocess(percentiles=None, size=(6, 8, 8)).volume(file).array.min() == 0
+    by_option = StudyPreprocess(percentiles=None, divide=500).volume(file, size=(6, 6, 5), fill=-1000)
+    assert by_option.array.min() == -2

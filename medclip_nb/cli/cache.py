@@ -98,10 +98,10 @@ def load_seeded(
     from medclip_nb.models.loading import load_model
     seed_everything(0)
     clip = load_model(model, checkpoint or None, device, precision)
-    if clip.untrained and not quiet:
+    if (clip.untrained or clip.parts) and not quiet:
         typer.echo(
-            f"note: model {model!r} has random weights here; give a --checkpoint, or a model with weights, for "
-            "meaningful answers",
+            f"note: model {model!r} has {'partly ' if clip.parts else ''}random weights here; give a --checkpoint, or "
+            "a model with weights, for meaningful answers",
             err=True,
         )
     return clip

@@ -114,12 +114,12 @@ def token_lengths(
     texts: Iterable[str], # Captions
     tokenizer: Callable, # Of a CLIP model: list of texts -> (n, context) token ids, 0 where empty
 ) -> np.ndarray: # (n,) tokens, start and end included; at most the context for a tokenizer that always cuts there
-    "The length of texts in the tokens of a model"
+    "The length of texts in the tokens of a model, cleaned as the model cleans them"
     codes, unique = pd.factorize(pd.Series(texts, dtype=object).fillna("").astype(str))
     if not len(unique): return np.zeros(0, dtype=int)
-    inner = getattr(tokenizer, "tokenizer", None)
+    inner, clean = getattr(tokenizer, "tokenizer", None), getattr(tokenizer, "clean_fn", str)
     if hasattr(tokenizer, "sot_token_id"): lengths = [len(tokenizer.encode(text)) + 2 for text in unique]
-    elif callable(inner): lengths = [len(ids) for ids in inner(list(unique))["input_ids"]]
+    elif callable(inner): lengths = [len(ids) for ids in inner([*map(clean, unique)], verbose=False)["input_ids"]]
     else: lengths = np.count_nonzero(np.asarray(tokenizer(list(unique))), axis=1)
     return np.asarray(lengths)[codes]
 

@@ -170,8 +170,8 @@ def embed(
         size = max(1, batch_size // 16) if isinstance(rows, ManifestStudies) else batch_size
         compute = _image_features(clip, rows, stamps, size, num_workers)
         keys = _keys(rows.files, stamps, cache, together)
-        if isinstance(rows, ManifestStudies): # What a row states of its files is a part of what it shows
-            keys = [content_hash(key, own) if own else key for key, own in zip(keys, rows.facts)]
+        # What a row states of its files is a part of what it shows
+        keys = [content_hash(key, own) if own else key for key, own in zip(keys, rows.facts)]
         fill("images", keys, compute, **manifest.read)
     if texts and "caption" in manifest:
         captions, long_text = [str(caption) for caption in manifest["caption"]], long_text or clip.long_text

@@ -6,7 +6,6 @@
 __all__ = ['reads_studies', 'ManifestImages', 'ManifestStudies', 'prepared_for', 'fitted_to_files', 'open_rows', 'encoded_images']
 
 # %% ../../nbs/embeddings/02_streams.ipynb #091856ce
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,17 +14,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..core import InputError, metered, progress
-from ..datasets.manifest import Manifest
+from ..datasets.manifest import Manifest, stated
 from ..datasets.studies import series_paths
 from ..images.formats import file_format
 from ..images.loading import ImageDataset, prefetched
+from ..images.reading import read_options
 from medclip_nb.images.studies import (
     StudyBatch,
     StudyDataset,
@@ -59,29 +58,24 @@ def reads_studies(
 
 # %% ../../nbs/embeddings/02_streams.ipynb #d4121e19
 class ManifestImages(ImageDataset):
-    "Images of a manifest, read with its options"
+    "Images of a manifest, read with its options, and as its rows state"
     def __init__(self,
         manifest: Manifest, # With a column image
         preprocess: Callable[[Image.Image], Tensor], # PIL image -> (3, h, w)
         memory_mb: int = 0, # Megabytes of decoded tensors to keep
     ) -> None:
-        super().__init__(manifest.paths(), preprocess, memory_mb, **manifest.read)
+        super().__init__(manifest.paths(), preprocess, memory_mb, **read_options(manifest.read))
+        self.facts = manifest.facts()
 
     @property
     def files(self) -> list[dict[str, str | Path]]: return [{"": path} for path in self.paths] # One without a name
+
+    def options(self, i: int) -> Mapping[str, Any]: return {**self.read, **self.facts[i]}
 
     def batches(self, parts: Sequence[Sequence[int]], num_workers: int = 0) -> Iterable[Tensor]: # (b, 3, h, w) each
         "Images at the positions of each part"
         if not num_workers: return prefetched(self, parts)
         return DataLoader(self, batch_sampler=parts, num_workers=num_workers)
-
-# %% ../../nbs/embeddings/02_streams.ipynb #24b0b1c8
-def _known(row: Mapping[str, Any]) -> dict[str, tuple]: # file_spacing and rescale, where they are known
-    "What the row of a manifest states about its files"
-    number = lambda v: isinstance(v, (int, float)) and math.isfinite(v)
-    spacing, rescale = row.get("spacing"), (row.get("slope"), row.get("intercept"))
-    known = {"file_spacing": tuple(spacing)} if isinstance(spacing, (list, tuple, np.ndarray)) else {}
-    return known | ({"rescale": rescale} if all(map(number, rescale)) else {})
 
 # %% ../../nbs/embeddings/02_streams.ipynb #76649686
 class ManifestStudies(StudyDataset):
@@ -98,8 +92,7 @@ class ManifestStudies(StudyDataset):
             )
         super().__init__(series, preprocess, memory_mb)
         columns = [c for c in ("spacing", "slope", "intercept") if c in manifest]
-        known = map(_known, manifest[columns].to_dict("records")) if columns else [{}] * len(manifest)
-        self.facts = list(known)
+        self.facts = [stated(row) for row in manifest[columns].to_dict("records")] if columns else [{}] * len(manifest)
         # Of a volume in a column image a study model takes all slices; how one is shown as a picture does not matter
         unused = () if "series" in manifest else ("window", "plane", "position", "draft", "truncated")
         self.read = {name: value for name, value in manifest.read.items() if name not in unused}

@@ -109,10 +109,10 @@ def _conditions(manifest: Manifest, corruptions: Sequence[str], levels: Sequence
     found = [Corrupt(name, int(level), seed) for name in corruptions for level in sorted(levels)]
     if not found: raise InputError("There is no corruption to try. Name at least one, and one level from 1 to 5.")
     if len(set(found)) < len(found): raise InputError("A corruption or a level is named twice.")
-    paths = manifest.paths()
+    paths, how = manifest.paths(), manifest.how()
     if "stain_shift" in corruptions:
         sample = np.linspace(0, len(paths) - 1, min(16, len(paths))).astype(int)
-        stained([read_image(paths[i], **manifest.read) for i in sample])
+        stained([read_image(paths[i], **how[i]) for i in sample])
     return found
 
 def _measured(

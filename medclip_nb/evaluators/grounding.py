@@ -213,9 +213,9 @@ def look_at_row(
     mask = one.files(one["mask"])[0] if texts is None and has_masks(one) else None
     if isinstance(clip, StudyModel):
         clip = fitted_to_files(clip, one)
-        found = look_at_study(clip, series_paths(one)[0], own, method, mask, True, **one.read)
+        found = look_at_study(clip, series_paths(one)[0], own, method, mask, True, **one.how()[0])
     else:
-        image = read_image(one.paths()[0], **one.read)
+        image = read_image(one.paths()[0], **one.how()[0])
         stored = image.info.get("stored_size", ())[::-1]
         labels = None if mask is None else [read_mask(mask, image.size[::-1], len(own), stored)]
         found, = look_at_images(clip, [image], [own], method, labels, upsample=upsample, every=True)
@@ -251,7 +251,7 @@ def _on_images(
     "Items of images"
     for start in progress(range(0, len(rows), batch_size), desc="maps", unit="batch"):
         part = rows.iloc[start:start + batch_size]
-        images, texts = [read_image(path, **rows.read) for path in part.paths()], items_of(part)
+        images, texts = [read_image(path, **how) for path, how in zip(part.paths(), part.how())], items_of(part)
         labels = [
             read_mask(mask, image.size[::-1], len(own), image.info.get("stored_size", ())[::-1])
             for mask, image, own in zip(part.files(part["mask"]), images, texts)
@@ -261,9 +261,9 @@ def _on_images(
 
 def _on_studies(clip: StudyModel, rows: Manifest, method: str) -> Iterator[ItemMap]:
     "Items of studies"
-    studies = list(zip(rows.index, series_paths(rows), rows.files(rows["mask"]), items_of(rows)))
-    for row, series, mask, own in progress(studies, desc="maps", unit="study"):
-        for found in look_at_study(clip, series, own, method, mask, **rows.read):
+    studies = list(zip(rows.index, series_paths(rows), rows.files(rows["mask"]), items_of(rows), rows.how()))
+    for row, series, mask, own, how in progress(studies, desc="maps", unit="study"):
+        for found in look_at_study(clip, series, own, method, mask, **how):
             yield replace(found, row=row)
 
 def attended(

@@ -70,7 +70,7 @@ class AttentionExplorer(Explorer):
         found, method = self.look(row, text, method), method or self.method
         if not self.studies:
             one = self.manifest.loc[[row]]
-            figure = image_figure(read_image(one.paths()[0], **one.read), [found], method, columns=1, scale="each")
+            figure = image_figure(read_image(one.paths()[0], **one.how()[0]), [found], method, columns=1, scale="each")
             return figure_html(figure, f"{method} map of {text}, row {row}")
         study, depth = self._volumes(row), found.map.shape[1]
         best = strongest(found.map[int(found.map.sum((1, 2, 3)).argmax())])[0]

@@ -27,7 +27,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "thumbnails": ["gallery_html", "image_uri"],
     "volumes": [
         "MAX_VOXELS", "PLANES", "Volume", "WINDOWS", "Window", "apply_window", "dicom_pixels",
-        "dicom_slice", "find_window", "first_slice", "is_volume", "load_volume", "orient", "pad_crop",
-        "read_dicom", "read_volume", "resample", "resize", "stretch", "through_plane_first", "volume_pixels",
+        "dicom_slice", "find_slice", "find_window", "first_slice", "is_volume", "load_volume", "orient", "pad_crop",
+        "read_dicom", "read_volume", "resample", "rescaled", "resize", "stretch", "through_plane_first",
+        "volume_pixels",
     ],
 })

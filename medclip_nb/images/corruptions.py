@@ -158,11 +158,12 @@ def corrupt(
 
 # %% ../../nbs/images/06_corruptions.ipynb #496f5ae3
 def corrupted_preprocess(
-    preprocess: Callable[[Image.Image], Tensor], # PIL image -> (3, h, w), a torchvision `Compose` as open_clip makes it
+    preprocess: Callable[[Image.Image], Tensor], # PIL image -> (3, h, w), a `Compose` of torchvision, v1 or v2
     corruption: Corrupt, # Applied in between
 ) -> Callable[[Image.Image], Tensor]: # PIL image -> (3, h, w)
     "A preprocessing that corrupts just before pixels become a tensor, or first of all if it is not a `Compose`"
-    from torchvision.transforms import Compose, PILToTensor, ToTensor
+    from torchvision.transforms import Compose, PILToTensor, ToTensor, v2
+    tensors = ToTensor, PILToTensor, v2.ToTensor, v2.PILToTensor, v2.ToImage
     steps = getattr(preprocess, "transforms", [preprocess])
-    at = next((i for i, step in enumerate(steps) if isinstance(step, (ToTensor, PILToTensor))), 0)
+    at = next((i for i, step in enumerate(steps) if isinstance(step, tensors)), 0)
     return Compose([*steps[:at], corruption, *steps[at:]])

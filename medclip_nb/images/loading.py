@@ -7,7 +7,7 @@ __all__ = ['ImageDataset', 'prefetched']
 
 # %% ../../nbs/images/04_loading.ipynb #ff4a76c1
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,19 @@ class ImageDataset(torch.utils.data.Dataset):
         paths: Sequence[str | Path], # Image files
         preprocess: Callable[[Image.Image], Tensor], # PIL image -> (3, h, w)
         memory_mb: int = 0, # Megabytes of decoded tensors to keep; 0 keeps none
-        **options: Any, # To `read_image`: window, plane, position, frame, draft, truncated
+        **read: Any, # To `read_image`: window, plane, position, frame, draft, truncated, rescale
     ) -> None:
-        self.options = options
+        self.read = read
         self.paths, self.preprocess, self.left, self.kept = list(paths), preprocess, memory_mb * 2**20, {}
 
     def __len__(self) -> int: return len(self.paths)
 
+    def options(self, i: int) -> Mapping[str, Any]: # What image i is read with; a subclass may know more about each
+        return self.read
+
     def __getitem__(self, i: int) -> Tensor:
         if i in self.kept: return self.kept[i]
-        image = self.preprocess(read_image(self.paths[i], **self.options))
+        image = self.preprocess(read_image(self.paths[i], **self.options(i)))
         if self.left >= (size := image.numel() * image.element_size()):
             self.kept[i], self.left = image, self.left - size
         return image

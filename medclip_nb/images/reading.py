@@ -23,8 +23,10 @@ from medclip_nb.images.volumes import (
     _check_lengths,
     apply_window,
     dicom_slice,
+    find_slice,
     find_window,
     read_volume,
+    rescaled,
     stretch,
     volume_pixels,
 )
@@ -36,8 +38,9 @@ _truncated = threading.Lock()
 
 def read_image(
     path: str | Path, # An image file, DICOM, or a volume (NIfTI, .pt, .npy, .npz, folder of a DICOM series)
-    window: Window | None = None, # Preset such as "brain", or (centre, width); None for the file's own
-    plane: str | None = None, # Of a volume: axial (default), coronal or sagittal
+    # Preset such as "brain", or (centre, width); None for the file's own. Pictures of 8 bits are shown as they are
+    window: Window | None = None,
+    plane: str | None = None, # Of a volume: axial (default), coronal or sagittal; a picture has none
     # Of the slice in a volume, 0 to 1: upwards, to the back, or to the left; None for the middle
     position: float | None = None,
     # Page of a TIFF or GIF (None: first), frame of a DICOM (None: middle), volume of a 4-D file (None: first)
@@ -45,12 +48,16 @@ def read_image(
     # Decode a JPEG at 1/2, 1/4 or 1/8 of its size, no smaller than this; faster, but pixels differ slightly
     draft: int | None = None,
     truncated: bool = False, # Accept a file that ends early; missing pixels are grey or black
+    # Slope and intercept that the file does not contain, such as to Hounsfield units, before the window; as that, not
+    # for pictures of 8 bits
+    rescale: tuple[float, float] | None = None,
 ) -> Image.Image: # RGB, upright; grey images have three equal channels
     "Read an image as 8-bit RGB; raises `InputError` naming the file if that is impossible"
     if window is not None: window = find_window(window)
+    plane, position = find_slice(plane, position)
     kind = file_format(path) if isinstance(path, (str, Path)) else "picture"
-    if kind in VOLUMES: return _square(*volume_pixels(path, window, plane, position, frame))
-    if kind == "DICOM": return _square(*dicom_slice(path, window, frame))
+    if kind in VOLUMES: return _square(*volume_pixels(path, window, plane, position, frame, rescale))
+    if kind == "DICOM": return _square(*dicom_slice(path, window, frame, rescale))
     with reading_file(path, "an image"), Image.open(path, formats=FORMATS) as image:
         _check_size(path, image)
         if frame: _seek(path, image, frame)
@@ -59,7 +66,7 @@ def read_image(
         if isinstance(path, (str, Path)) and not truncated: _check_sums(path, image)
         inverted = _white_is_zero(image)
         ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image, window, inverted)
+        return _to_rgb(image, window, inverted, rescale)
 
 # %% ../../nbs/images/01_reading.ipynb #1b774dc3
 def _check_size(path: Any, image: Image.Image) -> None:
@@ -110,10 +117,12 @@ def _white_is_zero(image: Image.Image) -> bool:
 
 def _is_deep(image: Image.Image) -> bool: return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
-def _to_rgb(image: Image.Image, window: Window | None, inverted: bool = False) -> Image.Image:
+def _to_rgb(
+    image: Image.Image, window: Window | None, inverted: bool, rescale: tuple[float, float] | None
+) -> Image.Image:
     "Convert any mode of PIL to RGB"
     if image.mode == "RGB" and "transparency" not in image.info: return image
-    if _is_deep(image): image = _to_8bit(image, window, inverted)
+    if _is_deep(image): image = _to_8bit(image, window, inverted, rescale)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -126,9 +135,11 @@ def _values(image: Image.Image) -> np.ndarray:
     unsigned = image.mode == "I" and tags.get(258) == (32,) and tags.get(339, (1,)) == (1,)
     return pixels.view(np.uint32) if unsigned else pixels
 
-def _to_8bit(image: Image.Image, window: Window | None = None, inverted: bool = False) -> Image.Image:
+def _to_8bit(
+    image: Image.Image, window: Window | None, inverted: bool, rescale: tuple[float, float] | None
+) -> Image.Image:
     "Scale a deep grey image by percentiles, or by a window, to 0..255"
-    pixels = _values(image)
+    pixels = rescaled(_values(image), rescale)
     if not np.isfinite(pixels).any(): raise ValueError("no pixel has a finite value")
     gray = stretch(pixels) if window is None else np.nan_to_num(apply_window(pixels, window))
     if inverted: gray = 1 - gray

@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 
 from ..core import InputError, close_matches
-from .volumes import Volume, Window, load_volume, pad_crop, read_volume, resize
+from medclip_nb.images.volumes import (
+    Volume,
+    Window,
+    _check_lengths,
+    _check_percentiles,
+    _letters,
+    load_volume,
+    pad_crop,
+    read_volume,
+    resize,
+)
 
 # %% ../../nbs/images/03_studies.ipynb #0ff44b5d
 class Study(NamedTuple):
@@ -29,12 +39,13 @@ class Study(NamedTuple):
 @dataclass(frozen=True)
 class StudyPreprocess:
     "Files of a study to a tensor; the fields are the steps in their order"
-    orientation: str | None = "SPL" # Directions in which slices, rows and columns grow; None keeps it
+    # Directions in which slices, rows and columns grow, or a plane such as coronal; None keeps those of the file
+    orientation: str | None = "SPL"
     thick_first: bool = False # Make the axis with the largest spacing the axis of the slices
     spacing: tuple[float, float, float] | None = None # mm along d, h, w to resample to
     window: Window | None = None # Of Hounsfield units: a preset or (centre, width), to [0, 1]
     windows: tuple[Window, ...] = () # Several windows, each a series of its own
-    # To [0, 1] if there is no window; bytes are divided by 255; None keeps the values
+    # To [0, 1] if there is no window; arrays of bytes (.npy, .npz, .pt) are divided by 255; None keeps the values
     percentiles: tuple[float, float] | None = (0.5, 99.5)
     divide: float = 1.0 # Divisor of the values; 255 for tensors that hold 0 to 255
     unit: bool = False # Whether values that are kept are from 0 to 1
@@ -50,6 +61,9 @@ class StudyPreprocess:
         for f in fields(self):
             if isinstance(value := getattr(self, f.name), list):
                 object.__setattr__(self, f.name, tuple(tuple(v) if isinstance(v, list) else v for v in value))
+        if self.orientation is not None: object.__setattr__(self, "orientation", _letters(self.orientation))
+        for name in ("spacing", "grid", "size"): _check_lengths(name, getattr(self, name))
+        if self.percentiles is not None: _check_percentiles(self.percentiles)
         if self.window is not None and self.windows:
             raise InputError("Give window, or windows for one series each, but not both.")
 
@@ -120,7 +134,7 @@ def _check_scale(volume: Volume, wanted: str) -> None:
 def _volume(self: StudyPreprocess,
     path: str | Path, # Anything `read_volume` reads
     window: Window | None = None, # Instead of the field
-    **read: Any, # Further facts about the file for `read_volume`, such as file_spacing or rescale
+    **read: Any, # Further facts about the file for `read_volume`, such as file_spacing, rescale or fill
 ) -> Volume: # (d, h, w) or (c, d, h, w), before mean and std
     "One series on its grid, with its place in the patient"
     how = {name: getattr(self, name) for name in ("spacing", "percentiles", "orientation", "thick_first", "antialias")}
@@ -128,13 +142,15 @@ def _volume(self: StudyPreprocess,
     volume = read_volume(path, **how | read)
     kept = self.percentiles is not None or (how | read)["percentiles"] is None # Not stretched because of an option
     if self.scale and kept: _check_scale(volume, self.scale)
-    if self.divide != 1 and kept: volume = replace(volume, array=volume.array / np.float32(self.divide))
-    if self.square: volume = pad_crop(volume, (volume.array.shape[-3], *[max(volume.array.shape[-2:])] * 2))
+    fill = read.get("fill", 0.0)
+    if self.divide != 1 and kept:
+        volume, fill = replace(volume, array=volume.array / np.float32(self.divide)), fill / self.divide
+    if self.square: volume = pad_crop(volume, (volume.array.shape[-3], *[max(volume.array.shape[-2:])] * 2), fill)
     if self.grid and self.nearest_slices:
         grid = (volume.array.shape[-3], *self.grid[1:])
         volume = nearest_slices(resize(volume, grid, self.antialias), self.grid[0])
     elif self.grid: volume = resize(volume, self.grid, self.antialias)
-    return pad_crop(volume, self.size) if self.size else volume
+    return pad_crop(volume, self.size, fill) if self.size else volume
 
 StudyPreprocess.volume = _volume
 

@@ -22,8 +22,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "END_TOKEN", "PASTED", "START_TOKEN", "cleaning_facts", "cleaning_rules", "differing", "fast_tokenizer",
     ],
     "clip": [
-        "ClipModel", "Encoders", "Towers", "adapter_facts", "describe", "encode_image_tokens", "forward_image_tokens",
-        "has_adapters", "model_facts", "set_long_text", "weights_license",
+        "ClipModel", "Encoders", "RANDOM", "Towers", "adapter_facts", "describe", "encode_image_tokens",
+        "forward_image_tokens", "has_adapters", "model_facts", "set_long_text", "took_all_weights", "took_weights",
+        "weights_license",
     ],
     "exports": [
         "CARD", "EXPORT_LAYOUTS", "LOADING", "SENT", "export", "model_card", "push", "read_run", "save_huggingface",
@@ -72,7 +73,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "study_model",
     ],
     "towers": [
-        "CLASSIFIERS", "PROJECTIONS", "SCRATCH", "swap_towers",
+        "CLASSIFIERS", "PROJECTIONS", "SCRATCH", "parts_of", "swap_towers",
     ],
     "trust": [
         "BUILD_ERRORS", "CODE_KEYS", "CONFIGURATIONS", "KNOWN_KEYS", "TOKENIZER_OPTIONS", "check_configuration",

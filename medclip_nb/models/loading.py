@@ -37,7 +37,7 @@ from medclip_nb.core import (
 )
 from .adapters import SplitAttention, load_adapter, plain_state, write_adapter
 from .archives import Checkpoint
-from .clip import ClipModel, has_adapters, set_long_text
+from .clip import RANDOM, ClipModel, has_adapters, set_long_text, took_all_weights, took_weights
 from .long_text import give_context, other_context
 from .network import cached_without_network
 from .published import OWN_MODELS, PUBLISHED, STAND_INS, published_state, text_files
@@ -130,7 +130,7 @@ def _create(name: str, spec: str, device: torch.device, precision: str, **option
             raise InputError(f"Model {spec!r} could not be loaded: {reason(error)}{hint}") from error
     if options.get("force_quick_gelu"): model_cfg["quick_gelu"] = True
     config = {"model_cfg": model_cfg, "preprocess_cfg": model.visual.preprocess_cfg}
-    return ClipModel(model.eval(), tokenizer, preprocess, spec, device, precision, config, untrained=True)
+    return ClipModel(model.eval(), tokenizer, preprocess, spec, device, precision, config, [RANDOM], untrained=True)
 
 # Key that open_clip does not know -> module whose `build` does
 _EXTENSIONS = {"volume_cfg": "medclip_nb.models.study_clip", "pooling_cfg": "medclip_nb.models.study_clip"}
@@ -154,6 +154,9 @@ def _build(
         options = {"pretrained_text": False, "load_weights": False} | options
         clip = _create(f"local-dir:{folder}", spec, device, precision, **options)
     clip.config["model_cfg"] = deepcopy(config["model_cfg"])
+    for side, part, key in (("image", "vision_cfg", "timm_model_name"), ("text", "text_cfg", "hf_model_name")):
+        name = options.get(f"pretrained_{side}") and config["model_cfg"][part].get(key)
+        if name: took_weights(clip, f"{side} tower {name}")
     if "stand_in" in config: clip.config["stand_in"] = config["stand_in"]
     set_long_text(clip, config.get("long_text", "truncate"))
     return clip
@@ -165,8 +168,6 @@ def _build_stand_in(spec: str, checkpoint: str | Path | None, device: torch.devi
         return _build(stand_in(spec.removesuffix("-tiny")), spec, device, precision, files)
 
 # %% ../../nbs/models/02_loading.ipynb #5b863990
-_UNTRAINED = {False: "the weights are random", True: "the weights are random, but for those of the text encoder"}
-
 @cached_without_network()
 def load_model(
     # A starter, a published model, an open_clip architecture ('ViT-B-16/openai'), 'hf-hub:org/name' or a folder
@@ -190,9 +191,8 @@ def load_model(
         name, tag = _resolve(spec)
         quick = bool(tag and get_pretrained_cfg(name, tag).get("quick_gelu"))
         clip = _create(name, spec, device, precision, pretrained=tag, force_quick_gelu=quick)
-        clip.untrained = not tag and ":" not in name
+        if tag or ":" in name: took_all_weights(clip)
     if checkpoint: load_checkpoint(clip, checkpoint)
-    if clip.untrained: clip.notes = [*clip.notes, _UNTRAINED[spec in PUBLISHED]]
     return clip
 
 # %% ../../nbs/models/02_loading.ipynb #545e5e6a
@@ -292,7 +292,9 @@ def load_checkpoint(
     if "long_text" in own: set_long_text(clip, own["long_text"])
     if _is_adapter(path) and (has_adapters(clip.model) or not has_weights(path)):
         if has_weights(path): _load_around_adapters(clip, path)
-        else: load_adapter(clip, path)
+        else:
+            load_adapter(clip, path)
+            took_weights(clip, f"adapter {path.name}")
         return
     path = find_weights(path)
     if has_adapters(clip.model):
@@ -326,7 +328,8 @@ def load_checkpoint(
         clip.config["model_cfg"]["init_logit_bias"] = bias.item()
         resized.append("the weights have a logit bias, which the model was given")
     clip.model.load_state_dict(state, strict=True)
-    clip.notes, clip.untrained = [*notes, *resized], False
+    took_all_weights(clip)
+    clip.notes = [*notes, *resized]
     for note in clip.notes: _LOG.warning("%s: %s", path.name, note)
 
 def _own_configuration(path: Path) -> dict:
@@ -346,3 +349,4 @@ def _load_around_adapters(clip: ClipModel, folder: Path) -> None:
         raise InputError(
             f"{folder}: its adapters were trained on other weights than those of {clip.spec!r}; {other[0]} differs."
         )
+    took_all_weights(clip)

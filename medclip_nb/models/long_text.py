@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import InputError, close_matches
+from ..datasets.checks import token_lengths
 
 # %% ../../nbs/models/09_long_text.ipynb #d775c211
 LONG_TEXT = ("truncate", "chunks", "interpolate")
@@ -25,10 +26,7 @@ def token_counts(
     texts: Sequence[str], # Of any length
 ) -> list[int]: # Tokens of each, start and end included
     "The length of texts before anything is cut"
-    t = clip.tokenizer
-    if not hasattr(t, "tokenizer"): return [len(t.encode(x)) + 2 for x in texts]
-    if not len(texts): return []
-    return [len(ids) for ids in t.tokenizer([t.clean_fn(x) for x in texts], verbose=False)["input_ids"]]
+    return token_lengths(texts, clip.tokenizer).tolist()
 
 def cut_share(
     clip: Any, # A `ClipModel`; its context is the limit

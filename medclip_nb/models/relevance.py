@@ -19,6 +19,7 @@ from ..images.studies import StudyBatch
 from .adapters import SplitAttention
 from .clip import ClipModel
 from .study_clip import StudyModel
+from .tokens import _channels_last
 from .volume_encoder import SlicePatches, VolumeEncoder
 
 # %% ../../nbs/models/16_relevance.ipynb #0e3434f4
@@ -68,7 +69,7 @@ def _cosines(image_features: Tensor, text_features: Tensor) -> Tensor:
     return (F.normalize(image_features.float(), dim=-1) * text_features.to(image_features.device)).sum(1)
 
 # %% ../../nbs/models/16_relevance.ipynb #65b51642
-def _last_grids(clip: ClipModel, images: Tensor) -> Tensor: # (n, c, rows, columns)
+def _last_grids(clip: ClipModel, images: Tensor) -> Tensor: # In the format of the tower
     "The last grid of a timm tower"
     with torch.no_grad(): return clip.model.visual.trunk.forward_features(images.to(clip.device, clip.dtype))
 
@@ -78,7 +79,7 @@ def _grid_relevance(clip: ClipModel, grids: Tensor, texts: Tensor) -> tuple[Tens
     grids.requires_grad_()
     with torch.enable_grad(): cosines = _cosines(visual.head(visual.trunk.forward_head(grids)), texts)
     gradient, = torch.autograd.grad(cosines.sum(), grids)
-    return (gradient * grids).sum(1).flatten(1).relu().float(), cosines
+    return _channels_last(visual.trunk, gradient * grids).sum(-1).flatten(1).relu().float(), cosines
 
 # %% ../../nbs/models/16_relevance.ipynb #408a51d9
 class _Shown(nn.Module):

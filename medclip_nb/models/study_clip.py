@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from ..core import InputError, pick_device, pick_precision, progress, temporary_folder
 from ..images.studies import Study, StudyBatch, StudyPreprocess, pad_studies, study_preprocess
-from .clip import ClipModel
+from .clip import ClipModel, took_weights
 from .loading import _build, load_model
 from .pooling import TextConditionedPooling
 from .published import STAND_INS
-from .towers import _fill, _short, _text_files, _text_part
+from .towers import _fill, _short, _text_files, _text_part, parts_of
 from .volume_encoder import SlicePatches, VolumeEncoder, inflate, layout
 from .weights import align_state, has_weights, misfits
 
@@ -129,7 +129,8 @@ def build(
     if volume:
         clip.model.visual = StudyTower(_encoder(volume), clip.dim).to(device, clip.dtype)
         preprocess = _preprocess(config["preprocess_cfg"])
-        clip = StudyModel(clip.model, clip.tokenizer, preprocess, spec, device, precision, clip.config)
+        known = {name: getattr(clip, name) for name in ("notes", "untrained", "parts")}
+        clip = StudyModel(clip.model, clip.tokenizer, preprocess, spec, device, precision, clip.config, **known)
         clip.config["preprocess_cfg"] = {"study": preprocess.config()}
     if pooling is not None: clip.model.visual_proj = TextConditionedPooling(clip.dim, **pooling).to(device, clip.dtype)
     clip.config["model_cfg"] = deepcopy(config["model_cfg"])
@@ -177,8 +178,12 @@ def study_model(
     name = f"{volume if isinstance(volume, str) else 'volumes'} + {_short(text)}"
     config = {"model_cfg": model, "preprocess_cfg": {"study": steps}}
     clip = build(config, name, device, pick_precision(precision, device), pretrained_text=trained)
-    if source: _fill(clip, align_state(source.model.state_dict(), clip.model.state_dict()), "text.")
-    if image_weights: inflate(clip.model.visual.trunk, image_weights)
+    if source:
+        _fill(clip, align_state(source.model.state_dict(), clip.model.state_dict()), "text.")
+        for part in parts_of(source, "text"): took_weights(clip, part)
+    if image_weights:
+        inflate(clip.model.visual.trunk, image_weights)
+        took_weights(clip, f"image tower of {Path(image_weights).name}")
     return clip
 
 # %% ../../nbs/models/15_study_clip.ipynb #bfe4ae93
@@ -232,6 +237,7 @@ def start_from_slices(
     if image_model.pooling is not None: give_pooling(clip, **image_model.config["model_cfg"]["pooling_cfg"])
     if image_model.model.logit_bias is not None: give_bias(clip)
     clip.model.load_state_dict(state, strict=False)
+    for part in (*parts_of(image_model, "image"), *parts_of(image_model, "text")): took_weights(clip, part)
     for block in encoder.blocks:
         for layer in (block.attn.proj, block.mlp.fc2):
             nn.init.zeros_(layer.weight)

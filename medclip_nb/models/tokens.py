@@ -17,10 +17,15 @@ def _open_clip_vit_tokens(visual: VisionTransformer, images: Tensor) -> tuple[Te
     tokens = found["image_intermediates"][-1]
     return found["image_features"], tokens if visual.proj is None else tokens @ visual.proj
 
+def _channels_last(trunk: nn.Module, features: Tensor) -> Tensor: # (n, rows, columns, c), or tokens (n, l, c)
+    "The features of a timm trunk; a grid has its channels first in convolutions, and last in Swin"
+    first = features.ndim == 4 and getattr(trunk, "output_fmt", "NCHW") != "NHWC"
+    return features.movedim(1, -1) if first else features
+
 def _timm_tokens(visual: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     features = visual.trunk.forward_features(images)
     pooled = visual.head(visual.trunk.forward_head(features))
-    if features.ndim == 4: tokens = features.flatten(2).transpose(1, 2)
+    if features.ndim == 4: tokens = _channels_last(visual.trunk, features).flatten(1, 2)
     else:
         prefix = getattr(visual.trunk, "num_prefix_tokens", 0)
         tokens = getattr(visual.trunk, "fc_norm", nn.Identity())(features[:, prefix:])

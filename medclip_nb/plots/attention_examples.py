@@ -60,7 +60,7 @@ def row_figures(
     from medclip_nb.embeddings.streams import open_rows, reads_studies
     from medclip_nb.evaluators.grounding import look_at_row
     one, found = manifest.loc[[row]], look_at_row(clip, manifest, row, texts, method, upsample)
-    if not reads_studies(clip, one): return [image_figure(read_image(one.paths()[0], **one.read), found, method)]
+    if not reads_studies(clip, one): return [image_figure(read_image(one.paths()[0], **one.how()[0]), found, method)]
     study = open_rows(clip, one)[0]
     return [study_figure(study, item, method) for item in found]
 
@@ -107,7 +107,7 @@ def comparison_figures(
     share = lambda a: np.nansum(a.map * a.mask) / max(np.nansum(a.map), 1e-30)
     inside = lambda a: "" if a.mask is None else f"{share(a):.0%} inside"
     first = next(iter(found.values()))
-    images = [read_image(one.paths()[0], **one.read) for one in rows]
+    images = [read_image(one.paths()[0], **one.how()[0]) for one in rows]
     texts, masks = [a.text for a in first], [a.mask for a in first]
     maps = {name: [a.map for a in own] for name, own in found.items()}
     notes = {name: [inside(a) for a in own] for name, own in found.items()}

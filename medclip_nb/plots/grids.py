@@ -17,16 +17,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..core import InputError
-from ..datasets.manifest import Manifest
+from ..datasets.manifest import Manifest, stated
 from ..datasets.paths import checked_path
 from ..images.reading import read_image, read_options
 from .style import RIGHT, WRONG, wrapped
 
 # %% ../../nbs/plots/02_grids.ipynb #ca0cc53a
-def _show(ax: Axes, manifest: Manifest, image: str, frame: Any = None, name: str = "") -> None:
-    "One image without axes, or the middle slice of a volume, with a frame and a name where given"
+def _show(ax: Axes, manifest: Manifest, row: Mapping, image: str, frame: Any = None, name: str = "") -> None:
+    "One image of a row without axes, or the middle slice of a volume, with a frame and a name where given"
+    if "row" in row and "slope" not in row and "slope" in manifest: row = manifest.loc[row["row"]]
+    known = {how: value for how, value in stated(row).items() if how == "rescale"}
     read = {} if "series" in manifest else read_options(manifest.read)
-    ax.imshow(read_image(checked_path(manifest.root, image), **read))
+    ax.imshow(read_image(checked_path(manifest.root, image), **read, **known))
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
     if name:
@@ -42,9 +44,9 @@ def show_row(
     frame: Any = None, # Color of a frame around the image; None draws none
 ) -> None:
     "Draw the image of a row of a manifest or of predictions, or the first series of its study"
-    if "series" not in manifest: return _show(ax, manifest, row["image"], frame)
+    if "series" not in manifest: return _show(ax, manifest, row, row["image"], frame)
     series = row["series"] if "series" in row else manifest.loc[row["row"], "series"]
-    _show(ax, manifest, next(iter(series.values())), frame, next(iter(series)))
+    _show(ax, manifest, row, next(iter(series.values())), frame, next(iter(series)))
 
 # %% ../../nbs/plots/02_grids.ipynb #eb7847f7
 def cell_grid(
@@ -74,7 +76,7 @@ def image_grid(
     if not len(rows): raise InputError("There is no row to show.")
     figure, axes = cell_grid(len(rows), columns, size, 0.9 if text in rows else 0.1)
     for ax, row in zip(axes, rows.to_dict("records")):
-        _show(ax, manifest, row["image"])
+        _show(ax, manifest, row, row["image"])
         ax.set_xlabel(wrapped(row.get(text), int(15 * size), 6), fontsize=8, color="0.2")
     return figure
 
@@ -95,7 +97,7 @@ def study_grid(
         part.suptitle(wrapped(row.get(text), int(17 * size * width), 2), x=0.01, ha="left", fontsize=8, color="0.2")
         axes = part.subplots(1, width, squeeze=False)[0]
         for ax in axes[len(row["series"]):]: ax.set_visible(False)
-        for ax, (name, path) in zip(axes, row["series"].items()): _show(ax, manifest, path, name=name)
+        for ax, (name, path) in zip(axes, row["series"].items()): _show(ax, manifest, row, path, name=name)
         if more := max(0, len(row["series"]) - width):
             axes[-1].set_xlabel(f"and {more} more series", fontsize=8, color="0.4")
     return figure

@@ -41,7 +41,7 @@ from ..distributed import average_gradients
 from ..evaluators.labels import check_trained, label_classes
 from ..images.augmentation import Augment, laterality
 from ..images.studies import StudyBatch
-from ..models.clip import ClipModel
+from ..models.clip import ClipModel, took_all_weights
 from ..models.loading import CHECKPOINT_FOLDER, save_checkpoint
 from ..models.long_text import Parts
 from ..models.study_clip import StudyModel
@@ -428,6 +428,7 @@ def finalize(run: Run) -> Training:
     run.accelerator.wait_for_everyone()
     clear_state(run, everything=not is_managed(run))
     run.clip.model.eval()
+    if all(p.requires_grad for p in run.clip.model.parameters()): took_all_weights(run.clip)
     if config.checkpointing: set_checkpointing(run.clip.model, False)
     return Training(
         history=pd.DataFrame(p.history),
