@@ -79,12 +79,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, with every
 
 def _note(text: str) -> None: typer.echo(f"note: {text}", err=True)
 
-def _load_model(images: list[Path] | None, model: str, checkpoint: str, device: str, precision: str) -> Any:
-    "Load the model, once there is an image to predict, and warn if its weights are random"
-    if not images:
-        raise InputError(
-            "No image is given. Images stand before the options, as in `medclip-nb classify slice.png --pack kather`."
-        )
+def _check_files(images: list[Path] | None) -> None:
+    "Raise `InputError` where no file is there, and for a folder of pictures"
+    if not images: return
     if not any(path.exists() for path in images): raise InputError(f"{images[0]}: no such file or folder.")
     for folder in (path for path in images if path.is_dir()):
         pictures = (path for path in folder.iterdir() if (guess_type(path.name)[0] or "").startswith("image/"))
@@ -94,6 +91,13 @@ def _load_model(images: list[Path] | None, model: str, checkpoint: str, device: 
                 f"{folder}: a folder of pictures, and a folder stands for the slices of one DICOM series. Name the "
                 f"files: {folder}/*{endings.most_common(1)[0][0]}"
             )
+
+def _load_model(images: list[Path] | None, model: str, checkpoint: str, device: str, precision: str) -> Any:
+    "Load the model, once there is an image to predict, and warn if its weights are random"
+    if not images:
+        raise InputError(
+            "No image is given. Images stand before the options, as in `medclip-nb classify slice.png --pack kather`."
+        )
     return load_seeded(model, checkpoint, device, precision)
 
 # %% ../../nbs/cli/04_ask.ipynb #49303459
@@ -223,6 +227,7 @@ def classify(
         questions, loaded = _questions(classes, template, pack, label, slot)
         if len(questions) == 1: questions = {"": next(iter(questions.values()))}
         from medclip_nb.evaluators.zero_shot_classification import encode_question
+        _check_files(images)
         clip = _load_model(images, model, checkpoint, device, precision)
         read, features, skipped = encode_files(clip, images, window)
         asked = {name: encode_question(clip, q) for name, q in questions.items()}
@@ -288,6 +293,7 @@ def rank(
         from medclip_nb.evaluators.zero_shot_classification import encode_question
         from medclip_nb.models.long_text import token_counts
         if slot: candidates = fill_slots(candidates, slot_words(slot))
+        _check_files(images)
         clip = _load_model(images, model, checkpoint, device, precision)
         if long := sum(n > clip.context_length for n in token_counts(clip, candidates)):
             _note(
