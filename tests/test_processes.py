@@ -2,6 +2,7 @@
 templates through the command"""
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -329,7 +330,7 @@ def test_a_suite_trains_with_several_processes(command, made, tmp_path):
             for name in ("train", "look")}
     assert used == {"train": 2, "look": 1}
     lines = lambda *more: finished([*call, "--dry-run", *more]).stdout.splitlines()
-    planned = lambda *more: [line.split(None, 1)[1] for line in lines(*more)]
+    planned = lambda *more: [re.split("  +", line)[1] for line in lines(*more)]
     assert planned("--processes", "2") == ["kept", "kept"] and planned() == ["to run", "kept"]
 
 
