@@ -136,6 +136,7 @@ def test_folders_and_files_that_are_not_there(images, tmp_path):
         ask = lambda *paths: call(words[0], *paths, *words[1:], "--model", "hf-hub:no/where", code=2).stderr
         assert ask(images).endswith(f"Name the files: {images}/*.png\n")
         assert ask(tmp_path / "a.png", tmp_path / "b.png") == f"error: {tmp_path / 'a.png'}: no such file or folder.\n"
+        assert ask(tmp_path / ("x" * 300)).endswith("x: no such file or folder.\n")
         assert "Name the files" not in ask(tmp_path)
 
 

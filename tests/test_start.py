@@ -262,6 +262,9 @@ def test_warnings_are_shown_as_before_when_a_command_has_ended():
     (["model=vit-b-32/openai"], "did you mean 'ViT-B-32/openai'?"),
     (["model=openai/clip-vit-base-patch32"], "is named 'hf-hub:openai/clip-vit-base-patch32'"),
     (["model=reports/starter/finetune/checkpoint"], "its weights are not; medclip-nb suite starter makes them"),
+    (["dataset=" + "x" * 300], "Unknown dataset 'xxx"),
+    (["dataset=csv", "data_root=" + "x" * 300], "no such file or folder"),
+    (["checkpoint=" + "x" * 300], "no such file or folder"),
     (["checkpoint=reports/mine/a/checkpoint"], "its weights are not; executing it again makes them")])
 def test_mistakes_of_a_first_hour_are_told_before_anything_starts(tmp_path, monkeypatch, words, says):
     monkeypatch.chdir(tmp_path)

@@ -9,6 +9,7 @@ __all__ = ['ImagesArgument', 'ModelOption', 'CheckpointOption', 'SlotOption', 'W
 # %% ../../nbs/cli/04_ask.ipynb #c73bab32
 import contextlib
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -82,8 +83,8 @@ def _note(text: str) -> None: typer.echo(f"note: {text}", err=True)
 def _check_files(images: list[Path] | None) -> None:
     "Raise `InputError` where no file is there, and for a folder of pictures"
     if not images: return
-    if not any(path.exists() for path in images): raise InputError(f"{images[0]}: no such file or folder.")
-    for folder in (path for path in images if path.is_dir()):
+    if not any(map(os.path.exists, images)): raise InputError(f"{images[0]}: no such file or folder.")
+    for folder in filter(os.path.isdir, images):
         pictures = (path for path in folder.iterdir() if (guess_type(path.name)[0] or "").startswith("image/"))
         endings = Counter(path.suffix for path in pictures)
         if endings:

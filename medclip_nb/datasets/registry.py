@@ -9,6 +9,7 @@ __all__ = ['READERS', 'CARD_KEYS', 'CARD_EXTRAS', 'CELL_KINDS', 'LISTED', 'regis
 # %% ../../nbs/datasets/02_registry.ipynb #b2483213
 import copy
 import importlib
+import os
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -147,9 +148,8 @@ def list_datasets(
 
 def _meant(name: str) -> str:
     "What to give instead of a name that no dataset has"
-    known, path = {*READERS, *card_names()}, Path(name)
-    kind = "csv" if path.suffix.lower() in (".csv", ".tsv", ".tab") else "imagefolder"
-    if "\0" in name or len(name) > 1000 or not path.exists(): return close_matches(name, known)
+    kind = "csv" if name.lower().endswith((".csv", ".tsv", ".tab")) else "imagefolder"
+    if not os.path.exists(name): return close_matches(name, {*READERS, *card_names()})
     return f"It is a path: give how to read it as the dataset, such as {kind}, and the path as the folder or table."
 
 def _find_reader(name: str) -> Callable:

@@ -25,7 +25,7 @@ _MADE = ("starter", "medmnist") # Datasets that may be made or downloaded when t
 def _without_weights(path: str) -> str: # Empty where no run is at this place
     "What to do where the report of a run is kept, as in a repository, and the model that it trained is not"
     run = Path(path).parent
-    if len(path) > 1000 or not (run/"run.json").is_file(): return ""
+    if not os.path.isfile(run/"run.json"): return ""
     suite = template_folder()/"suites"/f"{run.parent.name}.yaml"
     how = f"medclip-nb suite {suite.stem}" if suite.is_file() else "executing it again"
     return f" The report of this run is here, its weights are not; {how} makes them."
@@ -95,7 +95,7 @@ _OWN = "-p dataset=csv for a table, -p dataset=imagefolder for a folder of each 
 def _check_own(dataset: str, root: str, named: bool) -> None:
     "Raise `InputError` where data of one's own are read as the embedded ones, or a data set is named as a folder"
     path = Path(root)
-    if not path.exists():
+    if not os.path.exists(root):
         from medclip_nb.datasets.registry import card_names
         if root in card_names() and root != dataset:
             raise InputError(f"{root} is a data set and no folder here: give -p dataset={root} -p data_root=FOLDER.")
