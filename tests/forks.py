@@ -1,5 +1,4 @@
-"""Commands and kernels that start at once: forked from a process that has imported the libraries, though not the
-package.
+"""Commands and kernels that start at once: forked from a process that has imported the libraries and the package.
 
 A fresh process spends most of its time importing PyTorch. `offer` writes into a folder the commands `medclip-nb` and
 `python`, and a Jupyter kernel `python3` for `JUPYTER_PATH`. Each is a client of a few lines, which asks the parent of
@@ -14,6 +13,8 @@ import signal
 import socket
 import sys
 
+PACKAGE = "medclip_nb"
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LIBRARIES = ("torch", "torchvision", "open_clip", "torch._dynamo", "timm", "sklearn.linear_model", "sklearn.metrics",
              "sklearn.cluster", "scipy.stats",
              "pandas", "pyarrow.parquet", "matplotlib.figure", "PIL.Image", "nibabel", "transformers",
@@ -107,6 +108,8 @@ def _become(words: list[str], folder: str, environment: dict[str, str]) -> None:
     os.chdir(folder)
     sys.argv = words
     sys.path[0] = folder
+    if os.path.exists(os.path.join(folder, PACKAGE)) and os.path.realpath(folder) != os.path.realpath(ROOT):
+        for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]: del sys.modules[name]
     sys.stdin, sys.stdout, sys.stderr = (
         open(fd, mode, encoding="utf-8", errors=errors, buffering=buffering, closefd=False)
         for fd, mode, errors, buffering in ((0, "r", "strict", -1), (1, "w", "strict", -1),
@@ -121,8 +124,7 @@ def _command(words: list[str]) -> None:
     import importlib
     from configparser import ConfigParser
     sys.path.pop(0)
-    (settings := ConfigParser(delimiters=["="])).read(
-        os.path.join(os.path.dirname(__file__), os.pardir, "settings.ini"), encoding="utf-8")
+    (settings := ConfigParser(delimiters=["="])).read(os.path.join(ROOT, "settings.ini"), encoding="utf-8")
     module, name = settings["DEFAULT"]["console_scripts"].split("=")[1].split(":")
     getattr(importlib.import_module(module), name)()
 
@@ -207,15 +209,28 @@ def _alive(process: int) -> bool:
     return True
 
 
+def own_modules() -> list[str]:
+    "The modules of this repository's package"
+    names = []
+    for place, _, files in os.walk(os.path.join(ROOT, PACKAGE)):
+        within = os.path.relpath(place, ROOT).split(os.sep)
+        names += [".".join([*within, name.removesuffix(".py")]) for name in files
+                  if name.endswith(".py") and not name.startswith("_")]
+    return sorted(names)
+
+
 def serve(folder: str, session: str) -> None:
     "Import the libraries, then fork for each client, until the session of tests is over"
+    import gc
     import importlib
     import select
     server = socket.socket(socket.AF_UNIX)
     server.bind(address := os.path.join(folder, "socket"))
     server.listen(64)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    for name in LIBRARIES: importlib.import_module(name)
+    for name in (*LIBRARIES, *own_modules()): importlib.import_module(name)
+    gc.collect()
+    gc.freeze() # The memory that forks share stays shared
     while os.path.exists(address) and _alive(int(session)):
         if not select.select([server], [], [], 1)[0]: continue
         conn = server.accept()[0]
