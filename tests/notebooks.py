@@ -5,22 +5,21 @@ directory that one leaves behind is met by whichever comes next. Here each start
 the packages are imported once, before the processes are forked.
 """
 import argparse
+import gc
 import multiprocessing
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from multiprocessing.connection import Connection
-from multiprocessing.context import BaseContext
+from importlib import import_module
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+from forks import own_modules
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.test import test_nb
 
 ROOT = Path(__file__).resolve().parent.parent
-IMPORTED = ("matplotlib.pyplot", "open_clip", "pandas", "sklearn.linear_model", "torch", "medclip_nb.core",
-            "medclip_nb.datasets", "medclip_nb.evaluators", "medclip_nb.experiments", "medclip_nb.trainers")
+IMPORTED = ("matplotlib.pyplot", "open_clip", "pandas", "sklearn.linear_model", "torch")
 
 
 def found(paths: list[str]) -> list[Path]:
@@ -29,24 +28,38 @@ def found(paths: list[str]) -> list[Path]:
     return sorted(file.absolute() for file in files)
 
 
+def import_once() -> None:
+    "Import what is shared by the processes that are forked from this one, and keep its memory shared"
+    for name in (*IMPORTED, *own_modules()): import_module(name)
+    gc.collect()
+    gc.freeze()
+
+
 def run(notebook: Path, answer: Connection) -> None:
     "Say whether the notebook ran to its end, and its seconds"
     answer.send(test_nb(notebook, skip_flags=get_config().tst_flags.split(), basepath=str(ROOT)))
 
 
-def run_apart(context: BaseContext, notebook: Path) -> tuple[Path, bool, float]:
-    "The notebook, whether it ran to its end in a process of its own, and its seconds"
-    answers, answer = context.Pipe(duplex=False)
-    process = context.Process(target=run, args=(notebook, answer))
-    process.start()
-    answer.close() # So that the end of the process is the end of the answers
-    try: passed, seconds = answers.recv()
-    except EOFError:
-        process.join()
-        print(f"{notebook.relative_to(ROOT)}: its process ended with {process.exitcode}", file=sys.stderr)
-        return notebook, False, 0.0
-    process.join()
-    return notebook, passed, seconds
+def run_apart(files: list[Path], workers: int) -> list[tuple[Path, bool, float]]:
+    "The notebooks, each run in a process of its own, a few at a time; whether it ran to its end, and its seconds"
+    context = multiprocessing.get_context("fork")
+    waiting, running, results = files[::-1], {}, []
+    while waiting or running:
+        while waiting and len(running) < workers:
+            answers, answer = context.Pipe(duplex=False)
+            process = context.Process(target=run, args=(waiting[-1], answer))
+            process.start()
+            answer.close() # So that the end of the process is the end of the answers
+            running[answers] = waiting.pop(), process
+        for answers in wait(running):
+            notebook, process = running.pop(answers)
+            try: passed, seconds = answers.recv()
+            except EOFError: passed, seconds = False, 0.0
+            process.join()
+            results.append((notebook, passed, seconds))
+            if process.exitcode:
+                print(f"{notebook.relative_to(ROOT)}: its process ended with {process.exitcode}", file=sys.stderr)
+    return results
 
 
 def main() -> int:
@@ -58,10 +71,8 @@ def main() -> int:
     files = found(options.paths)
     if not files: sys.exit(f"no notebooks in {', '.join(options.paths)}")
     os.environ["IN_TEST"] = "1" # nbdev.showdoc and others ask for it; nbdev_test sets it as well
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*IMPORTED])
-    with ThreadPoolExecutor(options.workers) as pool:
-        results = sorted(pool.map(partial(run_apart, context), files), key=lambda one: one[2])
+    import_once()
+    results = sorted(run_apart(files, options.workers), key=lambda one: one[2])
     if options.timing: print(*(f"{seconds:7.1f} s  {path.relative_to(ROOT)}" for path, _, seconds in results), sep="\n")
     failed = sorted(str(path.relative_to(ROOT)) for path, passed, _ in results if not passed)
     print(f"{len(files) - len(failed)} of {len(files)} notebooks passed")
