@@ -211,12 +211,9 @@ def _alive(process: int) -> bool:
 
 def own_modules() -> list[str]:
     "The modules of this repository's package"
-    names = []
-    for place, _, files in os.walk(os.path.join(ROOT, PACKAGE)):
-        within = os.path.relpath(place, ROOT).split(os.sep)
-        names += [".".join([*within, name.removesuffix(".py")]) for name in files
-                  if name.endswith(".py") and not name.startswith("_")]
-    return sorted(names)
+    import pkgutil
+    found = pkgutil.walk_packages([os.path.join(ROOT, PACKAGE)], f"{PACKAGE}.")
+    return sorted(module.name for module in found if not module.name.rpartition(".")[2].startswith("_"))
 
 
 def serve(folder: str, session: str) -> None:
