@@ -354,15 +354,26 @@ class _Section:
     code: list[str] = field(default_factory=list)
     shown: list[str] = field(default_factory=list)
 
-    def html(self) -> str:
-        "Heading, folded prose and code, outputs"
+    def html(self, folded: bool = True) -> str:
+        "Heading, prose (folded or not), folded code, outputs"
         fold = lambda name, inner: f"<details><summary>{name}</summary>{inner}</details>" if inner else ""
         code = f"<pre>{html.escape(chr(10).join(self.code))}</pre>" if self.code else ""
         level = min(max(self.level, 2), 4)
         head = f"<h{level} id=\"{self.anchor}\">{markdown_html(self.title)[3:-5]}</h{level}>" if self.title else ""
         told = markdown_html("\n\n".join(self.prose)) if self.prose else ""
-        folds = fold("About this part", told if self.title else "") + fold("Code", code)
-        return head + (f"<div class=\"folds\">{folds}</div>" if folds else "") + "".join(self.shown)
+        folds = fold("About this part", told if self.title and folded else "") + fold("Code", code)
+        folds = f"<div class=\"folds\">{folds}</div>" if folds else ""
+        return head + ("" if folded else told) + folds + "".join(self.shown)
+
+def _apart(sections: Sequence[_Section]) -> tuple[list[_Section], list[_Section]]:
+    "Sections whose part of the report shows something of these data, and the others; a part begins at level 2"
+    parts: list[list[_Section]] = []
+    for section in sections:
+        if section.level == 2 or not parts: parts.append([])
+        parts[-1].append(section)
+    kinds = {True: [], False: []}
+    for part in parts: kinds[any(section.shown for section in part)] += part
+    return kinds[True], kinds[False]
 
 def _heading_parts(text: str) -> list[tuple[int, str]]: # Level (0 for prose) and text
     "Markdown divided at its headings"
@@ -455,13 +466,21 @@ def report_html(
     lead = markdown_html("\n\n".join(first.prose)) if first.prose else ""
     found, details = metrics or {}, (metrics or {}).get("details", {})
     summary = _summary(found)
-    contents = [(s.anchor, re.sub(r"[*_`]", "", s.title)) for s in others if s.level == 2]
+    shows, alike = _apart(others)
+    contents = [(s.anchor, re.sub(r"[*_`]", "", s.title)) for s in shows if s.level == 2]
     if summary: contents.insert(0, ("summary", "Summary"))
+    about = ""
+    if alike:
+        titles = ", ".join(re.sub(r"[*_`]", "", s.title) for s in alike if s.level == 2)
+        about = (f"<h2 id=\"about\">About this experiment</h2><details><summary>{html.escape(titles)}</summary>"
+                 f"{''.join(s.html(folded=False) for s in alike)}</details>")
+        contents.append(("about", "About this experiment"))
     body = [
         f"<h2 id=\"summary\">Summary</h2>{summary}" if summary else "",
         _parameter_table(values, helps),
         first.html(),
-        *(s.html() for s in others),
+        *(s.html() for s in shows),
+        about,
     ]
     whole = f"{title} · {name}" if title and name else title or name
     return html_page(whole, "\n".join(body), lead, contents=contents, back=back,
