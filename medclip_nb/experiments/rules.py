@@ -117,7 +117,7 @@ def _has_slots(p: Mapping[str, Any]) -> bool:
     return bool(slot_names([p.get(k) for k in SENTENCES]))
 
 SLOTTED = Effect("slots", "a prompt or template with a slot, such as {size}", _has_slots)
-LOOP = "chunk max_steps augment flip patience resume save_every state_dir report_to"
+LOOP = "chunk max_steps augment flip valid_every patience resume save_every state_dir report_to"
 EFFECTS = {
     "linear_probe": (
         Effect("Cs standardize", "method=logistic", lambda p: p["method"] == "logistic"),

@@ -93,7 +93,7 @@ def learning_curves(
     for ax in axes.flat[len(titles):]: ax.set_visible(False)
     for ax, title in zip(axes.flat, titles):
         for n, runs in enumerate(members.values()):
-            parts = [histories[r].set_index("epoch")[panels[title][r]] for r in runs if r in panels[title]]
+            parts = [histories[r].set_index("epoch")[panels[title][r]].dropna() for r in runs if r in panels[title]]
             _lines(ax, parts, PALETTE[n % len(PALETTE)], "-" if n < len(PALETTE) else "--")
         ax.set(title=wrapped(title, 42), xlabel="epoch")
         ax.set_ylabel("loss (nats)" if "loss" in title or "term" in title else "value")

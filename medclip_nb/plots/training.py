@@ -34,7 +34,8 @@ def training_curves(
     figure, axes = plt.subplots(1, len(panels), figsize=(3.5 * len(panels), 3.4), squeeze=False)
     for ax, (title, unit, columns) in zip(axes.flat, panels):
         for column in columns:
-            ax.plot(history["epoch"], history[column], marker="o", markersize=3.5, label=_curve(column))
+            known = history.dropna(subset=column) # An epoch may be without validation
+            ax.plot(known["epoch"], known[column], marker="o", markersize=3.5, label=_curve(column))
         if title == "Loss" and batch_size:
             look = dict(color=CHANCE, linestyle="--", linewidth=1.2)
             ax.axhline(math.log(batch_size), label=f"chance, ln {batch_size}", **look)

@@ -92,6 +92,7 @@ class CheckpointConfig:
     "Settings of model selection, stored state and tracking"
     # Metric that selects the epoch, see `METRICS`; empty takes valid_mrr, or valid_item_mrr for itemized
     metric: str = ""
+    valid_every: int = 1 # Epochs from one validation to the next; the last epoch is always validated
     patience: int = 0 # Epochs without improvement before training stops; 0 never stops early
     ema: float = 0.0 # Decay of the moving average of the weights, which is then validated and kept; 0 for no average
     # Whether to interpolate between the starting and the final weights and keep the point that validates best (WiSE-FT,
@@ -160,7 +161,8 @@ class TrainConfig(CheckpointConfig, ItemConfig, DataConfig, OptimConfig):
             raise InputError(f"report_to={tracker!r}, but {tracker} is not installed.")
 
     def _check_numbers(self) -> None:
-        least = {"items_per_image": 1, "merge": 1, "pooling_heads": 1, "num_series": 0, "worst_positive_factor": 1}
+        least = {"items_per_image": 1, "merge": 1, "pooling_heads": 1, "num_series": 0, "worst_positive_factor": 1,
+                 "valid_every": 1}
         for name, low in least.items():
             if getattr(self, name) < low: raise InputError(f"{name} must be {low} or more, got {getattr(self, name)}.")
         for name in ("key_token_ratio", "token_keep_prob"):

@@ -72,9 +72,9 @@ class LiveView:
 
     def _table(self, history: Sequence[dict], best: int) -> str:
         "The latest epochs"
-        columns = {"train_loss": "loss"} | {c: n for c, n in self.names.items() if history and c in history[-1]}
+        columns = {"train_loss": "loss"} | {c: n for c, n in self.names.items() if any(c in row for row in history)}
         head = "".join(f"<th>{html.escape(name)}</th>" for name in ("epoch", *columns.values()))
-        cells = lambda row: "".join(f"<td>{row.get(c, math.nan):.3f}</td>" for c in columns)
+        cells = lambda row: "".join(f"<td>{row[c]:.3f}</td>" if c in row else "<td>–</td>" for c in columns)
         mark = lambda row: f"{row['epoch']}{' ★' if row['epoch'] == best else ''}"
         rows = "".join(f"<tr><td>{mark(row)}</td>{cells(row)}</tr>" for row in history[-ROWS:])
         return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>" if history else ""

@@ -201,8 +201,9 @@ def keep_best(
     store_best(run)
 
 def close_epoch(run: Run) -> None:
-    "Validate the epoch, keep its weights if they are the best, log it and store the state"
+    "Validate the epoch if it is its turn, keep its weights if they are the best, log it and store the state"
     p = run.progress
+    validated = p.epoch % run.config.valid_every == 0 or p.step >= run.steps
     with averaged_weights(run):
         row = {
             "epoch": p.epoch,
@@ -212,10 +213,10 @@ def close_epoch(run: Run) -> None:
             **{f"train_{name}": float(np.mean(values)) for name, values in p.terms.items()},
             "grad_norm": float(np.mean(p.norms)),
             "logit_scale": run.clip.logit_scale,
-            **validate_model(run),
+            **(validate_model(run) if validated else {}),
         }
-        value = row[run.config.metric]
-        if value > p.best or not p.best_epoch:
+        value = row.get(run.config.metric, -math.inf)
+        if validated and (value > p.best or not p.best_epoch):
             p.best, p.best_epoch = (value if value == value else -math.inf), p.epoch
             keep_best(run, epoch=p.epoch, **{run.config.metric: value})
     p.history.append(row)
@@ -249,13 +250,14 @@ def log_epoch(
     if not run.accelerator.is_main_process or not is_batch(): return
     start = f"epoch {row['epoch']:>3}/{run.config.epochs}  loss {row['train_loss']:.3f}"
     values = "  ".join(f"{name} {row[key]:.3f}" for key, name in SHORT.items() if key in row)
-    print(f"{start}  validation: {values}", flush=True)
+    print(f"{start}  validation: {values}" if values else start, flush=True)
 
 def is_over(run: Run) -> bool:
     "Whether all steps are taken and their epoch is closed, or `patience` epochs have passed without improvement"
     p, patience = run.progress, run.config.patience
     if p.losses: return False # Killed between the last step of an epoch and its validation
-    return p.step >= run.steps or bool(patience and p.history and p.history[-1]["epoch"] - p.best_epoch >= patience)
+    last = max((row["epoch"] for row in p.history if run.config.metric in row), default=0) # Validated
+    return p.step >= run.steps or bool(patience and last - p.best_epoch >= patience)
 
 # %% ../../nbs/trainers/01_loop.ipynb #e674125f
 def objective_of(
