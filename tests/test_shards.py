@@ -310,6 +310,33 @@ def test_how_files_are_read_comes_along(tmp_path):
         with pytest.raises(InputError, match="index.json: read has no option 'windw'. Did you mean 'window'"): take(out)
 
 
+def test_rows_state_how_their_own_files_are_read(tmp_path):
+    "Slope, intercept and spacing of a row hold for what is streamed, as for the manifest"
+    values = np.arange(64, dtype=np.int16).reshape(8, 8) * 60
+    for name in "ab": np.save(tmp_path / f"{name}.npy", values)
+    rows = pd.DataFrame({"image": ["a.npy", "b.npy"], "caption": ["one", "two"], "split": "train", "slope": [1, 2],
+                         "intercept": [-1024, 0]})
+    rows.to_csv(tmp_path / "t.csv", index=False)
+    manifest, out = load_manifest("csv", tmp_path / "t.csv", read={"window": "lung"}), tmp_path / "shards"
+    write_shards(manifest, out)
+    wanted = [read_image(path, **how).tobytes() for path, how in zip(manifest.paths(), manifest.how())]
+    assert len({*wanted, read_image(tmp_path / "a.npy", window="lung").tobytes()}) == 3
+    assert [sample["image"].tobytes() for sample in Shards(out, shuffle=0)] == wanted
+    again = load_manifest("webdataset", out)
+    assert [read_image(path, **how).tobytes() for path, how in zip(again.paths(), again.how())] == wanted
+    own = lambda raw, extension, volume: len(raw)
+    assert {sample["image"] for sample in Shards(out, decode=own)} == {(tmp_path / "a.npy").stat().st_size}
+    volume = {"series": [{"CT": "v.npy"}], "split": "train", "spacing": [[3.0, 1.0, 1.0]], "slope": 2.0,
+              "intercept": -5.0}
+    np.save(tmp_path / "v.npy", np.arange(4 * 8 * 8, dtype=np.int16).reshape(4, 8, 8))
+    studies = Manifest(pd.DataFrame(volume))
+    studies.root = str(tmp_path)
+    write_shards(studies, tmp_path / "studies")
+    found, expected = next(iter(Shards(tmp_path / "studies")))["series"]["CT"], read_volume(
+        tmp_path / "v.npy", **studies.how()[0])
+    assert np.array_equal(found.array, expected.array) and found.spacing == expected.spacing == (3.0, 1.0, 1.0)
+
+
 def test_files_of_any_name_come_back(tmp_path):
     "What the writer takes, both readers give back: a DICOM file without an ending, one named by its identifier, a JFIF"
     dicom = Path(get_testdata_file("CT_small.dcm")).read_bytes()

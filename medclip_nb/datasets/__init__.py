@@ -34,7 +34,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "MINIATURE_RECIPE", "check_option_names", "check_options", "load_manifest", "miniature_note",
     ],
     "manifest": [
-        "Manifest", "row_units", "stated",
+        "STATED", "Manifest", "row_units", "stated",
     ],
     "miniatures": [
         "MINIATURE", "MINIATURES", "SCENE_COLORS", "SCENE_GROUNDS", "SCENE_PLACES", "SCENE_SIZES", "Scene",

@@ -8,7 +8,7 @@ __all__ = ['ISSUE_COLUMNS', 'REMEDIES', 'MARKUP', 'ROW_KINDS', 'FEW', 'token_len
 
 # %% ../../nbs/datasets/10_checks.ipynb #e702c708
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,7 +28,7 @@ from medclip_nb.datasets.classes import (
 )
 from .files import FILE_ISSUES, MAX_PIXELS
 from .leaks import DEPTHS, ORDER, _name, file_facts, leak_table
-from .manifest import Manifest, row_units
+from .manifest import STATED, Manifest, row_units, stated
 
 # %% ../../nbs/datasets/10_checks.ipynb #8b04d1ff
 ISSUE_COLUMNS = ["severity", "kind", "row", "message", "remedy", "count"]
@@ -36,6 +36,7 @@ REMEDIES = {
     "empty caption": "Give the row a text or remove it.",
     "captions of empty cells": "Empty these cells, so that their rows can be left out; a model would learn the word.",
     "empty items": "Give the row at least one item or remove it.",
+    "scale or spacing unclear": "Write numbers, leave the cell empty, or rename the column.",
     "group in several splits": "Put all rows of the group into one split.",
     "same file across splits": "Keep it in one split only.",
     "near duplicate across splits": "View the pairs in the leak table; keep copies in one split.",
@@ -250,6 +251,14 @@ def _elsewhere(manifest: pd.DataFrame) -> str: # Part of a message; empty where 
             return f"; there is {below}: write names with their endings"
     return ""
 
+def _stated_issues(manifest: pd.DataFrame) -> Iterator[tuple]:
+    "Rows whose slope, intercept or spacing is no number"
+    columns = [c for c in STATED if c in manifest]
+    for row, cells in zip(manifest.index, manifest[columns].to_dict("records")) if columns else ():
+        try: stated(cells, "series" in manifest)
+        except InputError as error:
+            yield _issue("error", "scale or spacing unclear", row, str(error).rpartition(". ")[0])
+
 def validate(
     manifest: pd.DataFrame, # What to check
     images: str = "header", # header: open each file; decode: read every pixel; none: only whether it exists
@@ -265,7 +274,7 @@ def validate(
     found: list[tuple] = []
     if {"image", "series"} & set(manifest):
         if facts is None: facts = file_facts(manifest, images, duplicates and images != "none", max_pixels)
-        found += _file_issues(facts)
+        found += [*_file_issues(facts), *_stated_issues(manifest)]
         if len(found) == len(manifest) and {kind for _, kind, *_ in found} == {"missing image"}:
             found = [(*issue[:3], issue[3] + _elsewhere(manifest), *issue[4:]) for issue in found]
         if duplicates:
@@ -285,6 +294,7 @@ ROW_KINDS = {
     *(kind for kind, (severity, _) in FILE_ISSUES.items() if severity == "error"),
     "empty caption",
     "empty items",
+    "scale or spacing unclear",
 }
 
 def _needed(
@@ -303,7 +313,8 @@ def _needed(
     used = [c for c in manifest if c in {*needs, "group", "split"}]
     files = {"image", "series"} & set(used)
     facts = file_facts(manifest[used], images, kept=kept) if files and images in DEPTHS else None
-    return validate(manifest[used], images, labels, duplicates=False, facts=facts)
+    told = [c for c in STATED if files and c in manifest and c not in used]
+    return validate(manifest[[*used, *told]], images, labels, duplicates=False, facts=facts)
 
 def _raise_first(manifest: pd.DataFrame, errors: pd.DataFrame) -> None:
     "Quote the first error and count the others"

@@ -30,7 +30,7 @@ from medclip_nb.core import (
     temporary_folder,
 )
 from .checks import allowed_bad, more_bad
-from .manifest import Manifest
+from .manifest import Manifest, stated
 from .paths import file_fault
 from .readers.common import split_of
 from medclip_nb.datasets.readers.webdataset import (
@@ -277,6 +277,7 @@ def read_sample(
     place: Place, # As from `Shards.places`
     decode: Callable[..., Any] = decode_image, # (bytes, extension, volume) -> image or volume
     files: dict[str, Any] | None = None, # Open shards, kept from sample to sample
+    read: Mapping[str, Any] | None = None, # For `decode_image`, which also reads as the row itself states
 ) -> dict[str, Any]: # The fields of the row, its key, and its decoded image or series
     "Read one sample; raises `InputError` naming the shard and the sample if it cannot be decoded"
     where = f"{place[0]}, sample {place[1]!r}"
@@ -285,6 +286,8 @@ def read_sample(
     if not row.get("image") and not row.get("series"):
         raise InputError(f"{where}: {row.get('fault', 'no image in it')}.")
     try:
+        known = stated(row, volume="series" in row)
+        if decode is decode_image: decode = partial(decode_image, read={**(read or {}), **known})
         if "series" in row: row["series"] = {name: decode(raw[ext], ext, True) for name, ext in row["series"].items()}
         else: row["image"] = decode(raw[row["image"]], row["image"], False)
     except (InputError, OSError, ValueError) as error:
@@ -343,7 +346,7 @@ class Shards(IterableDataset):
         start, held, files = self.positions[own], None, {}
         for n, place in enumerate(self.places(self.rank * workers + own, self.world_size * workers), 1):
             if n <= start: continue
-            try: sample = read_sample(place, self._decoder(place[0]), files)
+            try: sample = read_sample(place, self.decode, files, self.read[place[0]])
             except InputError as error: self._skip(place, error, n)
             else:
                 if held:
@@ -354,10 +357,6 @@ class Shards(IterableDataset):
             self.positions[own] = n
             yield held[1]
         self.done = True
-
-    def _decoder(self, shard: str) -> Callable[..., Any]:
-        "How the files of a shard are decoded"
-        return partial(decode_image, read=self.read[shard]) if self.decode is decode_image else self.decode
 
     def _skip(self, place: Place, error: InputError, seen: int) -> None:
         "Record a bad sample; raise if there are too many"

@@ -49,7 +49,7 @@ def row_picture(
     row = table.iloc[position]
     name = next(iter(row["series"].values()), "") if "series" in table else row["image"]
     if not isinstance(name, str) or not name: raise InputError(f"row {table.index[position]}: names no image")
-    known = {name: value for name, value in table.iloc[[position]].facts()[0].items() if name == "rescale"}
+    known = table.iloc[[position]].facts(volumes=False)[0]
     read = known if "series" in table else read_options(table.read) | known
     return read_image(checked_path(table.root, name, f"row {table.index[position]}"), draft=draft, **read)
 

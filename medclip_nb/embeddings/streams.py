@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..core import InputError, metered, progress
-from ..datasets.manifest import Manifest, stated
+from ..datasets.manifest import Manifest
 from ..datasets.studies import series_paths
 from ..images.formats import file_format
 from ..images.loading import ImageDataset, prefetched
@@ -91,8 +91,7 @@ class ManifestStudies(StudyDataset):
                 f"{manifest.dataset}: row {empty[0]} is a study without series ({len(empty)} such rows). Leave it out."
             )
         super().__init__(series, preprocess, memory_mb)
-        columns = [c for c in ("spacing", "slope", "intercept") if c in manifest]
-        self.facts = [stated(row) for row in manifest[columns].to_dict("records")] if columns else [{}] * len(manifest)
+        self.facts = manifest.facts(volumes=True)
         # Of a volume in a column image a study model takes all slices; how one is shown as a picture does not matter
         unused = () if "series" in manifest else ("window", "plane", "position", "draft", "truncated")
         self.read = {name: value for name, value in manifest.read.items() if name not in unused}

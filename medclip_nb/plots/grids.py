@@ -26,9 +26,8 @@ from .style import RIGHT, WRONG, wrapped
 def _show(ax: Axes, manifest: Manifest, row: Mapping, image: str, frame: Any = None, name: str = "") -> None:
     "One image of a row without axes, or the middle slice of a volume, with a frame and a name where given"
     if "row" in row and "slope" not in row and "slope" in manifest: row = manifest.loc[row["row"]]
-    known = {how: value for how, value in stated(row).items() if how == "rescale"}
     read = {} if "series" in manifest else read_options(manifest.read)
-    ax.imshow(read_image(checked_path(manifest.root, image), **read, **known))
+    ax.imshow(read_image(checked_path(manifest.root, image), **read | stated(row, volume=False)))
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
     if name:
