@@ -170,6 +170,8 @@ ERRORS = {
     "unknown card": (["info", "cvs"], "No card for dataset 'cvs'"),
     "no folder": (["validate", "json-pairs", "--root", "nowhere"], "nowhere: no such file or folder"),
     "unknown option": (["info", "csv", "--root", "t.csv", "-o", "seq=;"], "has no option 'seq'. Did you mean 'sep'"),
+    "option of reading": (["info", "csv", "--root", "t.csv", "-o", "window=lung"],
+                          """How files are read is the option read: {"window": "lung"}"""),
     "no value": (["info", "csv", "--root", "t.csv", "-o", "sep"], "-o 'sep' is not name=value"),
     "wrong images": (["validate", "csv", "--root", "t.csv", "--images", "all"], "images='all'"),
     "wrong check": (["shard", "csv", "--root", "t.csv", "--out", "new", "--check", "all"], "check='all'"),

@@ -79,16 +79,23 @@ def reader_options(
     dataset: str, # A name that `load_manifest` knows
     pairs: Iterable[str], # 'name=value' each
 ) -> dict[str, Any]: # Keyword arguments of the reader
-    "Options for a dataset's reader; raises `InputError` for one that it doesn't have"
+    "Options for a dataset's reader and for loading; raises `InputError` for one that there isn't"
+    from medclip_nb.datasets.loading import _read_hint, load_manifest
     from medclip_nb.datasets.registry import _find_reader
     given, out = list(inspect.signature(_find_reader(dataset)).parameters.values())[1:], {}
-    known = {p.name: p.annotation for p in given if p.kind is not p.VAR_KEYWORD}
+    own = {p.name: p.annotation for p in given if p.kind is not p.VAR_KEYWORD}
+    loading = inspect.signature(load_manifest).parameters
+    known = {name: loading[name].annotation for name in ("read", "split_by", "split_seed", "test_split")} | own
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals: raise InputError(f"-o {pair!r} is not name=value.")
         if name in known: out[name] = option_value(value, known[name], f"-o {name}")
-        elif len(known) < len(given): out[name] = _json_or_text(value) # The reader takes further options itself
-        else: raise InputError(f"Reader {dataset!r} has no option {name!r}. {close_matches(name, known)}")
+        elif len(own) < len(given): out[name] = _json_or_text(value) # The reader takes further options itself
+        else:
+            hint = _read_hint({name: _json_or_text(value)}) or f". {close_matches(name, known)}"
+            raise InputError(f"Reader {dataset!r} has no option {name!r}{hint}")
+    if isinstance(read := out.get("read"), dict):
+        out["read"] = {k: _json_or_text(v) if isinstance(v, str) else v for k, v in read.items()}
     return out
 
 def _json_or_text(value: str) -> Any:
@@ -156,7 +163,9 @@ DatasetArgument = Annotated[
 ]
 RootOption = Annotated[Path, typer.Option(help="Folder or file that holds the data.")]
 ReaderOption = Annotated[
-    list[str], typer.Option("-o", "--option", metavar="NAME=VALUE", help="An option of the reader; repeat for more.")
+    list[str],
+    typer.Option("-o", "--option", metavar="NAME=VALUE",
+                 help="An option of the reader, or how files are read, as in read=window=lung; repeat for more."),
 ]
 SplitsOption = Annotated[Optional[Path], typer.Option(help="File of splits to use, as written by 'data split'.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]

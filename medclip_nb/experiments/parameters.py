@@ -197,6 +197,7 @@ class Range(NamedTuple):
     low: float # Least
     high: float = math.inf # Largest
     beyond: bool = False # Whether `low` itself is excluded
+    below: bool = False # Whether `high` itself is excluded
 
 COUNT, SHARE, AT_LEAST_ONE = Range(0, 10**9), Range(0, 1), Range(1, 10**9)
 PARAMETER_RANGES: dict[str, Range] = {
@@ -211,7 +212,7 @@ PARAMETER_RANGES: dict[str, Range] = {
     **dict.fromkeys(("lr", "weight_decay", "warmup", "alpha", "tolerance", "tolerance_mm", "pixel_mm"), Range(0)),
     **dict.fromkeys(("ila", "mps", "iis", "kta", "worst_positive_factor"), Range(0)),
     **dict.fromkeys(("eps", "pooling_lr", "Cs"), Range(0, beyond=True)),
-    **dict.fromkeys(("token_keep_prob", "valid_fraction"), Range(0, 1, beyond=True)),
+    "token_keep_prob": Range(0, 1, beyond=True), "valid_fraction": Range(0, 1, beyond=True, below=True),
     "max_distance": Range(0, 64), "min_similarity": Range(-1, 1),
     "levels": Range(1, 5),
 }  # By the name of a parameter
@@ -219,7 +220,8 @@ MAX_TEXT = 100_000 # Characters of a text
 
 # %% ../../nbs/experiments/01_parameters.ipynb #e962d1c3
 def _inside(number: float, span: Range) -> bool:
-    return span.low <= number <= span.high and not (span.beyond and number == span.low)
+    excluded = [span.low] * span.beyond + [span.high] * span.below
+    return span.low <= number <= span.high and number not in excluded
 
 def _numbers(value: Any) -> list[int | float]:
     "The numbers of a parameter: itself, or those of a list"
@@ -240,7 +242,8 @@ def _out_of_range(name: str, value: Any, default: Any) -> str:
     if not wrong: return ""
     least = f"above {span.low:g}" if span.beyond else f"{span.low:g} or more"
     upper = f"{span.high:.0f}" if span.high < math.inf else ""
-    allowed = least if not upper else f"{least} and at most {upper}" if span.beyond else f"from {span.low:g} to {upper}"
+    most = f"below {upper}" if span.below else f"at most {upper}"
+    allowed = least if not upper else f"{least} and {most}" if span.beyond else f"from {span.low:g} to {upper}"
     return f"parameter {name!r} must be {allowed}, not {wrong[0]}."
 
 def _bad_text(name: str, value: Any) -> str:
