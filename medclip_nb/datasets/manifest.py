@@ -31,14 +31,17 @@ def _cell_hashes(column: pd.Series) -> np.ndarray:
     return pd.util.hash_array(np.array(texts, dtype=object), categorize=False)
 
 # %% ../../nbs/datasets/01_manifest.ipynb #64ed3e57
-_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
+
+def _is_number(text: str) -> bool: return bool(_NUMBER.fullmatch(text)) and math.isfinite(float(text))
 
 def _number(name: str, cell: Any) -> float | None: # None for an empty cell
     "The number in a cell of a table, whose reader may have left it a text; raises `InputError` for another text"
     if isinstance(cell, (int, float, np.number)) and math.isfinite(cell): return cell
     if not isinstance(cell, str) or cell.strip().lower() in ("", "nan", "none", "null"): return None
-    if not _NUMBER.fullmatch(cell.strip()):
-        raise InputError(f"{name}={cell!r} is not a number. Write one, leave the cell empty, or rename the column.")
+    if not _is_number(cell.strip()):
+        remedy = "Write one, leave the cell empty, or rename the column."
+        raise InputError(f"{name}={cell[:80]!r} is not a number. {remedy}")
     return float(cell)
 
 def _lengths(cell: Any) -> tuple | None: # None for an empty cell
@@ -46,9 +49,9 @@ def _lengths(cell: Any) -> tuple | None: # None for an empty cell
     if isinstance(cell, (list, tuple, np.ndarray)): return tuple(cell)
     if not isinstance(cell, str) or cell.strip().lower() in ("", "nan", "none", "null"): return None
     parts = [part for part in re.split(r"[\s,;x\[\]()]+", cell) if part]
-    if len(parts) != 3 or not all(map(_NUMBER.fullmatch, parts)):
-        raise InputError(f"spacing={cell!r} is not three lengths in mm, such as 3 1 1 (slices, rows, columns). Write "
-                         "them so, leave the cell empty, or rename the column.")
+    if len(parts) != 3 or not all(map(_is_number, parts)):
+        raise InputError(f"spacing={cell[:80]!r} is not three lengths in mm, such as 3 1 1 (slices, rows, columns). "
+                         "Write them so, leave the cell empty, or rename the column.")
     return tuple(map(float, parts))
 
 STATED = ("slope", "intercept", "spacing") # Columns with facts about the files of a row
