@@ -335,6 +335,8 @@ def test_rows_state_how_their_own_files_are_read(tmp_path):
     found, expected = next(iter(Shards(tmp_path / "studies")))["series"]["CT"], read_volume(
         tmp_path / "v.npy", **studies.how()[0])
     assert np.array_equal(found.array, expected.array) and found.spacing == expected.spacing == (3.0, 1.0, 1.0)
+    (tmp_path / "s.csv").write_text("study,CT,items,split,spacing\n1,v.npy,a nodule,train,3 x 1 x 1\n")
+    assert load_manifest("study-csv", tmp_path / "s.csv", series=["CT"]).how() == [{"file_spacing": (3.0, 1.0, 1.0)}]
 
 
 def test_files_of_any_name_come_back(tmp_path):
