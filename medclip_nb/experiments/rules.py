@@ -270,7 +270,7 @@ def unknown_words(
     "Words that a parameter does not know"
     known = WORDS[ALL_TEMPLATES] | WORDS.get(template, {})
     return [
-        f"{name}={word!r}. {close_matches(word, known[name])}"
+        f"{name}={str(word)[:80]!r}. {close_matches(word, known[name])}"
         for name in values.keys() & known.keys()
         for word in (values[name] if isinstance(values[name], list) else [values[name]])
         if word not in known[name]
