@@ -328,7 +328,7 @@ def test_shares_of_splits_are_shares():
     for wrong in (15, 1, 0, -.1, float("nan")):
         with pytest.raises(InputError, match="below 1, such as 0.15, not 15"): with_validation(manifest, wrong)
     assert (with_validation(manifest, .15)["split"] == "valid").sum() == 15
-    with pytest.raises(InputError, match="'valid_fraction' must be above 0 and at most 1, not 15"):
+    with pytest.raises(InputError, match="'valid_fraction' must be above 0 and below 1, not 15"):
         check_parameters("itemized", {"valid_fraction": 15}, complete=False)
 
 
