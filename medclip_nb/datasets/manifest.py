@@ -30,15 +30,19 @@ def _cell_hashes(column: pd.Series) -> np.ndarray:
     texts = [v if isinstance(v, str) else "\0" if missing else "\0" + as_json(v) for v, missing in cells]
     return pd.util.hash_array(np.array(texts, dtype=object), categorize=False)
 
-# %% ../../nbs/datasets/01_manifest.ipynb #64ed3e57
+# %% ../../nbs/datasets/01_manifest.ipynb #5a7ed002
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
 
 def _is_number(text: str) -> bool: return bool(_NUMBER.fullmatch(text)) and math.isfinite(float(text))
 
+def _is_empty(cell: Any) -> bool:
+    "Whether a cell holds nothing that could be a number"
+    return not isinstance(cell, str) or cell.strip().lower() in ("", "nan", "none", "null")
+
 def _number(name: str, cell: Any) -> float | None: # None for an empty cell
     "The number in a cell of a table, whose reader may have left it a text; raises `InputError` for another text"
     if isinstance(cell, (int, float, np.number)) and math.isfinite(cell): return cell
-    if not isinstance(cell, str) or cell.strip().lower() in ("", "nan", "none", "null"): return None
+    if _is_empty(cell): return None
     if not _is_number(cell.strip()):
         remedy = "Write one, leave the cell empty, or rename the column."
         raise InputError(f"{name}={cell[:80]!r} is not a number. {remedy}")
@@ -47,7 +51,7 @@ def _number(name: str, cell: Any) -> float | None: # None for an empty cell
 def _lengths(cell: Any) -> tuple | None: # None for an empty cell
     "Three lengths of a cell; raises `InputError` for a text that is something else"
     if isinstance(cell, (list, tuple, np.ndarray)): return tuple(cell)
-    if not isinstance(cell, str) or cell.strip().lower() in ("", "nan", "none", "null"): return None
+    if _is_empty(cell): return None
     parts = [part for part in re.split(r"[\s,;x\[\]()]+", cell) if part]
     if len(parts) != 3 or not all(map(_is_number, parts)):
         raise InputError(f"spacing={cell[:80]!r} is not three lengths in mm, such as 3 1 1 (slices, rows, columns). "
@@ -66,6 +70,7 @@ def stated(
     rescale = tuple(_number(name, row[name]) for name in both) if all(name in row for name in both) else (None,)
     return known | ({} if None in rescale else {"rescale": rescale})
 
+# %% ../../nbs/datasets/01_manifest.ipynb #64ed3e57
 class Manifest(pd.DataFrame):
     "A DataFrame of examples that knows its dataset, its root folder, its labels and where its splits come from"
     _metadata = ["dataset", "root", "split_source", "_labels", "_skipped", "_read", "_notes", "_classes", "_whole",
@@ -107,8 +112,8 @@ class Manifest(pd.DataFrame):
     ) -> list[dict]: # file_spacing (only of volumes) and rescale, where they are known
         "What each row states about its files, see `stated`; raises `InputError` naming the row"
         volumes = "series" in self if volumes is None else volumes
-        columns = [c for c in ("slope", "intercept", *(["spacing"] if volumes else [])) if c in self]
-        if columns in ([], ["slope"], ["intercept"]): return [{} for _ in range(len(self))]
+        columns = [c for c in STATED if c in self and (volumes or c != "spacing")]
+        if not columns: return [{} for _ in range(len(self))]
         found = []
         for index, row in zip(self.index, self[columns].to_dict("records")):
             try: found.append(stated(row, volumes))

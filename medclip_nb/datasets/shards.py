@@ -286,8 +286,8 @@ def read_sample(
     if not row.get("image") and not row.get("series"):
         raise InputError(f"{where}: {row.get('fault', 'no image in it')}.")
     try:
-        known = stated(row, volume="series" in row)
-        if decode is decode_image: decode = partial(decode_image, read={**(read or {}), **known})
+        if decode is decode_image:
+            decode = partial(decode_image, read={**(read or {}), **stated(row, volume="series" in row)})
         if "series" in row: row["series"] = {name: decode(raw[ext], ext, True) for name, ext in row["series"].items()}
         else: row["image"] = decode(raw[row["image"]], row["image"], False)
     except (InputError, OSError, ValueError) as error:
